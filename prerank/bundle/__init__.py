@@ -1,0 +1,1 @@
+"""One immutable version of the whole funnel, and which one is live."""

@@ -1,0 +1,1 @@
+"""Rules of the business as tensors: what a prediction is worth."""

@@ -1,0 +1,267 @@
+"""funnel.toml as frozen dataclasses, in the order a request lives; `load_config` reads the one into the other.
+
+Names of features, labels and columns are checked against each other here; whether the data has them is
+`data.check`'s question. Machine facts (device, workers, ports, folders) are command-line flags, never keys.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Literal, TypeAlias
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from prerank._toml import Problems, structure
+from prerank.errors import ConfigError
+from prerank.schema import IMPRESSION, FeatureSchema, Value
+
+Days: TypeAlias = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The three tables (Parquet or CSV; a glob is one table) and which days are for what, first and last inclusive.
+
+    `history` is an optional fourth: events older than the log, with the log's columns where known.
+    `adapter` names a reader of a public dataset that makes these tables from its own files.
+    `computed` names a time column (UTC ms) of the users and items tables: when that row's features were computed.
+    """
+
+    impressions: str
+    items: str
+    users: str
+    train: Days
+    validate: Days
+    test: Days
+    history: str = ""
+    adapter: str = ""
+    time: str = "time_ms"
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    timezone: str = "UTC"
+    computed: str = ""
+
+    def days(self, part: Literal["train", "validate", "test"]) -> list[str]:
+        """Each ISO day of one part, in order."""
+        first, last = (date.fromisoformat(d) for d in getattr(self, part))
+        return [(first + timedelta(days=n)).isoformat() for n in range((last - first).days + 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One thing to predict: the log's 0/1 column `label`."""
+
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Popularity:
+    """A popularity bias from earlier days, folded into the vectors; `weight = 0` leaves it out."""
+
+    weight: float = 1.0
+    half_life_days: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class IndexConfig:
+    """How the k most similar rows are found."""
+
+    kind: Literal["exact"] = "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """The two towers: what they learn to find, how, and how many candidates a request keeps.
+
+    `targets` weighs the events that are positives; `relevant` is the label that recall is measured on.
+    """
+
+    relevant: str
+    targets: Mapping[str, float] = field(default_factory=dict)
+    dim: int = 64
+    hidden: tuple[int, ...] = (256,)
+    dropout: float = 0.1
+    normalise: bool = False
+    temperature: float = 1.0
+    loss: Literal["softmax", "sampled_softmax"] = "softmax"
+    popularity: Popularity = field(default_factory=Popularity)
+    epochs: int = 4
+    batch: int = 1024
+    learning_rate: float = 0.002
+    weight_decay: float = 0.0
+    keep: int = 1000
+    index: IndexConfig = field(default_factory=IndexConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class RankerConfig:
+    """The lightweight ranker over the candidates, and how many winners it may return."""
+
+    model: Literal["two_tower"] = "two_tower"
+    dim: int = 32
+    hidden: tuple[int, ...] = (128,)
+    dropout: float = 0.1
+    epochs: int = 2
+    batch: int = 2048
+    learning_rate: float = 0.002
+    weight_decay: float = 0.0
+    keep: int = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class UtilityTerm:
+    """What one expected event of a task is worth in micros: an item `value` feature, or a constant."""
+
+    value: str | float
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """The items-table columns an answer carries for each winner; empty means all of them."""
+
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """Promises to callers: the default deadline and the most winners one request may ask for."""
+
+    deadline_ms: float = 1000.0
+    max_k: int = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a validation gate must measure: `at_least`, `at_most`, or both."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One funnel. `load_config` is the way to make one; a Config that exists has names that meet."""
+
+    name: str
+    data: Data
+    features: FeatureSchema
+    tasks: Mapping[str, Task]
+    retrieval: Retrieval
+    utility: Mapping[str, UtilityTerm]
+    seed: int = 7
+    ranker: RankerConfig = field(default_factory=RankerConfig)
+    metadata: Metadata = field(default_factory=Metadata)
+    serve: Serve = field(default_factory=Serve)
+    validate: Mapping[str, Bound] = field(default_factory=dict)
+
+    def labels(self) -> list[str]:
+        """Every 0/1 column of the log the funnel reads, each once: tasks first, then targets and histories."""
+        names = [t.label for t in self.tasks.values()] + [self.retrieval.relevant, *self.retrieval.targets]
+        names += [h.events for h in self.features.histories().values()]
+        return [n for n in dict.fromkeys(names) if n != IMPRESSION]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON types, features by kind."""
+        plain = asdict(self)
+        plain["features"] = self.features.to_dict()
+        return dict(json.loads(json.dumps(plain)))
+
+
+GATES = ("retrieval_recall", "recall_over_popularity", "normalised_entropy", "calibration_error", "golden")
+"""The validation gates a funnel file may bound; `lifecycle.validate` measures them."""
+
+
+def load_config(path: Path) -> Config:
+    """The funnel file at `path`. Raises ConfigError naming the file and every problem found."""
+    try:
+        plain = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such funnel file; name one with --config, or see examples/") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    return parse_config(plain, where=str(path))
+
+
+def parse_config(plain: Mapping[str, object], where: str) -> Config:
+    """The same from already parsed TOML; `where` names the source in errors."""
+    problems = Problems()
+    config = structure(plain, Config, "", problems)
+    if config is not None and not problems:
+        _check_names(config, problems)
+    if problems or config is None:
+        raise ConfigError("\n".join(f"{where}: {p}" for p in problems))
+    return config
+
+
+def _check_names(config: Config, problems: Problems) -> None:
+    _check_days(config.data, problems)
+    if not config.tasks:
+        problems.add("tasks", 'expected at least one task, such as click = { label = "is_click" }')
+    if not config.features.item:
+        problems.add("features.item", "expected at least one item feature")
+    for task in config.utility:
+        problems.known(f"utility.{task}", task, list(config.tasks), "a task of [tasks]")
+    if not config.utility:
+        problems.add("utility", "expected what at least one task is worth")
+    values = [n for n, kind in config.features.item.items() if isinstance(kind, Value)]
+    for task, term in config.utility.items():
+        if isinstance(term.value, str):
+            problems.known(f"utility.{task}.value", term.value, values, "a value of [features.item] or a number")
+    for gate, bound in config.validate.items():
+        problems.known(f"validate.{gate}", gate, list(GATES), "a gate")
+        if bound.at_least is None and bound.at_most is None:
+            problems.add(f"validate.{gate}", "expected at_least, at_most, or both")
+    _check_ranges(config, problems)
+
+
+def _check_days(data: Data, problems: Problems) -> None:
+    try:
+        ZoneInfo(data.timezone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        problems.add("data.timezone", f'expected an IANA name such as "Asia/Shanghai", got {data.timezone!r}')
+    last = ""
+    for part in ("train", "validate", "test"):
+        first_last: Days = getattr(data, part)
+        try:
+            first, final = (date.fromisoformat(d).isoformat() for d in first_last)
+        except ValueError:
+            problems.add(f"data.{part}", f"expected two ISO days [first, last], got {list(first_last)}")
+            return
+        if first > final:
+            problems.add(f"data.{part}", f"the first day {first} is after the last, {final}")
+        if last and first <= last:
+            problems.add(f"data.{part}", f"starts on {first}, not after the part before it, which ends on {last}")
+        last = final
+
+
+def _check_ranges(config: Config, problems: Problems) -> None:
+    retrieval, ranker, serve = config.retrieval, config.ranker, config.serve
+    positive = {
+        "retrieval.dim": retrieval.dim,
+        "retrieval.batch": retrieval.batch,
+        "retrieval.epochs": retrieval.epochs,
+        "retrieval.keep": retrieval.keep,
+        "retrieval.temperature": retrieval.temperature,
+        "retrieval.learning_rate": retrieval.learning_rate,
+        "retrieval.popularity.half_life_days": retrieval.popularity.half_life_days,
+        "ranker.dim": ranker.dim,
+        "ranker.batch": ranker.batch,
+        "ranker.epochs": ranker.epochs,
+        "ranker.keep": ranker.keep,
+        "ranker.learning_rate": ranker.learning_rate,
+        "serve.deadline_ms": serve.deadline_ms,
+        "serve.max_k": serve.max_k,
+    }
+    for key, number in positive.items():
+        if not number > 0:
+            problems.add(key, f"expected more than 0, got {number}")
+    for key, rate in {"retrieval.dropout": retrieval.dropout, "ranker.dropout": ranker.dropout}.items():
+        if not 0 <= rate < 1:
+            problems.add(key, f"expected at least 0 and below 1, got {rate}")
+    for label, weight in retrieval.targets.items():
+        if not weight > 0:
+            problems.add(f"retrieval.targets.{label}", f"expected a weight above 0, got {weight}")

@@ -1,0 +1,1 @@
+"""Tables in: a user's logs, public datasets, a simulated ad market."""

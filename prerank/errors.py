@@ -1,0 +1,45 @@
+"""Everything prerank raises on purpose: each says what was expected, what came, where, and what to do."""
+
+
+class PrerankError(Exception):
+    """The root of every error meant for a user; its text is safe to show to one."""
+
+
+class ConfigError(PrerankError):
+    """The funnel file cannot be used as written: an unknown, missing or mistyped key, or names that do not meet."""
+
+
+class DataError(PrerankError):
+    """The tables cannot be used as they are: a missing file or column, a wrong type, a value out of range."""
+
+
+class SchemaMismatch(PrerankError):
+    """Two things built from different features met; the text names the first difference."""
+
+
+class BundleError(PrerankError):
+    """A version on disk is damaged, tampered with, of another format, or does not reproduce its golden answers."""
+
+
+class RegistryError(PrerankError):
+    """A version cannot be promoted, rolled back or found."""
+
+
+class GateFailed(RegistryError):
+    """A version did not hold every validation gate and stays unpointed."""
+
+
+class TrainingError(PrerankError):
+    """Training cannot start, resume or go on: no positives, a checkpoint of another run, a loss that is not finite."""
+
+
+class GraphError(PrerankError):
+    """The request graph cannot work as wired: a name nobody writes, two writers, a cycle."""
+
+
+class RequestError(PrerankError):
+    """One request is wrong: the text names the field, what it must be, and what came."""
+
+
+class DeadlineExceeded(PrerankError):
+    """The request's time ran out before an answer of any kind existed."""

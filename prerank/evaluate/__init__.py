@@ -1,0 +1,1 @@
+"""How good a version is, beside floors anyone can compute."""

@@ -1,0 +1,1 @@
+"""The k most similar eligible rows."""

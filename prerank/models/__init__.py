@@ -1,0 +1,1 @@
+"""Towers and rankers: tensors in, tensors out."""

@@ -1,0 +1,48 @@
+"""The first ranker: one dot product a task between a user and an item vector, trained on real labels.
+
+It sees what each side is, never how the two met; the rankers that cross features take its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from prerank.config import Config
+from prerank.models.towers import ItemTower, UserTower
+from prerank.types import Features
+
+
+class TwoTowerRanker(nn.Module):
+    """logit[t] = u_t . v_t / sqrt(D) + user bias[t] + item bias[t]."""
+
+    def __init__(self, config: Config, sizes: Mapping[str, int]) -> None:
+        super().__init__()
+        options = config.ranker
+        self.tasks = tuple(config.tasks)
+        self.dim = options.dim
+        width = len(self.tasks) * (self.dim + 1)
+        self.item_tower = ItemTower(config.features, sizes, options.hidden, width, options.dropout)
+        tables = self.item_tower.encoder.tables
+        self.user_tower = UserTower(config.features, sizes, tables, options.hidden, width, options.dropout)
+
+    def item_side(self, items: Features) -> Tensor:
+        """Item features [I, ...] -> float32 [I, T (D + 1)]: each task's vector, then each task's bias."""
+        out: Tensor = self.item_tower(items)
+        return out
+
+    def user_side(self, user: Features) -> Tensor:
+        """User and context features [B, ...] -> float32 [B, T (D + 1)], laid out as the item side."""
+        out: Tensor = self.user_tower(user, self.item_tower.encoder.tables)
+        return out
+
+    def forward(self, user_side: Tensor, item_side: Tensor) -> Tensor:
+        """[B, T (D + 1)] and [B, N, T (D + 1)] -> logits float32 [B, N, T]."""
+        num_tasks, vectors = len(self.tasks), len(self.tasks) * self.dim
+        shape = (num_tasks, self.dim)
+        user_B1TD = user_side[:, None, :vectors].reshape(user_side.shape[0], 1, *shape)
+        item_BNTD = item_side[..., :vectors].reshape(*item_side.shape[:-1], *shape)
+        dots = (user_B1TD * item_BNTD).sum(-1) * self.dim**-0.5
+        logits: Tensor = dots + user_side[:, None, vectors:] + item_side[..., vectors:]
+        return logits

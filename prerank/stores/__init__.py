@@ -1,0 +1,1 @@
+"""What serving looks up: users and their events by key, winners' metadata by row."""

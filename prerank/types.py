@@ -1,0 +1,85 @@
+"""The nouns every part speaks: a request, its candidates as columns, and the winners.
+
+Shape letters, one legend for the whole package:
+B requests, N candidates, K kept, I items, U users, D width, T tasks, L history, M bag length, E experts.
+
+`item_id` and `user_id` are the world's stable int64 names. A `row` is a position in one version's ItemTable and
+means nothing in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Scalar: TypeAlias = str | int | float | bool | None
+Array: TypeAlias = np.ndarray  # dtype and shape are stated where it is used
+
+Features: TypeAlias = Mapping[str, Tensor]
+"""Encoded features by name, all with the same leading shape [...]:
+category int [...], 0 is the unknown bucket; number float32 [...]; bag int [..., M], padded with -1;
+history int [..., L], oldest first, right-aligned, padded with -1 on the left; embedding float32 [..., W];
+value float32 or int64 [...], as it came."""
+
+Columns: TypeAlias = Mapping[str, Array]
+"""The same as `Features`, as numpy arrays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One user's question.
+
+    `time_ms` (UTC, milliseconds) is the moment asked about: histories are cut strictly before it.
+    `k` winners are wanted within `deadline_ms` milliseconds (None: no limit).
+    """
+
+    user_id: int
+    k: int
+    time_ms: int
+    context: Mapping[str, Scalar] = field(default_factory=dict)
+    deadline_ms: float | None = None
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateSet:
+    """Candidates of B requests as aligned columns; stages add columns or clear bits of `valid`, never reorder.
+
+    rows int64 [B, N] into one version's ItemTable; similarity float32 [B, N]; valid bool [B, N].
+    Where `valid` is False the other columns hold no meaning.
+    """
+
+    rows: Tensor
+    similarity: Tensor
+    valid: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.rows.dim() == 2
+        assert self.rows.shape == self.similarity.shape == self.valid.shape
+        assert self.rows.dtype == torch.int64
+        assert self.valid.dtype == torch.bool
+
+    @property
+    def num_valid(self) -> int:
+        """How many candidates are valid over all B requests."""
+        return int(self.valid.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The winners, best first; ties are broken by the smaller item_id.
+
+    rows, item_ids int64 [B, K]; utility float32 [B, K] in micros per impression; probs float32 [B, K, T];
+    valid bool [B, K], False past the last winner.
+    """
+
+    rows: Tensor
+    item_ids: Tensor
+    utility: Tensor
+    probs: Tensor
+    valid: Tensor

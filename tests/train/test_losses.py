@@ -1,0 +1,146 @@
+"""The sampled softmax learns what the full softmax learns, and only with the right sign of log Q."""
+
+import numpy as np
+import pytest
+import torch
+
+from prerank.train.losses import StreamingFrequency, sampled_softmax_loss, softmax_loss
+
+NOBODY = torch.full((1, 1), -1)
+
+
+def none_excluded(num_examples: int) -> torch.Tensor:
+    return NOBODY.expand(num_examples, 1)
+
+
+def a_world(num_users: int = 6, num_items: int = 30) -> np.ndarray:
+    """p(item | user) [users, items] with popularity spread over two decades."""
+    rng = np.random.default_rng(0)
+    popularity = np.geomspace(1.0, 0.01, num_items)
+    taste = np.exp(rng.normal(0, 0.7, (num_users, num_items)))
+    joint = popularity * taste
+    return joint / joint.sum(1, keepdims=True)
+
+
+def learn_logits(world: np.ndarray, sign: float) -> np.ndarray:
+    """Free logits [users, items] fitted with in-batch negatives and `logit - sign * log q`; q streams."""
+    num_users, num_items = world.shape
+    draw = torch.Generator().manual_seed(1)
+    table = torch.zeros(num_users, num_items, requires_grad=True)
+    optimiser = torch.optim.Adam([table], lr=0.05)
+    frequency = StreamingFrequency(buckets=4099, rate=0.02, start=10.0)
+    probs = torch.tensor(world)
+    batch = 64
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 2500)
+    for _ in range(2500):
+        users = torch.randint(num_users, (batch,), generator=draw)
+        items = torch.multinomial(probs[users], 1, generator=draw).squeeze(1)
+        frequency.update(items)
+        columns = items.unique()
+        log_q = sign * frequency.log_probability(columns)
+        loss = sampled_softmax_loss(
+            table[users][:, columns], columns, log_q, items, torch.ones(batch), none_excluded(batch)
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    learnt = table.detach().numpy()
+    return learnt - learnt.mean(1, keepdims=True)
+
+
+def slope_on_popularity(learnt: np.ndarray, world: np.ndarray) -> float:
+    """How much of log popularity is left in (learnt - log p(item|user)); 0 where the logits are the true ones."""
+    truth = np.log(world)
+    left = learnt - (truth - truth.mean(1, keepdims=True))
+    log_popularity = np.log(world.mean(0))
+    return float(np.polyfit(np.tile(log_popularity, len(world)), left.ravel(), 1)[0])
+
+
+def test_log_q_makes_popularity_bias_vanish_and_the_wrong_sign_doubles_it():
+    world = a_world()
+    corrected = slope_on_popularity(learn_logits(world, sign=1.0), world)
+    uncorrected = slope_on_popularity(learn_logits(world, sign=0.0), world)
+    wrong_sign = slope_on_popularity(learn_logits(world, sign=-1.0), world)
+    assert abs(corrected) < 0.15
+    assert uncorrected < -0.5
+    assert wrong_sign < uncorrected - 0.3
+
+
+def test_corrected_logits_order_items_as_the_truth_does():
+    world = a_world()
+    learnt = learn_logits(world, sign=1.0)
+    for user in range(len(world)):
+        assert np.corrcoef(learnt[user], np.log(world[user]))[0, 1] > 0.97
+
+
+def test_sampled_softmax_equals_numpy_with_shared_columns_and_own_items_out():
+    rng = np.random.default_rng(2)
+    columns, items = np.array([3, 5, 7]), np.array([7, 3, 7, 5])
+    logits, log_q = rng.normal(size=(4, 3)), np.log(rng.uniform(0.01, 0.5, 3))
+    weight = np.array([1.0, 0.3, 1.0, 0.3])
+    corrected = logits - log_q
+    corrected[1, 1] = -np.inf  # user 1 already had item 5
+    losses = np.log(np.exp(corrected).sum(1)) - corrected[np.arange(4), [2, 0, 2, 1]]
+    excluded = torch.tensor([[-1, -1], [5, 3], [-1, 6], [-1, -1]])
+    ours = sampled_softmax_loss(*map(torch.tensor, (logits, columns, log_q, items, weight)), excluded)
+    assert ours.item() == pytest.approx((losses * weight).sum() / weight.sum())
+
+
+def test_an_accidental_hit_is_no_negative():
+    twice = sampled_softmax_loss(
+        torch.tensor([[2.0], [1.0]]),
+        torch.tensor([4]),
+        torch.zeros(1),
+        torch.tensor([4, 4]),
+        torch.ones(2),
+        none_excluded(2),
+    )
+    assert twice.item() == 0.0
+
+
+def test_full_softmax_leaves_out_the_users_own_items_but_never_the_target():
+    logits = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    excluded = torch.tensor([[2, 0, -1]])
+    loss = softmax_loss(logits, torch.tensor([0]), torch.ones(1, dtype=torch.float64), excluded)
+    assert loss.item() == pytest.approx(np.log(np.exp(1) + np.exp(2)) - 1)
+
+
+def test_streaming_frequency_finds_the_true_probability_of_being_in_a_batch():
+    draw = torch.Generator().manual_seed(0)
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.01])
+    frequency = StreamingFrequency(buckets=1009, rate=0.01)
+    batch = 8
+    for _ in range(4000):
+        frequency.update(torch.multinomial(probs, batch, replacement=True, generator=draw))
+    in_batch = 1 - (1 - probs.numpy()) ** batch
+    estimate = frequency.log_probability(torch.arange(5)).exp().numpy()
+    np.testing.assert_allclose(estimate, in_batch, rtol=0.35)
+
+
+def test_more_hashes_never_make_an_item_look_more_frequent():
+    one = StreamingFrequency(buckets=7, hashes=1, seed=3)
+    many = StreamingFrequency(buckets=7, hashes=4, seed=3)
+    many.multiplier[0] = one.multiplier[0]
+    draw = torch.Generator().manual_seed(4)
+    for _ in range(300):
+        items = torch.randint(50, (5,), generator=draw)
+        one.update(items)
+        many.update(items)
+    everything = torch.arange(50)
+    assert (many.log_probability(everything) <= one.log_probability(everything) + 1e-6).all()
+
+
+def test_streaming_frequency_goes_on_exactly_from_its_state():
+    draw = torch.Generator().manual_seed(5)
+    batches = [torch.randint(40, (6,), generator=draw) for _ in range(20)]
+    straight, first, second = (StreamingFrequency(buckets=101) for _ in range(3))
+    for b in batches:
+        straight.update(b)
+    for b in batches[:10]:
+        first.update(b)
+    second.load_state(first.state())
+    for b in batches[10:]:
+        second.update(b)
+    assert torch.equal(straight.interval, second.interval)
+    assert torch.equal(straight.last_seen, second.last_seen)
