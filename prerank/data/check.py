@@ -1,0 +1,208 @@
+"""Everything wrong with the data, all at once, before anything is trained.
+
+The users and items tables are read a column at a time, the log once and a batch at a time, so it may be larger than
+memory. What cannot be seen here: a feature that was computed too late, but is neither dated nor nearly its label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from prerank._toml import nearest
+from prerank.config import Config
+from prerank.data.calendar import spans
+from prerank.data.check_columns import Problem, content_problem, integer, type_problem
+from prerank.data.check_log import LogCheck
+from prerank.data.logs import DAY, Tables
+from prerank.data.sources import Source
+from prerank.errors import DataError
+from prerank.schema import History, Kind, Owner, column_of
+from prerank.types import Array
+
+__all__ = ["Problem", "check"]
+
+_OWNERS: dict[str, Owner] = {"users": "user", "items": "item"}
+
+
+def check(config: Config, tables: Tables) -> list[Problem]:
+    """Every problem of the tables, none where they are fit to train on; one table's problems hide no other's."""
+    return list(_Check(config, tables).run())
+
+
+class _Check:
+    def __init__(self, config: Config, tables: Tables) -> None:
+        self.config, self.tables, self.data = config, tables, config.data
+        self.keys = {"users": self.data.user_id, "items": self.data.item_id}
+        self.ids: dict[str, Array] = {}  # by key column, ascending; absent where they could not be read
+
+    def run(self) -> Iterator[Problem]:
+        yield from self._leaks_by_name()
+        sources: dict[str, Source] = {}
+        for name in self.tables.names:
+            try:
+                sources[name] = self.tables.source(name)
+            except DataError as error:
+                yield _unreadable(name, error)
+        # the users and items tables first: the log is read against their ids
+        for name, source in sources.items():
+            problems = self._table(name, source) if name in self.keys else self._events(name, source)
+            try:
+                yield from problems
+            except DataError as error:
+                yield _unreadable(name, error)
+
+    def _leaks_by_name(self) -> Iterator[Problem]:
+        labels = self.config.labels()
+        for owner, name, kind in self.config.features:
+            if not isinstance(kind, History) and column_of(name, kind) in labels:
+                column = column_of(name, kind)
+                yield Problem(
+                    f"features.{owner}.{name}",
+                    "leaky feature computed after the label",
+                    "a column known before the impression",
+                    f"the label {column!r} itself; remove the feature, or read past events with a history",
+                )
+
+    # the users and items tables
+
+    def _table(self, name: str, source: Source) -> Iterator[Problem]:
+        key, features = self.keys[name], self.config.features.of(_OWNERS[name])
+        wanted: dict[str, str] = {key: f"data.{'user_id' if name == 'users' else 'item_id'}"}
+        for feature, kind in features.items():
+            if not isinstance(kind, History):
+                wanted.setdefault(column_of(feature, kind), f"features.{_OWNERS[name]}.{feature}")
+        if name == "items":
+            wanted |= {c: "metadata.columns" for c in self.config.metadata.columns if c not in wanted}
+        if self.data.computed:
+            wanted.setdefault(self.data.computed, "data.computed")
+        yield from _missing(name, source, wanted)
+        if key in source.schema.names:
+            yield from self._table_ids(name, source, key)
+        for feature, kind in features.items():
+            if not isinstance(kind, History):
+                yield from self._feature(name, source, feature, kind)
+        if self.data.computed in source.schema.names:
+            yield from self._computed(name, source)
+
+    def _table_ids(self, name: str, source: Source, key: str) -> Iterator[Problem]:
+        kind = source.schema.field(key).type
+        if not integer(kind):
+            yield Problem(f"{name}.{key}", "wrong type", "an integer id", str(kind))
+            return
+        column = source.table([key], 1 << 20).column(key)
+        if column.null_count:
+            found = f"{column.null_count} of {len(column)} rows"
+            yield Problem(f"{name}.{key}", "nulls in a key", "an id in every row", found)
+        ids, counts = np.unique(column.drop_null().to_numpy().astype(np.int64), return_counts=True)
+        if (counts > 1).any():
+            found = f"{int((counts > 1).sum())} ids more than once, such as {_examples(ids[counts > 1])}"
+            yield Problem(f"{name}.{key}", "duplicate ids", "each id once", found)
+        if not len(column):
+            yield Problem(name, "no rows", "at least one row", "none")
+        self.ids[key] = ids
+
+    def _feature(self, name: str, source: Source, feature: str, kind: Kind) -> Iterator[Problem]:
+        column = column_of(feature, kind)
+        if column not in source.schema.names:
+            return
+        problem = type_problem(f"{name}.{column}", kind, source.schema.field(column).type, source.format)
+        if problem is None:
+            problem = content_problem(f"{name}.{column}", kind, source.scan([column], None, 1 << 16))
+        if problem is not None:
+            yield problem
+
+    def _computed(self, name: str, source: Source) -> Iterator[Problem]:
+        column = self.data.computed
+        kind = source.schema.field(column).type
+        if not integer(kind):
+            yield Problem(f"{name}.{column}", "wrong type", "integer milliseconds (UTC)", str(kind))
+            return
+        moments = source.table([column], 1 << 20).column(column)
+        if moments.null_count:
+            found = f"{moments.null_count} of {len(moments)} rows"
+            yield Problem(f"{name}.{column}", "nulls in the computed time", "a time in every row", found, "warning")
+        days = self.data.days("train")
+        begin, end = spans(days, self.data.timezone)[0][0], spans(days, self.data.timezone)[-1][1]
+        latest = pc.max(moments).as_py()
+        if latest is None or latest < begin:
+            return
+        features = [f for f, k in self.config.features.of(_OWNERS[name]).items() if not isinstance(k, History)]
+        late = pc.sum(pc.greater_equal(moments, end if latest >= end else begin)).as_py()
+        found = (
+            f"{late} of {len(moments)} rows, the latest {latest} ms; "
+            f"their {len(features)} features ({', '.join(features[:5])}) may know those labels"
+        )
+        if latest >= end:
+            expected = f"computed before the training days end, {end} ms"
+            yield Problem(f"{name}.{column}", "leaky feature computed after the label", expected, found)
+        else:
+            expected = f"computed before the training days begin, {begin} ms"
+            yield Problem(f"{name}.{column}", "features computed during the training days", expected, found, "warning")
+
+    # the log and the history
+
+    def _events(self, name: str, source: Source) -> Iterator[Problem]:
+        is_log, schema = name == "impressions", source.schema
+        context = self._context() if is_log else {}
+        labels = self.config.labels()
+        keys = {self.data.user_id: "data.user_id", self.data.item_id: "data.item_id", self.data.time: "data.time"}
+        reads = {column: f"features.context.{feature}" for feature, column in context.items()}
+        yield from _missing(name, source, keys | (dict.fromkeys(labels, "a label") if is_log else {}) | reads)
+        unusable: dict[str, Problem] = {}
+        for feature, column in context.items():
+            if column in schema.names:
+                kind = self.config.features.context[feature]
+                problem = type_problem(f"{name}.{column}", kind, schema.field(column).type, source.format)
+                if problem is not None:
+                    unusable[column] = problem
+        expected = {self.data.user_id: "an integer id", self.data.item_id: "an integer id"}
+        expected |= {self.data.time: "integer milliseconds (UTC)"}
+        for column, what in (dict.fromkeys(labels, "a label of 0 and 1") | expected).items():
+            if column in schema.names:
+                given = schema.field(column).type
+                if not (integer(given) or (column not in expected and _holds_zero_one(given))):
+                    unusable[column] = Problem(f"{name}.{column}", "wrong type", what, str(given))
+        if DAY in schema.names and DAY in (*reads, *labels, *keys):
+            what = "another name; rename the column"
+            unusable[DAY] = Problem(f"{name}.{DAY}", "reserved name", what, f"{DAY!r}, which prerank makes of the time")
+        yield from unusable.values()
+        if self.data.time in schema.names and self.data.time not in unusable:
+            yield from self._stream(name, [c for c in schema.names if c not in unusable])
+
+    def _stream(self, name: str, columns: Sequence[str]) -> Iterator[Problem]:
+        read = self.tables.impressions if name == "impressions" else self.tables.history
+        with LogCheck(self.config, name, columns, self.ids) as seen:
+            for batch in read(seen.columns):
+                seen.see(batch)
+            yield from seen.problems()
+
+    def _context(self) -> dict[str, str]:
+        context = self.config.features.context.items()
+        return {feature: column_of(feature, kind) for feature, kind in context if not isinstance(kind, History)}
+
+
+def _missing(name: str, source: Source, wanted: dict[str, str]) -> Iterator[Problem]:
+    for column, reader in wanted.items():
+        if column not in source.schema.names:
+            found = f"no such column{nearest(column, source.schema.names)}"
+            yield Problem(f"{name}.{column}", "missing column", f"the column {reader} reads", found)
+        elif column in source.lacking:
+            files = source.lacking[column]
+            found = f"{len(files)} of {len(source.files)} files lack it, first {files[0].name}"
+            yield Problem(f"{name}.{column}", "missing column", "the column in every file", found)
+
+
+def _holds_zero_one(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_boolean(kind) or pa.types.is_floating(kind))
+
+
+def _unreadable(name: str, error: DataError) -> Problem:
+    return Problem(f"data.{name}", "table cannot be read", "Parquet or CSV files", str(error))
+
+
+def _examples(ids: Sequence[int] | Array) -> str:
+    return ", ".join(str(i) for i in ids[:3])
