@@ -60,10 +60,18 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Popularity:
-    """A popularity bias from earlier days, folded into the vectors; `weight = 0` leaves it out."""
+    """A learned popularity bias from earlier days, folded into the vectors; no half-life leaves it out.
 
-    weight: float = 1.0
-    half_life_days: float = 2.0
+    `events` are label columns or "impression"; each is counted with each half-life.
+    """
+
+    events: tuple[str, ...] = (IMPRESSION,)
+    half_life_days: tuple[float, ...] = (0.5, 3.0)
+
+    @property
+    def num_series(self) -> int:
+        """How many popularity numbers an item has."""
+        return len(self.events) * len(self.half_life_days)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +85,24 @@ class IndexConfig:
 class Retrieval:
     """The two towers: what they learn to find, how, and how many candidates a request keeps.
 
-    `targets` weighs the events that are positives; `relevant` is the label that recall is measured on.
+    `targets` weighs the events that are positives; `relevant` is the label that recall is measured on. An example is
+    a user at a moment with the next events of that day as positives, at most `group` of them.
     """
 
     relevant: str
     targets: Mapping[str, float] = field(default_factory=dict)
     dim: int = 64
-    hidden: tuple[int, ...] = (256,)
+    hidden: tuple[int, ...] = (128,)
     dropout: float = 0.1
     normalise: bool = False
     temperature: float = 1.0
     loss: Literal["softmax", "sampled_softmax"] = "softmax"
     popularity: Popularity = field(default_factory=Popularity)
+    group: int = 16
     epochs: int = 4
-    batch: int = 1024
-    learning_rate: float = 0.002
-    weight_decay: float = 0.0
+    batch: int = 512
+    learning_rate: float = 0.01
+    weight_decay: float = 0.1
     keep: int = 1000
     index: IndexConfig = field(default_factory=IndexConfig)
 
@@ -107,8 +117,8 @@ class RankerConfig:
     dropout: float = 0.1
     epochs: int = 2
     batch: int = 2048
-    learning_rate: float = 0.002
-    weight_decay: float = 0.0
+    learning_rate: float = 0.005
+    weight_decay: float = 0.1
     keep: int = 1000
 
 
@@ -161,6 +171,7 @@ class Config:
     def labels(self) -> list[str]:
         """Every 0/1 column of the log the funnel reads, each once: tasks first, then targets and histories."""
         names = [t.label for t in self.tasks.values()] + [self.retrieval.relevant, *self.retrieval.targets]
+        names += self.retrieval.popularity.events
         names += [h.events for h in self.features.histories().values()]
         return [n for n in dict.fromkeys(names) if n != IMPRESSION]
 
@@ -199,6 +210,8 @@ def parse_config(plain: Mapping[str, object], where: str) -> Config:
 
 def _check_names(config: Config, problems: Problems) -> None:
     _check_days(config.data, problems)
+    if not config.retrieval.targets:
+        problems.add("retrieval.targets", "expected the weight of at least one event, such as { is_click = 1.0 }")
     if not config.tasks:
         problems.add("tasks", 'expected at least one task, such as click = { label = "is_click" }')
     if not config.features.item:
@@ -247,7 +260,7 @@ def _check_ranges(config: Config, problems: Problems) -> None:
         "retrieval.keep": retrieval.keep,
         "retrieval.temperature": retrieval.temperature,
         "retrieval.learning_rate": retrieval.learning_rate,
-        "retrieval.popularity.half_life_days": retrieval.popularity.half_life_days,
+        "retrieval.group": retrieval.group,
         "ranker.dim": ranker.dim,
         "ranker.batch": ranker.batch,
         "ranker.epochs": ranker.epochs,
@@ -262,6 +275,9 @@ def _check_ranges(config: Config, problems: Problems) -> None:
     for key, rate in {"retrieval.dropout": retrieval.dropout, "ranker.dropout": ranker.dropout}.items():
         if not 0 <= rate < 1:
             problems.add(key, f"expected at least 0 and below 1, got {rate}")
+    for half_life in retrieval.popularity.half_life_days:
+        if not half_life > 0:
+            problems.add("retrieval.popularity.half_life_days", f"expected more than 0 days, got {half_life}")
     for label, weight in retrieval.targets.items():
         if not weight > 0:
             problems.add(f"retrieval.targets.{label}", f"expected a weight above 0, got {weight}")

@@ -9,8 +9,9 @@ means nothing in another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from typing import TypeAlias
 
 import numpy as np
@@ -28,6 +29,18 @@ value float32 or int64 [...], as it came."""
 
 Columns: TypeAlias = Mapping[str, Array]
 """The same as `Features`, as numpy arrays."""
+
+Report: TypeAlias = Callable[[str, int, int, str], None]
+"""How long work tells its progress: what, how much is done, of how much (0: not known), in which unit."""
+
+
+def silent(what: str, done: int, total: int, unit: str) -> None:
+    """The `Report` of nobody listening."""
+
+
+def day_number(iso_day: str) -> int:
+    """Days since 1970-01-01 of "YYYY-MM-DD"."""
+    return (date.fromisoformat(iso_day) - date(1970, 1, 1)).days
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from prerank.types import Features
 
 def _table(rows: int, width: int) -> nn.Embedding:
     table = nn.Embedding(rows, width)
-    nn.init.normal_(table.weight, std=width**-0.5)
+    nn.init.normal_(table.weight, std=0.05)
     return table
 
 
@@ -28,36 +28,84 @@ def masked_mean(vectors: Tensor, present: Tensor) -> Tensor:
 
 
 class FeatureEncoder(nn.Module):
-    """One owner's features concatenated -> float32 [..., width]; histories and values are left out.
+    """One owner's features into `out` numbers by a sum and an MLP beside it; histories and values are left out.
 
     `kinds` are the features by name, `sizes` the table rows of each category and bag, the unknown row included.
+    x = the sum of tables already `out` wide + a linear map of all other features; the result is x + MLP(x and those
+    others). A category as wide as the output is thus its own vector, which a history of it can share.
     """
 
-    def __init__(self, kinds: Mapping[str, Kind], sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        kinds: Mapping[str, Kind],
+        sizes: Mapping[str, int],
+        hidden: tuple[int, ...],
+        out: int,
+        dropout: float,
+        beside: int = 0,
+    ) -> None:
         super().__init__()
         self.categories = [n for n, k in kinds.items() if isinstance(k, Category)]
         self.bags = [n for n, k in kinds.items() if isinstance(k, Bag)]
         self.numbers = [n for n, k in kinds.items() if isinstance(k, Number)]
         self.embeddings = [n for n, k in kinds.items() if isinstance(k, Embedding)]
+        self.out = out
         self.tables = nn.ModuleDict()
-        self.width = len(self.numbers)
+        rest = len(self.numbers) + beside
         for name, kind in kinds.items():
             if isinstance(kind, Category | Bag):
                 self.tables[name] = _table(sizes[name], kind.dim)
-                self.width += kind.dim
+                rest += kind.dim if kind.dim != out else 0
             elif isinstance(kind, Embedding):
-                self.width += kind.width
+                rest += kind.width
+        self.linear = nn.Linear(rest, out) if rest else None
+        self.mlp = MLP(rest + out, hidden, out, dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, features: Features) -> Tensor:
-        """`features` with leading shape [...] -> float32 [..., width]."""
-        parts = [self.tables[name](features[name].long()) for name in self.categories]
+    def forward(self, features: Features, beside: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        """`features` of leading shape [...] -> float32 [..., out].
+
+        `beside` float [..., beside] are further inputs, `start` float [..., out] is added to the sum.
+        """
+        direct, rest = self._gathered(features)
+        if beside is not None:
+            rest.append(beside)
+        others = torch.cat(rest, dim=-1) if rest else None
+        if others is not None and self.linear is not None:
+            direct.append(self.linear(others))
+        if start is not None:
+            direct.append(start)
+        x = torch.stack(direct).sum(0) if len(direct) > 1 else direct[0]
+        out: Tensor = x + self.mlp(x if others is None else torch.cat([x, others], dim=-1))
+        return out
+
+    def _gathered(self, features: Features) -> tuple[list[Tensor], list[Tensor]]:
+        """The vectors as wide as the output, and everything else."""
+        vectors = [self.dropout(self.tables[name](features[name].long())) for name in self.categories]
         for name in self.bags:
             members = features[name].long()
-            parts.append(masked_mean(self.tables[name](members.clamp_min(0)), members >= 0))
-        parts += [features[name].float() for name in self.embeddings]
+            vectors.append(masked_mean(self.tables[name](members.clamp_min(0)), members >= 0))
+        direct = [v for v in vectors if v.shape[-1] == self.out]
+        rest = [v for v in vectors if v.shape[-1] != self.out]
+        rest += [features[name].float() for name in self.embeddings]
         if self.numbers:
-            parts.append(torch.stack([features[name].float() for name in self.numbers], dim=-1))
-        return torch.cat(parts, dim=-1)
+            rest.append(torch.stack([features[name].float() for name in self.numbers], dim=-1))
+        return direct, rest
+
+
+class Dropout(nn.Module):
+    """Whole embedding rows are zeroed at `rate`, the kept ones scaled up, so that no id is relied on alone."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """float [..., D] -> [..., D]; the identity when not training."""
+        if not self.training or not self.rate:
+            return vectors
+        kept = torch.rand(vectors.shape[:-1], device=vectors.device) >= self.rate
+        return vectors * (kept / (1 - self.rate)).unsqueeze(-1)
 
 
 class HistoryPooling(nn.Module):
@@ -67,15 +115,18 @@ class HistoryPooling(nn.Module):
     The content part is additive attention with a learned query (Yang et al. 2016, eq. 5-7), without its tanh layer.
     """
 
-    def __init__(self, length: int, width: int) -> None:
+    def __init__(self, length: int, width: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = dropout
         ages = torch.arange(length - 1, -1, -1, dtype=torch.float32)
         self.position = nn.Parameter(-ages / max(length, 1))
         self.content = nn.Linear(width, 1, bias=False)
         nn.init.zeros_(self.content.weight)
 
     def forward(self, vectors: Tensor, present: Tensor) -> Tensor:
-        """See the class."""
+        """See the class; in training each event is hidden at the dropout rate."""
+        if self.training and self.dropout:
+            present = present & (torch.rand(present.shape, device=present.device) >= self.dropout)
         weight_logits = self.position + self.content(vectors).squeeze(-1)
         # an all-padding row would be softmax over -inf; the finite floor keeps it defined and the mask zeroes it
         weights = weight_logits.masked_fill(~present, torch.finfo(vectors.dtype).min).softmax(-1) * present
@@ -83,11 +134,11 @@ class HistoryPooling(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Linear layers of the `hidden` widths with ReLU and dropout between, then one to `out`."""
+    """Linear layers of the `hidden` widths with GELU and dropout between, then one to `out`."""
 
     def __init__(self, width: int, hidden: tuple[int, ...], out: int, dropout: float) -> None:
         layers: list[nn.Module] = []
         for h in hidden:
-            layers += [nn.Linear(width, h), nn.ReLU(), nn.Dropout(dropout)]
+            layers += [nn.Linear(width, h), nn.GELU(), nn.Dropout(dropout)]
             width = h
         super().__init__(*layers, nn.Linear(width, out))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from prerank.config import Config, Retrieval
-from prerank.models.embedding import MLP, FeatureEncoder, HistoryPooling
+from prerank.models.embedding import FeatureEncoder, HistoryPooling
 from prerank.schema import FeatureSchema, Owner
 from prerank.types import Features
 
@@ -24,29 +24,30 @@ def owner_sizes(sizes: Mapping[str, int], owner: Owner) -> dict[str, int]:
 
 
 class ItemTower(nn.Module):
-    """An item's features -> float32 [..., out]: a linear path of every feature plus an MLP beside it."""
+    """An item's features -> float32 [..., out]."""
 
     def __init__(
         self, schema: FeatureSchema, sizes: Mapping[str, int], hidden: tuple[int, ...], out: int, dropout: float
     ) -> None:
         super().__init__()
-        self.encoder = FeatureEncoder(schema.item, owner_sizes(sizes, "item"))
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(self.encoder.width, out)
-        self.mlp = MLP(self.encoder.width, hidden, out, dropout)
+        self.encoder = FeatureEncoder(schema.item, owner_sizes(sizes, "item"), hidden, out, dropout)
+
+    @property
+    def tables(self) -> nn.ModuleDict:
+        """The table of each category and bag, by feature name."""
+        return self.encoder.tables
 
     def forward(self, items: Features) -> Tensor:
         """`items` of leading shape [...] -> [..., out]."""
-        x = self.dropout(self.encoder(items))
-        out: Tensor = self.linear(x) + self.mlp(x)
+        out: Tensor = self.encoder(items)
         return out
 
 
 class UserTower(nn.Module):
     """Profile, context and ordered histories -> float32 [B, out].
 
-    A history looks its items up in the item tower's own table of the feature it is `of` (one table for input and
-    output), so that table must be passed to `forward`'s owner at construction.
+    A history is looked up in the item tower's own table of the feature it is `of`: one table for input and output.
+    Where that table is as wide as the output, the pooled history itself, scaled, is the vector the rest corrects.
     """
 
     def __init__(
@@ -59,27 +60,29 @@ class UserTower(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        kinds = {**schema.user, **schema.context}
-        rows = {**owner_sizes(sizes, "user"), **owner_sizes(sizes, "context")}
-        self.encoder = FeatureEncoder(kinds, rows)
         self.histories = schema.histories()
         widths = {name: _width(item_tables, history.of) for name, history in self.histories.items()}
-        self.pooling = nn.ModuleDict({n: HistoryPooling(h.length, widths[n]) for n, h in self.histories.items()})
-        pooled = sum(widths.values())
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(pooled, out, bias=False) if pooled else None
-        self.mlp = MLP(self.encoder.width + pooled, hidden, out, dropout)
+        self.pooling = nn.ModuleDict(
+            {name: HistoryPooling(h.length, widths[name], dropout) for name, h in self.histories.items()}
+        )
+        self.direct = [name for name, width in widths.items() if width == out]
+        self.scale = nn.Parameter(torch.ones(len(self.direct)))
+        kinds = {**schema.user, **schema.context}
+        rows = {**owner_sizes(sizes, "user"), **owner_sizes(sizes, "context")}
+        beside = sum(widths.values()) + len(widths)
+        self.encoder = FeatureEncoder(kinds, rows, hidden, out, dropout, beside)
 
     def forward(self, user: Features, item_tables: nn.ModuleDict) -> Tensor:
         """User and context features [B, ...] and the item tower's tables -> [B, out]."""
-        pooled = []
+        pooled: dict[str, Tensor] = {}
+        lengths = []
         for name, history in self.histories.items():
             rows = user[name].long()
-            pooled.append(self.pooling[name](item_tables[history.of](rows.clamp_min(0)), rows >= 0))
-        x = self.dropout(torch.cat([*pooled, self.encoder(user)] if self.encoder.width else pooled, dim=-1))
-        out: Tensor = self.mlp(x)
-        if self.linear is not None:
-            out = out + self.linear(x[..., : self.linear.in_features])
+            pooled[name] = self.pooling[name](item_tables[history.of](rows.clamp_min(0)), rows >= 0)
+            lengths.append((rows >= 0).sum(-1).float().log1p() / 2)
+        start = [self.scale[n] * pooled[name] for n, name in enumerate(self.direct)]
+        beside = torch.cat([*pooled.values(), torch.stack(lengths, dim=-1)], dim=-1) if pooled else None
+        out: Tensor = self.encoder(user, beside, torch.stack(start).sum(0) if start else None)
         return out
 
 
@@ -93,7 +96,7 @@ class TwoTower(nn.Module):
     """Similarity = user_side . item_side, for retrieval.
 
     With `retrieval.normalise` both vectors are of length one before the temperature divides (Yi et al. 2019, §3).
-    The last column holds the popularity bias: items carry weight x popularity, users carry 1.
+    The last column holds the popularity bias: items carry their bias, users carry 1.
     """
 
     def __init__(self, schema: FeatureSchema, sizes: Mapping[str, int], options: Retrieval) -> None:
@@ -101,19 +104,19 @@ class TwoTower(nn.Module):
         self.normalise = options.normalise
         self.temperature = options.temperature
         self.item_tower = ItemTower(schema, sizes, options.hidden, options.dim, options.dropout)
-        tables = self.item_tower.encoder.tables
+        tables = self.item_tower.tables
         self.user_tower = UserTower(schema, sizes, tables, options.hidden, options.dim, options.dropout)
-        self.popularity_weight = nn.Parameter(torch.tensor(float(options.popularity.weight)))
-        self.popularity_weight.requires_grad_(options.popularity.weight != 0)
+        series = options.popularity.num_series
+        self.popularity_weight = nn.Parameter(torch.full((series,), 0.5 / max(series, 1)))
 
     @property
     def width(self) -> int:
         """The width D of both sides, the popularity column included."""
-        return self.item_tower.linear.out_features + 1
+        return self.item_tower.encoder.out + 1
 
     def user_vectors(self, user: Features) -> Tensor:
         """User and context features [B, ...] -> float32 [B, D - 1], temperature applied."""
-        vectors: Tensor = self.user_tower(user, self.item_tower.encoder.tables)
+        vectors: Tensor = self.user_tower(user, self.item_tower.tables)
         return (normalize(vectors, dim=-1) if self.normalise else vectors) / self.temperature
 
     def item_vectors(self, items: Features) -> Tensor:
@@ -127,9 +130,12 @@ class TwoTower(nn.Module):
         return torch.cat([vectors, vectors.new_ones(*vectors.shape[:-1], 1)], dim=-1)
 
     def item_side(self, items: Features, popularity: Tensor) -> Tensor:
-        """Item features [I, ...] and their popularity float32 [I] (see `features.popularity`) -> float32 [I, D]."""
-        bias = self.popularity_weight * popularity
-        return torch.cat([self.item_vectors(items), bias.unsqueeze(-1)], dim=-1)
+        """Item features [I, ...] and popularity float32 [I, S] (`features.popularity`) -> float32 [I, D]."""
+        return torch.cat([self.item_vectors(items), self.popularity_bias(popularity).unsqueeze(-1)], dim=-1)
+
+    def popularity_bias(self, popularity: Tensor) -> Tensor:
+        """Popularity float32 [..., S] -> the learned bias [...]; zeros where the funnel file asks for none."""
+        return popularity @ self.popularity_weight
 
 
 def build_towers(config: Config, sizes: Mapping[str, int]) -> TwoTower:

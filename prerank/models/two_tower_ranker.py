@@ -24,7 +24,7 @@ class TwoTowerRanker(nn.Module):
         self.dim = options.dim
         width = len(self.tasks) * (self.dim + 1)
         self.item_tower = ItemTower(config.features, sizes, options.hidden, width, options.dropout)
-        tables = self.item_tower.encoder.tables
+        tables = self.item_tower.tables
         self.user_tower = UserTower(config.features, sizes, tables, options.hidden, width, options.dropout)
 
     def item_side(self, items: Features) -> Tensor:
@@ -34,7 +34,7 @@ class TwoTowerRanker(nn.Module):
 
     def user_side(self, user: Features) -> Tensor:
         """User and context features [B, ...] -> float32 [B, T (D + 1)], laid out as the item side."""
-        out: Tensor = self.user_tower(user, self.item_tower.encoder.tables)
+        out: Tensor = self.user_tower(user, self.item_tower.tables)
         return out
 
     def forward(self, user_side: Tensor, item_side: Tensor) -> Tensor:

@@ -9,42 +9,53 @@ Modeling for Large Corpus Item Recommendations", eq. 4-6).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 
-def softmax_loss(logits: Tensor, target: Tensor, weight: Tensor, excluded: Tensor) -> Tensor:
-    """Weighted mean of -log softmax(logits)[target] over a whole catalogue -> scalar.
+@dataclass(frozen=True, slots=True)
+class Positives:
+    """What the examples of a batch should have found, as columns over P positives; an example may have several.
 
-    logits float [B, I]; target int64 [B]; weight float [B]; excluded int64 [B, X] are items of this user that are no
-    negatives (padded with -1); the target itself is never excluded.
+    example int64 [P] position in the batch; item int64 [P] row of the catalogue; weight float [P].
     """
-    rows = torch.arange(len(target), device=logits.device)
+
+    example: Tensor
+    item: Tensor
+    weight: Tensor
+
+
+def softmax_loss(logits: Tensor, positives: Positives, excluded: Tensor) -> Tensor:
+    """Weighted mean over positives of -log softmax(logits of its example)[its item] over a whole catalogue -> scalar.
+
+    logits float [B, I]; excluded int64 [B, X]: items of this user that are no negatives, padded with -1. A positive
+    may not be among its example's excluded.
+    """
     drop_row, drop_slot = (excluded >= 0).nonzero(as_tuple=True)
     hidden = torch.zeros_like(logits, dtype=torch.bool)
     hidden[drop_row, excluded[drop_row, drop_slot]] = True
-    hidden[rows, target] = False
-    losses = cross_entropy(logits.masked_fill(hidden, -torch.inf), target, reduction="none")
-    return (losses * weight).sum() / weight.sum()
+    normaliser = logits.masked_fill(hidden, -torch.inf).logsumexp(1)
+    losses = normaliser[positives.example] - logits[positives.example, positives.item]
+    return (losses * positives.weight).sum() / positives.weight.sum()
 
 
 def sampled_softmax_loss(
-    logits: Tensor, columns: Tensor, log_q: Tensor, target: Tensor, weight: Tensor, excluded: Tensor
+    logits: Tensor, columns: Tensor, log_q: Tensor, positives: Positives, excluded: Tensor
 ) -> Tensor:
     """The in-batch softmax with log-Q correction -> scalar.
 
-    columns int64 [C]: the distinct item rows of the batch, ascending; logits float [B, C]; log_q float [C] =
-    log p(item in the batch), subtracted from every column, the positive's too; target int64 [B] item rows, each one
-    of `columns`; weight float [B]; excluded int64 [B, X] item rows as above.
+    columns int64 [C]: the distinct items of the batch's positives, ascending; logits float [B, C]; log_q float [C] =
+    log p(item in the batch), subtracted from every column, the positive's too; excluded int64 [B, X] as above.
 
     Unlike the paper's, a column stands for an item and not for an example: two examples with one item share a column,
     so an accidental hit cannot be a negative, and p(in the batch) is that column's exact probability of being there.
     """
     place = torch.searchsorted(columns, excluded.contiguous()).clamp_max(len(columns) - 1)
     own = torch.where(columns[place] == excluded, place, -1)
-    return softmax_loss(logits - log_q[None, :], torch.searchsorted(columns, target), weight, own)
+    in_columns = replace(positives, item=torch.searchsorted(columns, positives.item))
+    return softmax_loss(logits - log_q[None, :], in_columns, own)
 
 
 class StreamingFrequency:

@@ -4,13 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from prerank.train.losses import StreamingFrequency, sampled_softmax_loss, softmax_loss
+from prerank.train.losses import Positives, StreamingFrequency, sampled_softmax_loss, softmax_loss
 
 NOBODY = torch.full((1, 1), -1)
 
 
 def none_excluded(num_examples: int) -> torch.Tensor:
     return NOBODY.expand(num_examples, 1)
+
+
+def one_each(items: torch.Tensor, weight: torch.Tensor | None = None) -> Positives:
+    return Positives(torch.arange(len(items)), items, torch.ones(len(items)) if weight is None else weight)
 
 
 def a_world(num_users: int = 6, num_items: int = 30) -> np.ndarray:
@@ -38,9 +42,7 @@ def learn_logits(world: np.ndarray, sign: float) -> np.ndarray:
         frequency.update(items)
         columns = items.unique()
         log_q = sign * frequency.log_probability(columns)
-        loss = sampled_softmax_loss(
-            table[users][:, columns], columns, log_q, items, torch.ones(batch), none_excluded(batch)
-        )
+        loss = sampled_softmax_loss(table[users][:, columns], columns, log_q, one_each(items), none_excluded(batch))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -82,8 +84,9 @@ def test_sampled_softmax_equals_numpy_with_shared_columns_and_own_items_out():
     corrected = logits - log_q
     corrected[1, 1] = -np.inf  # user 1 already had item 5
     losses = np.log(np.exp(corrected).sum(1)) - corrected[np.arange(4), [2, 0, 2, 1]]
-    excluded = torch.tensor([[-1, -1], [5, 3], [-1, 6], [-1, -1]])
-    ours = sampled_softmax_loss(*map(torch.tensor, (logits, columns, log_q, items, weight)), excluded)
+    excluded = torch.tensor([[-1, -1], [5, 4], [-1, 6], [-1, -1]])
+    positives = one_each(torch.tensor(items), torch.tensor(weight))
+    ours = sampled_softmax_loss(*map(torch.tensor, (logits, columns, log_q)), positives, excluded)
     assert ours.item() == pytest.approx((losses * weight).sum() / weight.sum())
 
 
@@ -92,18 +95,24 @@ def test_an_accidental_hit_is_no_negative():
         torch.tensor([[2.0], [1.0]]),
         torch.tensor([4]),
         torch.zeros(1),
-        torch.tensor([4, 4]),
-        torch.ones(2),
+        one_each(torch.tensor([4, 4])),
         none_excluded(2),
     )
     assert twice.item() == 0.0
 
 
-def test_full_softmax_leaves_out_the_users_own_items_but_never_the_target():
+def test_full_softmax_leaves_out_the_users_own_items():
     logits = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
-    excluded = torch.tensor([[2, 0, -1]])
-    loss = softmax_loss(logits, torch.tensor([0]), torch.ones(1, dtype=torch.float64), excluded)
+    loss = softmax_loss(logits, one_each(torch.tensor([0])), torch.tensor([[2, -1]]))
     assert loss.item() == pytest.approx(np.log(np.exp(1) + np.exp(2)) - 1)
+
+
+def test_several_positives_of_one_example_share_its_softmax_by_weight():
+    logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
+    positives = Positives(torch.tensor([0, 0, 1]), torch.tensor([0, 2, 1]), torch.tensor([1.0, 0.5, 2.0]))
+    log_probs = torch.log_softmax(logits, 1)
+    expected = -(log_probs[0, 0] + 0.5 * log_probs[0, 2] + 2 * log_probs[1, 1]) / 3.5
+    assert softmax_loss(logits, positives, none_excluded(2)).item() == pytest.approx(expected.item())
 
 
 def test_streaming_frequency_finds_the_true_probability_of_being_in_a_batch():

@@ -1,0 +1,40 @@
+"""The user's side of any (user, moment) of the log, as tensors: profile, context, and histories cut before it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prerank.schema import FeatureSchema, History
+from prerank.train.prepare import Prepared
+from prerank.types import Array
+
+
+class UserExamples:
+    """Gathers user and context features of events; the same Timeline code cuts histories when serving."""
+
+    def __init__(self, prepared: Prepared, schema: FeatureSchema) -> None:
+        self.prepared = prepared
+        self.timelines = prepared.timelines(schema)
+        self.lengths = {name: history.length for name, history in schema.histories().items()}
+        self.profile = [n for n, kind in schema.user.items() if not isinstance(kind, History)]
+        self.context = list(schema.context)
+
+    def at(self, events: Array, time_ms: Array | None = None) -> dict[str, Tensor]:
+        """Features [B, ...] of the users of `events` int64 [B], with each event's context.
+
+        Histories are cut strictly before `time_ms` int64 [B] (the event's own time unless given).
+        """
+        log = self.prepared.events
+        user = np.asarray(log["user"][events], dtype=np.int64)
+        moment = np.asarray(log["time_ms"][events]) if time_ms is None else time_ms
+        columns = {name: self.prepared.users[name][user] for name in self.profile}
+        columns |= {name: log[name][events] for name in self.context}
+        columns |= {name: line.before(user, moment, self.lengths[name]) for name, line in self.timelines.items()}
+        return {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
+
+
+def item_tensors(prepared: Prepared) -> dict[str, Tensor]:
+    """Every item's encoded features [I, ...], in the order of `item_ids`."""
+    return {name: torch.from_numpy(np.array(column)) for name, column in prepared.items.items()}

@@ -1,0 +1,249 @@
+"""Logs to arrays on disk, once: every table encoded, every event in the order it happened to its user.
+
+Batches stream in and go out to files as they are encoded; only ids, times and one permutation (20 bytes an event)
+are held at once, so the log may be larger than memory. Whether the tables are fit to use is `data.check`'s question.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+
+from prerank.config import Config
+from prerank.data.logs import Tables
+from prerank.errors import DataError
+from prerank.features.histories import Timeline
+from prerank.features.transforms import Transforms
+from prerank.schema import IMPRESSION, FeatureSchema, Owner
+from prerank.types import Array, Columns, Report, day_number, silent
+
+FORMAT = 1
+_CHUNK = 1 << 20
+_ID = "__id__"  # the key column, beside features of any name
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Users, items and events as arrays; a user or item is its position in `user_ids` or `item_ids` (ascending).
+
+    users, items: encoded features, leading shape [U] and [I]. events, leading shape [E], ordered by user, then time:
+    user int32, item int32, time_ms int64, day int32 (days since 1970 in the funnel's zone), flags uint32 (bit j is
+    labels[j]; a label not known counts as 0), logged bool (False for the history table) and each context feature.
+    """
+
+    transforms: Transforms
+    labels: tuple[str, ...]
+    user_ids: Array
+    item_ids: Array
+    users: Columns
+    items: Columns
+    events: Columns
+
+    def happened(self, event: str) -> Array:
+        """bool [E]: where the label `event` is 1, or everywhere for "impression"."""
+        if event == IMPRESSION:
+            return np.ones(len(self.events["flags"]), dtype=bool)
+        bit = np.uint32(1 << self.labels.index(event))
+        marks: Array = (self.events["flags"] & bit) != 0
+        return marks
+
+    def of_days(self, days: Sequence[str]) -> Array:
+        """bool [E]: logged events of these ISO days."""
+        wanted = np.array([day_number(d) for d in days], dtype=np.int32)
+        marks: Array = np.isin(self.events["day"], wanted) & self.events["logged"]
+        return marks
+
+    def timelines(self, schema: FeatureSchema) -> dict[str, Timeline]:
+        """Each history feature's events of all users."""
+        found = {}
+        for name, history in schema.histories().items():
+            rows = np.flatnonzero(self.happened(history.events))
+            user, time_ms, item = (self.events[c][rows] for c in ("user", "time_ms", "item"))
+            found[name] = Timeline.build(len(self.user_ids), user, time_ms, self.items[history.of][item])
+        return found
+
+
+def prepare(config: Config, tables: Tables, folder: Path, report: Report = silent) -> Prepared:
+    """The prepared arrays under `folder`, made unless the same data and features were prepared before.
+
+    Raises DataError where an id of the log is in no table; `prerank check` tells every such problem at once.
+    """
+    out = folder / f"prepared-{preparation_key(config, tables)}"
+    if not (out / "done").exists():
+        building = folder / f".{out.name}"
+        shutil.rmtree(building, ignore_errors=True)
+        for part in ("users", "items", "events"):
+            (building / part).mkdir(parents=True)
+        _Preparation(config, tables, building, report).run()
+        (building / "done").touch()
+        shutil.rmtree(out, ignore_errors=True)
+        building.rename(out)
+    return load_prepared(out)
+
+
+def preparation_key(config: Config, tables: Tables) -> str:
+    """16 hex digits that change when the data, the days, the features or this file's format change."""
+    plain = config.to_dict()
+    said = [FORMAT, tables.fingerprint(), plain["data"], plain["features"], config.labels()]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_prepared(folder: Path) -> Prepared:
+    """What `prepare` wrote, memory-mapped."""
+
+    def columns(part: str) -> dict[str, Array]:
+        return {f.stem: np.load(f, mmap_mode="r") for f in sorted((folder / part).glob("*.npy"))}
+
+    users, items = columns("users"), columns("items")
+    return Prepared(
+        transforms=Transforms.from_json((folder / "transforms.json").read_text()),
+        labels=tuple(json.loads((folder / "labels.json").read_text())),
+        user_ids=users.pop(_ID),
+        item_ids=items.pop(_ID),
+        users=users,
+        items=items,
+        events=columns("events"),
+    )
+
+
+class _Preparation:
+    """One run of `prepare`: count, fit, encode, sort."""
+
+    def __init__(self, config: Config, tables: Tables, out: Path, report: Report) -> None:
+        self.config, self.tables, self.out, self.report = config, tables, out, report
+        data = config.data
+        self.keys = [data.user_id, data.item_id, data.time]
+        self.labels = config.labels()
+        self.users, self.user_ids = _by_id(tables.users(), data.user_id)
+        self.items, self.item_ids = _by_id(tables.items(), data.item_id)
+
+    def run(self) -> None:
+        transforms = self._fit()
+        (self.out / "transforms.json").write_text(transforms.to_json())
+        (self.out / "labels.json").write_text(json.dumps(self.labels))
+        self._write("users", transforms, "user", self.users, self.user_ids)
+        self._write("items", transforms, "item", self.items, self.item_ids)
+        spool = _Spool(self.out / "events")
+        for batch in self._encoded(transforms):
+            spool.append(batch)
+            self.report("encode the log", spool.num_rows, 0, "events")
+        self.report("encode the log", spool.num_rows, spool.num_rows, "events")
+        spool.write_sorted(self.report)
+
+    def _fit(self) -> Transforms:
+        """Vocabularies and statistics of the training days, and of what came before them."""
+        seen_users = np.zeros(len(self.user_ids), dtype=np.int64)
+        seen_items = np.zeros(len(self.item_ids), dtype=np.int64)
+        days = self.config.data.days("train")
+        for batch in self.tables.history(self.keys[:2]):
+            self._count(batch, seen_users, seen_items)
+        for batch in self.tables.impressions(self.keys[:2], days):
+            self._count(batch, seen_users, seen_items)
+        self.report("fit transforms", 1, 2, "")
+        context = self.config.features.columns("context")
+        batches = self.tables.impressions(context, days) if context else iter(())
+        fitted = Transforms.fit(
+            self.config.features, users=(self.users, seen_users), items=(self.items, seen_items), context=batches
+        )
+        self.report("fit transforms", 2, 2, "")
+        return fitted
+
+    def _count(self, batch: pa.RecordBatch, seen_users: Array, seen_items: Array) -> None:
+        seen_users += np.bincount(self._positions(batch, "user"), minlength=len(seen_users))
+        seen_items += np.bincount(self._positions(batch, "item"), minlength=len(seen_items))
+
+    def _positions(self, batch: pa.RecordBatch, owner: Owner) -> Array:
+        """The row of each event's user or item in the sorted tables, int64 [rows]."""
+        key, known = (self.keys[0], self.user_ids) if owner == "user" else (self.keys[1], self.item_ids)
+        ids = batch.column(key).to_numpy(zero_copy_only=False)
+        places = np.searchsorted(known, ids).clip(max=max(len(known) - 1, 0))
+        strange = known[places] != ids if len(known) else np.ones(len(ids), dtype=bool)
+        if strange.any():
+            example = ids[strange][0]
+            raise DataError(
+                f"the log's {key} {example} is not in the {owner}s table, nor are {int(strange.sum()) - 1} other rows "
+                "of its batch; run `prerank check` to see every problem of the data"
+            )
+        return np.asarray(places)
+
+    def _encoded(self, transforms: Transforms) -> Iterator[dict[str, Array]]:
+        context = self.config.features.columns("context")
+        wanted = [*self.keys, *self.labels, *context]
+        logged = ((batch, True) for batch in self.tables.impressions(wanted))
+        before = ((batch, False) for batch in self.tables.history(wanted))
+        for batch, is_logged in chain(logged, before):
+            encoded = transforms.encode("context", batch) if context else {}
+            yield {**self._event_columns(batch, is_logged), **encoded}
+
+    def _event_columns(self, batch: pa.RecordBatch, logged: bool) -> dict[str, Array]:
+        flags = np.zeros(batch.num_rows, dtype=np.uint32)
+        for bit, label in enumerate(self.labels):
+            happened = batch.column(label).cast(pa.bool_()).fill_null(False).to_numpy(zero_copy_only=False)
+            flags |= happened.astype(np.uint32) << np.uint32(bit)
+        return {
+            "user": self._positions(batch, "user").astype(np.int32),
+            "item": self._positions(batch, "item").astype(np.int32),
+            "time_ms": batch.column(self.keys[2]).to_numpy(zero_copy_only=False).astype(np.int64),
+            "day": batch.column("day").to_numpy(zero_copy_only=False).astype(np.int32),
+            "flags": flags,
+            "logged": np.full(batch.num_rows, logged),
+        }
+
+    def _write(self, part: str, transforms: Transforms, owner: Owner, table: pa.Table, ids: Array) -> None:
+        for name, column in {**transforms.encode(owner, table), _ID: ids}.items():
+            np.save(self.out / part / f"{name}.npy", column)
+
+
+class _Spool:
+    """Columns appended batch by batch to files, then written once more in the order of user and time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.num_rows = 0
+        self._files: dict[str, IO[bytes]] = {}
+        self._like: dict[str, Array] = {}
+
+    def append(self, columns: Mapping[str, Array]) -> None:
+        for name, column in columns.items():
+            if name not in self._files:
+                self._files[name] = (self.folder / f"{name}.raw").open("wb")
+                self._like[name] = column[:0]
+            self._files[name].write(np.ascontiguousarray(column, dtype=self._like[name].dtype).data)
+        self.num_rows += len(columns["user"])
+
+    def write_sorted(self, report: Report) -> None:
+        for file in self._files.values():
+            file.close()
+        if not self.num_rows:
+            raise DataError("the impressions table has no rows; check [data].impressions")
+        order = np.lexsort((self._raw("time_ms"), self._raw("user")))
+        for done, name in enumerate(self._files, start=1):
+            raw = self._raw(name)
+            path = self.folder / f"{name}.npy"
+            out = np.lib.format.open_memmap(path, mode="w+", dtype=raw.dtype, shape=raw.shape)
+            for start in range(0, self.num_rows, _CHUNK):
+                out[start : start + _CHUNK] = raw[order[start : start + _CHUNK]]
+            out.flush()
+            (self.folder / f"{name}.raw").unlink()
+            report("order the log", done, len(self._files), "columns")
+
+    def _raw(self, name: str) -> Array:
+        like = self._like[name]
+        shape = (self.num_rows, *like.shape[1:])
+        mapped: Array = np.memmap(self.folder / f"{name}.raw", dtype=like.dtype, mode="r", shape=shape)
+        return mapped
+
+
+def _by_id(table: pa.Table, key: str) -> tuple[pa.Table, Array]:
+    """The table in ascending order of its key column, and that column as int64."""
+    ordered = table.sort_by(key)
+    return ordered, ordered.column(key).to_numpy().astype(np.int64)

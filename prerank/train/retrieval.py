@@ -1,0 +1,185 @@
+"""Two towers from what users went on to want: an example is a user at a moment, its positives the next events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prerank.config import Config
+from prerank.features.histories import Timeline
+from prerank.features.popularity import popularity
+from prerank.models.towers import TwoTower, build_towers
+from prerank.train.examples import UserExamples, item_tensors
+from prerank.train.loop import Plan, run
+from prerank.train.losses import Positives, StreamingFrequency, sampled_softmax_loss, softmax_loss
+from prerank.train.prepare import Prepared
+from prerank.types import Array, Report, day_number, silent
+
+EXCLUDED = 50
+"""How many of a user's own latest relevant items are kept out of its negatives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The examples G: events [start, end) of `events` int64 [P] are one example's positives, `weight` float32 [P]."""
+
+    events: Array
+    weight: Array
+    start: Array
+    end: Array
+
+    @classmethod
+    def build(cls, prepared: Prepared, config: Config) -> Groups:
+        """Target events of the training days and of what came before them, in runs of one user and one day.
+
+        An event on an item the user had found relevant before is no target: retrieval leaves such items out.
+        """
+        log = prepared.events
+        weight = np.zeros(len(log["day"]), dtype=np.float32)
+        for event, value in config.retrieval.targets.items():
+            np.maximum(weight, np.where(prepared.happened(event), np.float32(value), 0), out=weight)
+        wanted = (weight > 0) & (np.asarray(log["day"]) <= day_number(config.data.train[1]))
+        events = np.flatnonzero(wanted & ~_relevant_before(prepared, config.retrieval.relevant))
+        user, day = log["user"][events], log["day"][events]
+        fresh = np.ones(len(events), dtype=bool)
+        fresh[1:] = (user[1:] != user[:-1]) | (day[1:] != day[:-1])
+        run_start = np.maximum.accumulate(np.where(fresh, np.arange(len(events)), 0))
+        start = np.flatnonzero((np.arange(len(events)) - run_start) % config.retrieval.group == 0)
+        return cls(events, weight[events], start, np.append(start[1:], len(events)))
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def positives(self, examples: Array, item: Array) -> Positives:
+        """The positives of examples int64 [B]; `item` int32 [E] is the log's item column."""
+        sizes = self.end[examples] - self.start[examples]
+        example = np.repeat(np.arange(len(examples)), sizes)
+        first = np.cumsum(sizes) - sizes
+        place = np.arange(sizes.sum()) - first[example] + self.start[examples][example]
+        found = (example, item[self.events[place]].astype(np.int64), self.weight[place])
+        return Positives(*(torch.from_numpy(column) for column in found))
+
+
+def _relevant_before(prepared: Prepared, relevant: str) -> Array:
+    """bool [E]: the user had a relevant event on this item strictly earlier."""
+    log = prepared.events
+    pair = np.asarray(log["user"], dtype=np.int64) * len(prepared.item_ids) + log["item"]
+    marked = np.flatnonzero(prepared.happened(relevant))
+    # events are in time order within a user, so np.unique's first occurrence is the earliest
+    known, first = np.unique(pair[marked], return_index=True)
+    if not len(known):
+        return np.zeros(len(pair), dtype=bool)
+    place = np.searchsorted(known, pair).clip(max=len(known) - 1)
+    earliest = np.asarray(log["time_ms"][marked[first]])[place]
+    before: Array = (known[place] == pair) & (earliest < log["time_ms"])
+    return before
+
+
+class ItemPopularity:
+    """Every item's popularity at the start of each day of the log."""
+
+    def __init__(self, prepared: Prepared, config: Config) -> None:
+        self.first = day_number(config.data.train[0])
+        options, log = config.retrieval.popularity, prepared.events
+        day = np.asarray(log["day"]) - self.first
+        self.num_days = max(int(day.max()) + 1, 1)
+        num_items = len(prepared.item_ids)
+        counts = np.zeros((len(options.events), self.num_days, num_items))
+        for number, event in enumerate(options.events):
+            rows = np.flatnonzero(prepared.happened(event) & (day >= 0))
+            flat = day[rows].astype(np.int64) * num_items + log["item"][rows]
+            counts[number] = np.bincount(flat, minlength=self.num_days * num_items).reshape(self.num_days, num_items)
+        self.table = torch.from_numpy(popularity(counts, options.half_life_days))
+
+    def place(self, day: Array) -> Tensor:
+        """Days since 1970 int [B] -> rows of `table` int64 [B]; a day before the training days has no popularity."""
+        return torch.from_numpy((np.asarray(day, dtype=np.int64) - self.first).clip(0, self.num_days))
+
+    def at(self, iso_day: str) -> Tensor:
+        """float32 [I, S] as seen at the start of one day."""
+        return self.table[self.place(np.array([day_number(iso_day)]))[0]]
+
+    def latest(self) -> Tensor:
+        """float32 [I, S] as seen after the whole log."""
+        return self.table[-1]
+
+
+def train_retrieval(
+    prepared: Prepared,
+    config: Config,
+    folder: Path,
+    identity: str,
+    after_epoch: Callable[[TwoTower], Mapping[str, float]] = lambda _: {},
+    report: Report = silent,
+) -> tuple[TwoTower, list[dict[str, float]]]:
+    """The trained towers and one record an epoch; see `loop.run` for how it resumes and what it raises."""
+    torch.manual_seed(config.seed)
+    towers = build_towers(config, prepared.transforms.sizes())
+    groups = Groups.build(prepared, config)
+    options = config.retrieval
+    plan = Plan(
+        identity=identity,
+        num_examples=len(groups),
+        batch=options.batch,
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        seed=config.seed,
+    )
+    loss = _Loss(towers, prepared, config, groups)
+    records = run(
+        towers,
+        plan,
+        loss,
+        folder,
+        extra_state=loss.frequency.state,
+        load_extra=loss.frequency.load_state,
+        after_epoch=lambda _: after_epoch(towers),
+        report=report,
+        what="train two towers",
+    )
+    return towers, records
+
+
+class _Loss:
+    """The loss of a batch of groups, by full or sampled softmax."""
+
+    def __init__(self, towers: TwoTower, prepared: Prepared, config: Config, groups: Groups) -> None:
+        self.towers, self.groups, self.log = towers, groups, prepared.events
+        self.sampled = config.retrieval.loss == "sampled_softmax"
+        self.users = UserExamples(prepared, config.features)
+        self.items = item_tensors(prepared)
+        self.popularity = ItemPopularity(prepared, config)
+        own = np.flatnonzero(prepared.happened(config.retrieval.relevant))
+        self.own = Timeline.build(len(prepared.user_ids), *(self.log[c][own] for c in ("user", "time_ms", "item")))
+        self.frequency = StreamingFrequency(buckets=4 * len(prepared.item_ids) + 1, seed=config.seed)
+
+    def __call__(self, examples: Tensor) -> Tensor:
+        chosen = examples.numpy()
+        first = self.groups.events[self.groups.start[chosen]]
+        positives = self.groups.positives(chosen, self.log["item"])
+        user, moment = np.asarray(self.log["user"][first], dtype=np.int64), np.asarray(self.log["time_ms"][first])
+        excluded = torch.from_numpy(self.own.before(user, moment, EXCLUDED)).long()
+        user_BD = self.towers.user_vectors(self.users.at(first))
+        day = self.popularity.place(self.log["day"][first])
+        if not self.sampled:
+            return softmax_loss(self._logits(user_BD, day, None), positives, excluded)
+        columns = torch.unique(positives.item)
+        self.frequency.update(columns)
+        log_q = self.frequency.log_probability(columns)
+        return sampled_softmax_loss(self._logits(user_BD, day, columns), columns, log_q, positives, excluded)
+
+    def _logits(self, user_BD: Tensor, day: Tensor, columns: Tensor | None) -> Tensor:
+        """Similarity with every item, or with those of `columns`, popularity of each example's own day included."""
+        items = self.items if columns is None else {name: column[columns] for name, column in self.items.items()}
+        table = self.popularity.table if columns is None else self.popularity.table[:, columns]
+        item_ID = self.towers.item_vectors(items)
+        bias_IC = self.towers.popularity_bias(table).T
+        # [u, one-hot day] . [v, bias of each day]: one product instead of a gathered [B, I] of biases
+        day_BC = torch.nn.functional.one_hot(day, bias_IC.shape[1]).to(user_BD.dtype)
+        return torch.cat([user_BD, day_BC], dim=1) @ torch.cat([item_ID, bias_IC], dim=1).T
