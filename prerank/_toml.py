@@ -142,7 +142,7 @@ def _feature(options: object, key: str, problems: Problems) -> Kind | None:
         problems.add(key, f"expected {{ kind = ... }} with one of {list(KINDS)}, got {options!r}")
         return None
     name = options["kind"]
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         near = nearest(name, list(KINDS)) if isinstance(name, str) else ""
         problems.add(f"{key}.kind", f"expected one of {list(KINDS)}, got {name!r}{near}")
         return None

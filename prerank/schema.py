@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from typing import Literal, TypeAlias
 
 from prerank.errors import ConfigError
@@ -40,7 +41,7 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Bag:
-    """A set of categories (a list column, or text split at `separator`); the first `length` known ones count."""
+    """A set of categories (a list column, or text split at `separator`); the first `length` members count."""
 
     column: str = ""
     dim: int = 16
@@ -117,6 +118,7 @@ class FeatureSchema:
                     f"features.{owner}.{name}: the name is taken by features.{seen[name]}.{name}; choose another"
                 )
             seen.setdefault(name, owner)
+            _check_ranges(f"features.{owner}.{name}", kind)
             if isinstance(kind, History):
                 self._check_history(owner, name, kind)
         for name, kind in self.context.items():
@@ -133,8 +135,6 @@ class FeatureSchema:
             raise ConfigError(
                 f"features.user.{name}.of = {kind.of!r}: expected a category of [features.item], one of {known}"
             )
-        if kind.length < 1:
-            raise ConfigError(f"features.user.{name}.length = {kind.length}: expected at least 1")
 
     def __iter__(self) -> Iterator[tuple[Owner, str, Kind]]:
         for owner in OWNERS:
@@ -183,6 +183,20 @@ class FeatureSchema:
             if list(mine[owner]) != list(theirs[owner]):
                 return f"{owner} features are in another order: {list(mine[owner])} here, {list(theirs[owner])} there"
         return None
+
+
+_LEAST = {"dim": 1, "length": 1, "width": 1, "min_count": 1, "hash": 0}
+
+
+def _check_ranges(key: str, kind: Kind) -> None:
+    options = asdict(kind)
+    for name, least in _LEAST.items():
+        if name in options and options[name] < least:
+            raise ConfigError(f"{key}.{name} = {options[name]}: expected at least {least}")
+    if options.get("hash") and options.get("min_count", 1) > 1:
+        raise ConfigError(f"{key}: hash and min_count do not go together; a hash has no rare values to leave out")
+    if not isfinite(options.get("missing", 0.0)):
+        raise ConfigError(f"{key}.missing = {options['missing']}: expected a finite number")
 
 
 def _show(options: Mapping[str, object] | None) -> str:

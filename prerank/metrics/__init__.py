@@ -1,1 +1,1 @@
-"""Arrays in, numbers out."""
+"""Arrays in, numbers out: how good an order is, how well a probability is known, and how sure we are."""

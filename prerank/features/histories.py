@@ -1,0 +1,95 @@
+"""What each user did before a moment: events in time order, one slice a user, cut strictly before.
+
+Training asks for millions of moments of all users, serving for one of one user; both run this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from prerank.types import Array
+
+_CELLS_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Timeline:
+    """Events of one kind of U users; user u's are offsets[u]:offsets[u + 1], oldest first.
+
+    offsets int64 [U+1]; time_ms int64 [E]; values int32 [E], an encoded item feature. Events of the same millisecond
+    keep the order they came in.
+    """
+
+    offsets: Array
+    time_ms: Array
+    values: Array
+
+    @classmethod
+    def build(cls, num_users: int, user: Array, time_ms: Array, values: Array) -> Timeline:
+        """Events in any order: user int [E] in 0..num_users-1, time_ms int64 [E], values int [E]."""
+        assert user.shape == time_ms.shape == values.shape
+        assert not len(user) or (user.min() >= 0 and user.max() < num_users), "every event is some user's"
+        if not _in_order(user, time_ms):
+            order = np.lexsort((time_ms, user))
+            user, time_ms, values = user[order], time_ms[order], values[order]
+        offsets = np.zeros(num_users + 1, dtype=np.int64)
+        np.cumsum(np.bincount(user, minlength=num_users), out=offsets[1:])
+        return cls(offsets, time_ms.astype(np.int64, copy=False), values.astype(np.int32, copy=False))
+
+    def ends(self, user: Array, time_ms: Array) -> Array:
+        """int64 [B]: one past the last event strictly before `time_ms` int64 [B] in the slice of `user` int [B].
+
+        User -1 is nobody, whose slice is empty.
+        """
+        start, stop = self._slices(user)
+        longest = int((stop - start).max(initial=0))
+        if not longest:
+            return start
+        # bisection of all slices at once: `end` only ever moves past events known to be before the moment
+        end = start.copy()
+        step = 1 << (longest.bit_length() - 1)
+        while step:
+            probe = end + step
+            last = np.minimum(probe, stop) - 1
+            np.maximum(last, 0, out=last)
+            before = self.time_ms[last] < time_ms
+            before &= probe <= stop
+            end += before * step
+            step >>= 1
+        return end
+
+    def before(self, user: Array, time_ms: Array, length: int) -> Array:
+        """int32 [B, L]: the last `length` values strictly before `time_ms`, newest last, -1 on the left where fewer."""
+        return self.gather(user, self.ends(user, time_ms), length)
+
+    def gather(self, user: Array, ends: Array, length: int) -> Array:
+        """int32 [B, L]: `before`, from the positions int64 [B] that `ends` gave."""
+        start, _ = self._slices(user)
+        out = np.full((len(user), length), -1, dtype=np.int32)
+        if not len(self.values):
+            return out
+        back = np.arange(-length, 0)
+        rows = max(1, _CELLS_AT_ONCE // max(length, 1))  # pieces that stay in the cache
+        for first in range(0, len(user), rows):
+            piece = slice(first, first + rows)
+            places = ends[piece, None] + back
+            taken = places >= start[piece, None]
+            np.maximum(places, 0, out=places)
+            np.copyto(out[piece], self.values[places], where=taken)
+        return out
+
+    def _slices(self, user: Array) -> tuple[Array, Array]:
+        """Start and stop int64 [B] of each user's slice."""
+        assert user.min(initial=0) >= -1, "a user is a position, or -1 for nobody"
+        assert user.max(initial=-1) < len(self.offsets) - 1, "a user is a position in this timeline"
+        # -1 becomes the empty slice from 0 to offsets[0], which is 0
+        return self.offsets.take(user, mode="clip"), self.offsets.take(user + 1)
+
+
+def _in_order(user: Array, time_ms: Array) -> bool:
+    """Whether events are by user, then time, already, as a prepared log's are."""
+    later = user[1:] > user[:-1]
+    later |= (user[1:] == user[:-1]) & (time_ms[1:] >= time_ms[:-1])
+    return bool(later.all())

@@ -1,0 +1,133 @@
+"""A funnel file that exists as a Config has names that meet; one that does not says everything that is wrong."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from prerank.config import load_config, parse_config
+from prerank.errors import ConfigError
+from prerank.schema import FeatureSchema
+
+ROOT = Path(__file__).parent.parent
+FUNNELS = [ROOT / "funnel.toml", *sorted((ROOT / "examples").glob("*/funnel.toml"))]
+
+GOOD = """
+name = "tiny"
+[data]
+impressions = "log.parquet"
+items = "items.parquet"
+users = "users.parquet"
+train = ["2022-04-25", "2022-05-02"]
+validate = ["2022-05-03", "2022-05-03"]
+test = ["2022-05-04", "2022-05-04"]
+[features.user]
+clicks = { kind = "history", of = "item_id", events = "is_click" }
+[features.item]
+item_id = { kind = "category" }
+bid = { kind = "value" }
+[tasks]
+click = { label = "is_click" }
+[retrieval]
+relevant = "is_click"
+targets = { is_click = 1.0 }
+[utility]
+click = { value = "bid" }
+[validate]
+golden = { at_least = 1.0 }
+"""
+
+
+def problems_of(text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tomllib.loads(text), where="funnel.toml")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", FUNNELS, ids=lambda p: p.parent.name)
+def test_every_shipped_funnel_file_is_good(path):
+    assert load_config(path).name
+
+
+def test_a_config_survives_its_own_dictionary():
+    config = parse_config(tomllib.loads(GOOD), where="funnel.toml")
+    without_none = _drop_none(config.to_dict())
+    assert parse_config(without_none, where="again") == config
+
+
+def _drop_none(plain):
+    if isinstance(plain, dict):
+        return {key: _drop_none(value) for key, value in plain.items() if value is not None}
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("relevant", "relevnt"), r'retrieval.relevnt: unknown key; did you mean "relevant"?'),
+        (("relevant", "relevnt"), "retrieval.relevant: missing; expected text in quotes"),
+        (('"category"', '"categry"'), 'item_id.kind: expected one of'),
+        (('"category"', '"categry"'), 'did you mean "category"?'),
+        (('kind = "category"', "kind = []"), "item_id.kind: expected one of"),
+        (('name = "tiny"', "name = 3"), "name: expected text in quotes, got 3"),
+        (('name = "tiny"', 'name = "tiny"\nsede = 3'), 'sede: unknown key; did you mean "seed"?'),
+        (('name = "tiny"', 'name = "tiny"\nseed = true'), "seed: expected a whole number, got True"),
+        (('"2022-05-03", "2022-05-03"', '"2022-05-03"'), "data.validate: expected 2 entries, got 1"),
+        (('"2022-05-03", "2022-05-03"', '"2022-05-03", "soon"'), "data.validate: expected two ISO days"),
+        (('"2022-05-03", "2022-05-03"', '"2022-05-03", "2022-05-04"'), "data.test: starts on 2022-05-04, not after"),
+        (('"2022-04-25", "2022-05-02"', '"2022-05-02", "2022-04-25"'), "data.train: the first day 2022-05-02 is after"),
+        (("[features.user]", 'timezone = "Asia/Shangai"\n[features.user]'), "data.timezone: expected an IANA name"),
+        (('value = "bid"', 'value = "bit"'), 'utility.click.value: expected a value of [features.item] or a number'),
+        (('value = "bid"', 'value = "bit"'), 'did you mean "bid"?'),
+        (('click = { value', 'clik = { value'), 'utility.clik: expected a task of [tasks] (click)'),
+        (("golden", "goldn"), 'validate.goldn: expected a gate'),
+        (("at_least = 1.0", ""), "validate.golden: expected at_least, at_most, or both"),
+        (("{ is_click = 1.0 }", "{}"), "retrieval.targets: expected the weight of at least one event"),
+        (("{ is_click = 1.0 }", "{ is_click = 0 }"), "retrieval.targets.is_click: expected a weight above 0"),
+        (('relevant = "is_click"', 'relevant = "is_click"\ndim = 0'), "retrieval.dim: expected more than 0, got 0"),
+        (('relevant = "is_click"', 'relevant = "is_click"\ndropout = 1'), "retrieval.dropout: expected at least 0"),
+        (('relevant = "is_click"', 'relevant = "is_click"\nloss = "sofmax"'), 'did you mean "softmax"?'),
+        (('of = "item_id"', 'of = "bid"'), "features.user.clicks.of = 'bid': expected a category of [features.item]"),
+        (('of = "item_id"', 'of = "item_id", length = 0'), "features.user.clicks.length = 0: expected at least 1"),
+        (('item_id = { kind = "category" }', 'item_id = 3'), "features.item.item_id: expected { kind = ... }"),
+        (('kind = "category"', 'kind = "category", hash = 9, min_count = 2'), "hash and min_count do not go together"),
+        (('kind = "value"', 'kind = "value", missing = nan'), "features.item.bid.missing = nan: expected a finite"),
+        (("[features.item]", 'x = { kind = "category" }\n[features.context]\nx = { kind = "category" }\n'
+          "[features.item]"), "the name is taken by features.user.x"),
+        (("[features.item]", '[features.context]\nx = { kind = "value" }\n[features.item]'),
+         "features.context.x: a context feature is a category, number or bag, not value"),
+        (("[features.item]", "[features.itm]"), 'features.itm: unknown key; did you mean "item"?'),
+    ],
+)  # fmt: skip
+def test_each_mistake_is_told_with_its_key(change, expected):
+    assert GOOD.count(change[0]) == 1
+    assert expected in problems_of(GOOD.replace(*change))
+
+
+def test_every_mistake_is_told_at_once():
+    found = problems_of(GOOD.replace("relevant", "relevnt").replace('"category"', '"categry"')).splitlines()
+    assert len(found) == 3
+    assert all(line.startswith("funnel.toml: ") for line in found)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no such funnel file"):
+        load_config(tmp_path / "funnel.toml")
+    (tmp_path / "funnel.toml").write_text("name = ")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(tmp_path / "funnel.toml")
+
+
+def test_a_schema_survives_its_own_dictionary_and_names_its_first_difference():
+    schema = parse_config(tomllib.loads(GOOD), where="f").features
+    again = FeatureSchema.from_dict(schema.to_dict())
+    assert again == schema
+    assert schema.first_difference(again) is None
+    wider = parse_config(tomllib.loads(GOOD.replace('"category"', '"category", dim = 4')), where="f").features
+    assert "item feature 'item_id': kind=category" in str(schema.first_difference(wider))
+    more = parse_config(tomllib.loads(GOOD.replace("bid = ", 'x = { kind = "number" }\nbid = ')), where="f").features
+    assert str(schema.first_difference(more)) == "item feature 'x': absent here, kind=number, column=, log=False there"
+
+
+def test_labels_are_each_named_once():
+    assert parse_config(tomllib.loads(GOOD), where="f").labels() == ["is_click"]
