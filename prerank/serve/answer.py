@@ -1,0 +1,79 @@
+"""What an answer is, and what a request must be, for every way in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+from prerank.errors import RequestError
+from prerank.serve.graph import StageReport
+from prerank.types import Request, Scalar
+
+INT64 = range(-(2**63), 2**63)
+LAST_TIME_MS = 253_402_300_799_999
+"""The end of the year 9999: a `time_ms` past it was not in milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Winner:
+    """One item of an answer. Utility is in micros per impression; None is what a degraded answer did not compute."""
+
+    item_id: int
+    utility_micros: float | None
+    prob: Mapping[str, float | None]
+    metadata: Mapping[str, Scalar | list[Scalar]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Winners, best first, from one version; what each stage took; and anything the caller should be told."""
+
+    request_id: str
+    version: str
+    winners: Sequence[Winner]
+    stages: Sequence[StageReport]
+    degraded: bool
+    notes: Sequence[str]
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON types, the form every way out gives; stage times to the microsecond."""
+        return {
+            "request_id": self.request_id,
+            "version": self.version,
+            "winners": [
+                {
+                    "item_id": w.item_id,
+                    "utility_micros": w.utility_micros,
+                    "prob": dict(w.prob),
+                    "metadata": dict(w.metadata),
+                }
+                for w in self.winners
+            ],
+            "stages": [{"name": s.name, "ms": round(s.ms, 3), "in": s.num_in, "out": s.num_out} for s in self.stages],
+            "degraded": self.degraded,
+            "notes": list(self.notes),
+        }
+
+
+def check_request(request: Request, max_k: int) -> None:
+    """Raises RequestError naming the first field out of its range, the range, and what came."""
+    _within("user_id", request.user_id, "an int64", request.user_id in INT64)
+    _within("k", request.k, f"1 to {max_k}", 1 <= request.k <= max_k)
+    _within(
+        "time_ms",
+        request.time_ms,
+        f"UTC milliseconds since 1970, 0 to {LAST_TIME_MS}",
+        0 <= request.time_ms <= LAST_TIME_MS,
+    )
+    if request.deadline_ms is not None:
+        holds = isfinite(request.deadline_ms) and request.deadline_ms > 0
+        _within("deadline_ms", request.deadline_ms, "a finite number above 0", holds)
+    for name, value in request.context.items():
+        if isinstance(value, float):
+            _within(f"context.{name}", value, "a finite number", isfinite(value))
+
+
+def _within(field: str, value: object, expected: str, holds: bool) -> None:
+    if not holds:
+        raise RequestError(f"{field}: expected {expected}, got {value}")

@@ -1,0 +1,136 @@
+"""The server's description of itself: OpenAPI from the wire structs, and the page that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jinja2
+import msgspec
+
+from prerank import __version__
+from prerank.serve.wire import AnswerBody, ErrorBody, ReadyBody, RecommendBody
+from prerank.types import Scalar
+
+ERRORS = {
+    400: "The body is not JSON.",
+    413: "The body is too large.",
+    422: "A field is wrong; the message names it, what it must be, and what came.",
+    500: "The server's own mistake; its log has the request_id.",
+    503: "No version is loaded, or too many requests wait. Try again later.",
+    504: "The deadline passed before there was an answer.",
+}
+
+
+def openapi(example: Mapping[str, object]) -> dict[str, object]:
+    """The OpenAPI 3.1 document; `example` is a body that works for this funnel."""
+    _, schemas = msgspec.json.schema_components(
+        [RecommendBody, AnswerBody, ErrorBody, ReadyBody], ref_template="#/components/schemas/{name}"
+    )
+    errors = {str(status): _answer(why, _json("ErrorBody")) for status, why in ERRORS.items()}
+    recommend = {
+        "summary": "The winners for one user.",
+        "operationId": "recommend",
+        "parameters": [
+            {
+                "name": "x-request-id",
+                "in": "header",
+                "description": "Comes back with the answer and stands in the logs; made up if absent.",
+                "schema": {"type": "string", "maxLength": 128},
+            }
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {**_ref("RecommendBody"), "example": example}},
+        },
+        "responses": {"200": _answer("Winners, best first.", _json("AnswerBody")), **errors},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "prerank",
+            "version": __version__,
+            "description": "The early half of an ads or recommendation funnel: a request in, winners out.",
+        },
+        "paths": {
+            "/v1/recommend": {"post": recommend},
+            "/healthz": {"get": _get("Is the process alive?", {"200": _answer("It is.", _text())})},
+            "/readyz": {
+                "get": _get(
+                    "Is a version loaded, with its golden answers reproduced?",
+                    {"200": _answer("Yes.", _json("ReadyBody")), "503": _answer("No, and why.", _json("ErrorBody"))},
+                )
+            },
+            "/metrics": {"get": _get("Prometheus metrics.", {"200": _answer("Counters and histograms.", _text())})},
+        },
+        "components": {"schemas": schemas},
+    }
+
+
+def docs_page(example: Mapping[str, object], version: str, context: Mapping[str, Scalar]) -> str:
+    """The page at /docs, whole in itself: endpoints, schemas, an example for this funnel and a form to try it."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("prerank.serve", "pages"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    document = openapi(example)
+    return environment.get_template("docs.html").render(
+        paths=document["paths"],
+        schemas={name: _fields(schema) for name, schema in _schemas(document).items()},
+        example=msgspec.json.format(msgspec.json.encode(example), indent=2).decode(),
+        version=version,
+        context=context,
+        package_version=__version__,
+    )
+
+
+def _schemas(document: Mapping[str, object]) -> Mapping[str, Mapping[str, object]]:
+    components = document["components"]
+    assert isinstance(components, dict)
+    return dict(components["schemas"])
+
+
+def _fields(schema: Mapping[str, object]) -> list[tuple[str, str, str]]:
+    """Each property of a schema as name, type and description, for people."""
+    properties = schema["properties"]
+    assert isinstance(properties, dict)
+    return [(name, _type(one), _about(one)) for name, one in properties.items()]
+
+
+def _type(schema: Mapping[str, object]) -> str:
+    match schema:
+        case {"$ref": str(ref)}:
+            return ref.rpartition("/")[2]
+        case {"anyOf": list(options)}:
+            return " | ".join(_type(option) for option in options)
+        case {"type": "array", "items": dict(items)}:
+            return f"[{_type(items)}]"
+        case {"type": "object", "additionalProperties": dict(values)}:
+            return f"{{name: {_type(values)}}}"
+        case _:
+            return str(schema["type"])
+
+
+def _about(schema: Mapping[str, object]) -> str:
+    options = schema.get("anyOf", [])
+    assert isinstance(options, list)
+    told = [str(one["description"]) for one in (schema, *options) if "description" in one]
+    return told[0] if told else ""
+
+
+def _ref(name: str) -> dict[str, object]:
+    return {"schema": {"$ref": f"#/components/schemas/{name}"}}
+
+
+def _json(name: str) -> dict[str, object]:
+    return {"application/json": _ref(name)}
+
+
+def _text() -> dict[str, object]:
+    return {"text/plain": {"schema": {"type": "string"}}}
+
+
+def _answer(description: str, content: Mapping[str, object]) -> dict[str, object]:
+    return {"description": description, "content": content}
+
+
+def _get(summary: str, responses: Mapping[str, object]) -> dict[str, object]:
+    return {"summary": summary, "responses": responses}

@@ -1,0 +1,209 @@
+"""The stages of one request: expand the user, retrieve, rank, describe. Each is its inputs' function and no more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from prerank.bundle.item_table import ItemTable
+from prerank.bundle.scorer import Ranked, Scorer
+from prerank.errors import DataError, RequestError, SchemaMismatch
+from prerank.features.histories import Timeline
+from prerank.features.transforms import Transforms
+from prerank.index.base import Index
+from prerank.models.towers import TwoTower
+from prerank.schema import IMPRESSION, History
+from prerank.serve.graph import Values
+from prerank.stores.metadata import MetadataTable
+from prerank.stores.users import UserRecord, UserStore
+from prerank.types import Array, CandidateSet, Features, Request, TopK
+
+_NOBODY = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandUser:
+    """The request's user as features: profile, context, and histories cut strictly before the request's time.
+
+    Raises SchemaMismatch at construction if the store lacks a column or a label the features need.
+    """
+
+    users: UserStore
+    transforms: Transforms
+    items: ItemTable
+
+    name: ClassVar[str] = "expand_user"
+    reads: ClassVar[frozenset[str]] = frozenset({"request"})
+    writes: ClassVar[frozenset[str]] = frozenset({"features", "user_notes"})
+
+    def __post_init__(self) -> None:
+        schema = self.transforms.schema
+        events = [h.events for h in schema.histories().values() if h.events != IMPRESSION]
+        for what, needed, found in (
+            ("column", schema.columns("user"), self.users.columns),
+            ("label", events, self.users.labels),
+        ):
+            for name in needed:
+                if name not in found:
+                    raise SchemaMismatch(
+                        f"the user store has no {what} {name!r} that this version's features read; it has "
+                        f"{list(found)}; build the store from the same tables"
+                    )
+
+    def run(self, values: Values) -> Values:
+        """Look the user up; see `expand`."""
+        request: Request = values["request"]
+        features, notes = self.expand(self.users.get(request.user_id), request)
+        return {"features": features, "user_notes": notes}
+
+    def count(self, values: Values, written: Values) -> tuple[int, int]:
+        """One user in, its features out."""
+        return 1, len(written["features"])
+
+    def expand(self, record: UserRecord | None, request: Request) -> tuple[Features, tuple[str, ...]]:
+        """User and context features of one request, leading shape [1], and what the caller should be told.
+
+        No record is a new user: every profile feature unknown, every history empty. An item of the history that
+        this version does not have is the unknown item. Raises RequestError for a missing or mistyped context field.
+        """
+        schema, notes = self.transforms.schema, []
+        context = schema.columns("context")
+        notes += [
+            f"context field {name!r} is not used by this version" for name in request.context if name not in context
+        ]
+        if record is None:
+            notes.append(f"unknown user {request.user_id}: served as a new user")
+            record = UserRecord(dict.fromkeys(schema.columns("user")), _NOBODY, _NOBODY, _NOBODY.astype(np.uint32))
+        # the store's arrays are read-only views, which torch does not take
+        rows = self.items.rows_of(torch.tensor(record.item_ids))
+        num_unknown = int(((rows < 0).numpy() & (record.time_ms < request.time_ms)).sum())
+        if num_unknown:
+            notes.append(f"{num_unknown} unknown items in history: each counts as the unknown item")
+        encoded = {
+            **self._profile(record, request.user_id),
+            **self.transforms.encode_row("context", request.context),
+            **{name: self._history(h, record, rows, request) for name, h in schema.histories().items()},
+        }
+        return {name: torch.from_numpy(array) for name, array in encoded.items()}, tuple(notes)
+
+    def _profile(self, record: UserRecord, user_id: int) -> dict[str, Array]:
+        try:
+            return self.transforms.encode_row("user", record.profile)
+        except RequestError as error:  # the store's fault, not the caller's
+            raise DataError(f"user store, user {user_id}: {error}; build it from the tables of this version") from None
+
+    def _history(self, history: History, record: UserRecord, rows: torch.Tensor, request: Request) -> Array:
+        known = self.items.gather([history.of], rows.clamp_min(0))[history.of]
+        values = torch.where(rows < 0, torch.zeros_like(known), known).numpy().astype(np.int32)
+        chosen = np.ones(len(values), bool)
+        if history.events != IMPRESSION:
+            chosen = (record.flags >> np.uint32(self.users.labels.index(history.events))) & 1 == 1
+        num_events = int(chosen.sum())
+        timeline = Timeline.build(1, np.zeros(num_events, np.int64), record.time_ms[chosen], values[chosen])
+        return timeline.before(np.zeros(1, np.int64), np.array([request.time_ms]), history.length)
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieve:
+    """The `keep` items most similar to the user's vector, as candidates."""
+
+    towers: TwoTower
+    index: Index
+    num_items: int
+    keep: int
+
+    name: ClassVar[str] = "retrieve"
+    reads: ClassVar[frozenset[str]] = frozenset({"features"})
+    writes: ClassVar[frozenset[str]] = frozenset({"candidates"})
+
+    def run(self, values: Values) -> Values:
+        """User tower, then the index."""
+        query = self.towers.user_side(values["features"])
+        return {"candidates": self.index.search(query, self.keep, None)}
+
+    def count(self, values: Values, written: Values) -> tuple[int, int]:
+        """Every item in, the candidates out."""
+        return self.num_items, written["candidates"].num_valid
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """The `k` candidates of highest utility, by the scorer."""
+
+    scorer: Scorer
+
+    name: ClassVar[str] = "rank"
+    reads: ClassVar[frozenset[str]] = frozenset({"request", "features", "candidates"})
+    writes: ClassVar[frozenset[str]] = frozenset({"winners", "rank_notes"})
+
+    def run(self, values: Values) -> Values:
+        """Ranker, utility and top-k in one module."""
+        winners: Ranked = self.scorer(values["features"], values["candidates"], values["request"].k)
+        num_lost = int(winners.num_nonfinite.sum())
+        notes = (f"{num_lost} candidates had no finite utility and could not win",) if num_lost else ()
+        return {"winners": winners, "rank_notes": notes}
+
+    def count(self, values: Values, written: Values) -> tuple[int, int]:
+        """Candidates in, winners out."""
+        return values["candidates"].num_valid, int(written["winners"].valid.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class RankBySimilarity:
+    """The rank stage's fallback: the first `k` candidates in the order retrieval gave; no utility, no probability."""
+
+    items: ItemTable
+    num_tasks: int
+
+    name: ClassVar[str] = "rank_by_similarity"
+    reads: ClassVar[frozenset[str]] = frozenset({"request", "candidates"})
+    writes: ClassVar[frozenset[str]] = Rank.writes
+
+    def run(self, values: Values) -> Values:
+        """Utility and probabilities are NaN: they were not computed."""
+        candidates: CandidateSet = values["candidates"]
+        first = torch.argsort((~candidates.valid).to(torch.int8), dim=1, stable=True)[:, : values["request"].k]
+        rows, valid = candidates.rows.gather(1, first), candidates.valid.gather(1, first)
+        unknown = torch.full((*rows.shape, 1 + self.num_tasks), torch.nan)
+        return {
+            "winners": TopK(
+                rows=rows,
+                item_ids=self.items.item_ids[rows.clamp_min(0)],
+                utility=unknown[..., 0],
+                probs=unknown[..., 1:],
+                valid=valid,
+            ),
+            "rank_notes": (),
+        }
+
+    def count(self, values: Values, written: Values) -> tuple[int, int]:
+        """Candidates in, winners out."""
+        return values["candidates"].num_valid, int(written["winners"].valid.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    """The winners' metadata, and nobody else's. Raises DataError at construction for a column the file lacks."""
+
+    metadata: MetadataTable
+    columns: tuple[str, ...]
+
+    name: ClassVar[str] = "describe"
+    reads: ClassVar[frozenset[str]] = frozenset({"winners"})
+    writes: ClassVar[frozenset[str]] = frozenset({"described"})
+
+    def __post_init__(self) -> None:
+        self.metadata.check_columns(self.columns)
+
+    def run(self, values: Values) -> Values:
+        """One dict a winner, in order; no `columns` named means all."""
+        winners: TopK = values["winners"]
+        return {"described": self.metadata.take(winners.rows[winners.valid].numpy(), self.columns)}
+
+    def count(self, values: Values, written: Values) -> tuple[int, int]:
+        """Winners in, winners out."""
+        num_winners = len(written["described"])
+        return num_winners, num_winners

@@ -1,0 +1,144 @@
+"""The JSON a client sends and gets, as strict structs: unknown fields, wrong types, NaN and Infinity are refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from prerank._toml import nearest
+from prerank.errors import RequestError
+from prerank.serve.answer import INT64, LAST_TIME_MS, Answer, Winner
+from prerank.types import Request
+
+# ranges are told here and checked in `answer.check_request`, where the command line passes too
+_Int64: TypeAlias = Annotated[int, Meta(extra_json_schema={"minimum": INT64.start, "maximum": INT64.stop - 1})]
+_Moment: TypeAlias = Annotated[int, Meta(extra_json_schema={"minimum": 0, "maximum": LAST_TIME_MS})]
+_Positive: TypeAlias = Annotated[float, Meta(extra_json_schema={"exclusiveMinimum": 0})]
+_ContextValue: TypeAlias = str | int | float | bool | None
+
+
+class MalformedBody(RequestError):
+    """The body is not JSON at all."""
+
+
+class RecommendBody(msgspec.Struct, forbid_unknown_fields=True):
+    """What `POST /v1/recommend` takes."""
+
+    user_id: Annotated[_Int64, Meta(description="Whose winners. An id the store does not know is a new user.")]
+    k: Annotated[int, Meta(description="How many winners, at least 1.", extra_json_schema={"minimum": 1})]
+    context: Annotated[dict[str, _ContextValue], Meta(description="One value a context feature of the funnel.")] = {}
+    deadline_ms: (
+        Annotated[_Positive, Meta(description="Milliseconds from arrival; null is the funnel's default.")] | None
+    ) = None
+    time_ms: Annotated[_Moment, Meta(description="The moment asked about, UTC milliseconds; null is now.")] | None = (
+        None
+    )
+
+    def request(self, *, now_ms: int, deadline_ms: float, request_id: str) -> Request:
+        """As the funnel's noun, with what the body left out filled in."""
+        return Request(
+            user_id=self.user_id,
+            k=self.k,
+            time_ms=now_ms if self.time_ms is None else self.time_ms,
+            context=self.context,
+            deadline_ms=deadline_ms if self.deadline_ms is None else self.deadline_ms,
+            request_id=request_id,
+        )
+
+
+class StageBody(msgspec.Struct, forbid_unknown_fields=True, rename={"num_in": "in", "num_out": "out"}):
+    """One stage that ran: wall time, and how many things went in and came out."""
+
+    name: str
+    ms: float
+    num_in: int
+    num_out: int
+
+
+class AnswerBody(msgspec.Struct, forbid_unknown_fields=True):
+    """What `POST /v1/recommend` gives: winners, best first, all of one version."""
+
+    request_id: str
+    version: str
+    winners: Sequence[Winner]
+    stages: list[StageBody]
+    degraded: Annotated[bool, Meta(description="True if a stage was replaced by its fallback; notes say why.")]
+    notes: Sequence[str]
+
+
+class ErrorDetail(msgspec.Struct):
+    """What went wrong, in words meant for the caller."""
+
+    type: str
+    message: str
+    request_id: str
+
+
+class ErrorBody(msgspec.Struct):
+    """Every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class ReadyBody(msgspec.Struct):
+    """A version is loaded and gave its golden answers."""
+
+    status: str
+    version: str
+
+
+_body = msgspec.json.Decoder(RecommendBody)
+_MISTYPED = re.compile(r"^Expected (?P<expected>.+), got (?P<came>.+?)(?: - at `\$\.?(?P<path>.*)`)?$")
+_OUT_OF_RANGE = re.compile(r"^Number out of range - at `\$\.?(?P<path>.*)`$")
+
+
+def decode_request(content: bytes) -> RecommendBody:
+    """The body as sent. Raises MalformedBody if it is no JSON, RequestError naming the field that is wrong."""
+    try:
+        return _body.decode(content)
+    except msgspec.ValidationError as error:
+        raise RequestError(_sentence(str(error), content)) from None
+    except UnicodeDecodeError as error:
+        raise MalformedBody(f"body: expected JSON in UTF-8: {error.reason} (byte {error.start})") from None
+    except msgspec.DecodeError as error:
+        raise MalformedBody(f"body: expected one JSON object: {error}") from None
+
+
+def encode_answer(answer: Answer) -> bytes:
+    """The answer as JSON, in the form of `AnswerBody`."""
+    return msgspec.json.encode(answer.to_dict())
+
+
+def encode_error(kind: str, message: str, request_id: str) -> bytes:
+    """The one form of an error."""
+    return msgspec.json.encode(ErrorBody(ErrorDetail(kind, message, request_id)))
+
+
+def _sentence(told: str, content: bytes) -> str:
+    """msgspec's message as field, expected, came."""
+    if found := re.search("unknown field `(.*)`", told):
+        fields = [f.name for f in msgspec.structs.fields(RecommendBody)]
+        return f"{found[1]}: unknown field, expected one of {fields}{nearest(found[1], fields)}"
+    if found := re.search("missing required field `(.*)`", told):
+        return f"{found[1]}: missing, and every request needs it"
+    if found := _OUT_OF_RANGE.match(told):
+        return f"{_field(found['path'], content)}: expected a number a 64-bit float can hold"
+    if found := _MISTYPED.match(told):
+        field = _field(found["path"] or "", content)
+        return f"{field}: expected {found['expected']}, got {found['came']}".replace("`", "")
+    return told
+
+
+def _field(path: str, content: bytes) -> str:
+    # msgspec does not say which key of a mapping it means, so the one that is no scalar is looked up
+    if path == "context[...]":
+        try:
+            context = msgspec.json.decode(content)["context"]
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return "context"
+        return next((f"context.{name}" for name, value in context.items() if isinstance(value, list | dict)), "context")
+    return path or "body"

@@ -1,0 +1,89 @@
+"""What an answer says about each winner: the items table as one memory-mapped Arrow file, read by row number.
+
+Only the pages of the rows asked for are touched. Row numbers are those of one version's ItemTable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from prerank._toml import nearest
+from prerank.errors import DataError
+from prerank.types import Array, Scalar
+
+
+class MetadataTable:
+    """An open `metadata.arrow`. Threads may share one. A file of one record batch is read fastest."""
+
+    def __init__(self, table: pa.Table, path: Path) -> None:
+        self._table = table
+        self._path = path
+        self.columns: tuple[str, ...] = tuple(table.column_names)
+        self.num_rows: int = table.num_rows
+
+    @classmethod
+    def open(cls, path: Path) -> MetadataTable:
+        """Map the Arrow IPC file at `path`. Raises DataError if there is none or it cannot be answered in JSON."""
+        if not path.is_file():
+            raise DataError(f"{path}: expected the items' metadata (an Arrow IPC file), found none")
+        try:
+            with pa.memory_map(str(path)) as source:
+                table = pa.ipc.open_file(source).read_all()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: expected an Arrow IPC file, but it is not one: {_first_line(error)}") from None
+        for field in table.schema:
+            if pa.types.is_nested(field.type) and not _is_list(field.type):
+                raise DataError(
+                    f"{path}: column {field.name!r} is {field.type}, and an answer carries text, numbers, booleans "
+                    "and lists of these; leave it out with [metadata] columns"
+                )
+        return cls(table, path)
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raises DataError for the first of `columns` that the file does not have, with the nearest name."""
+        for name in columns:
+            if name not in self.columns:
+                raise DataError(
+                    f"{self._path}: expected a column of {list(self.columns)}, got {name!r}"
+                    f"{nearest(name, self.columns)}"
+                )
+
+    def take(self, rows: Array, columns: Sequence[str] = ()) -> list[dict[str, Scalar | list[Scalar]]]:
+        """The `columns` (none named: all) of `rows` int64 [K] -> K dicts. Raises DataError for an unknown column."""
+        self.check_columns(columns)
+        names = list(columns) or list(self.columns)
+        if not names:
+            return [{} for _ in rows]
+        assert len(rows) == 0 or (rows.min() >= 0 and rows.max() < self.num_rows), "a row of another version"
+        taken = self._table.select(names).take(pa.array(rows, pa.int64()))
+        values = [_plain(column.combine_chunks()) for column in taken.columns]
+        return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+
+
+def _plain(column: pa.Array) -> list[Scalar | list[Scalar]]:
+    kind = column.type
+    if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
+        column = pc.cast(column, pa.string())
+    elif pa.types.is_dictionary(kind):
+        column = column.dictionary_decode()
+    elif pa.types.is_floating(kind):
+        # JSON has no NaN, and a missing number is what it means
+        values = column.to_numpy(zero_copy_only=False).astype(np.float64)
+        return [value if value == value and abs(value) != np.inf else None for value in values.tolist()]
+    elif pa.types.is_integer(kind) and not column.null_count:
+        return list(column.to_numpy().tolist())
+    return list(column.to_pylist())
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and not pa.types.is_nested(kind.value_type)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,85 @@
+"""The server as a user starts it: a process, a signal, and what it says when it cannot load."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from prerank.bundle.registry import Registry
+from prerank.errors import PrerankError, RegistryError
+from prerank.serve.funnel import Funnel
+from prerank.serve.http import _open, create_app, serve
+from tests.serve.client import Client
+
+BODY = {"user_id": 1, "k": 3, "context": {"hour": 1, "surface": "feed"}}
+
+
+def test_a_funnel_over_http_answers_as_it_does_in_process(published: Path) -> None:
+    with Funnel.open(published) as funnel, Client(create_app(funnel)) as client:
+        answer = client.post("/v1/recommend", json=BODY).json()
+        assert [stage["name"] for stage in answer["stages"]] == ["expand_user", "retrieve", "rank", "describe"]
+        assert len(answer["winners"]) == 3
+        assert answer["version"] == client.get("/readyz").json()["version"] == Registry(published).live()
+        example = client.get("/openapi.json").json()["paths"]["/v1/recommend"]["post"]["requestBody"]
+        body = example["content"]["application/json"]["example"]
+        assert client.post("/v1/recommend", json={**body, "k": 5}).status_code == 200
+        missing = client.post("/v1/recommend", json={**BODY, "context": {"hour": 1}})
+        assert missing.status_code == 422
+        assert missing.json()["error"]["message"].startswith("context.surface: missing")
+        assert client.post("/v1/recommend", json={**BODY, "k": 1_000_000}).status_code == 422
+        stranger = client.post("/v1/recommend", json={**BODY, "user_id": 404}).json()
+        assert stranger["notes"] == ["unknown user 404: served as a new user"]
+
+
+def test_a_damaged_version_is_said_in_one_line_and_never_ready(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    scorer = Registry(store).path(str(Registry(store).live())) / "scorer.safetensors"
+    scorer.write_bytes(scorer.read_bytes()[:-7])
+    opened = _open(store, None)
+    assert isinstance(opened, PrerankError)
+    said = capfd.readouterr().err
+    assert said.startswith("prerank serve: not ready: BundleError: ")
+    assert "scorer.safetensors" in said
+    assert said.count("\n") == 1
+    with Client(create_app(opened)) as client:
+        ready = client.get("/readyz")
+        assert ready.status_code == 503
+        assert "scorer.safetensors" in ready.json()["error"]["message"]
+        assert client.post("/v1/recommend", json=BODY).status_code == 503
+
+
+def test_where_nothing_is_live_the_server_does_not_start(store: Path) -> None:
+    (store / "live").unlink()
+    with pytest.raises(RegistryError, match="no version is live"):
+        serve(store)
+
+
+def test_the_server_starts_answers_and_ends_on_a_signal(published: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = (
+        f"from pathlib import Path; from prerank.serve.http import serve; serve(Path({str(published)!r}), port={port})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                if httpx.get(f"{address}/readyz").status_code == 200:
+                    break
+            except httpx.TransportError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        assert len(httpx.post(f"{address}/v1/recommend", json=BODY).json()["winners"]) == 3
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert "Traceback" not in said
+    assert f"http://127.0.0.1:{port}" in said
