@@ -194,15 +194,24 @@ class RetrievalQuality:
         return self.recall[method][self.ks.index(k)]
 
 
+FLOORS: Mapping[str, Callable[[Prepared, Config, Questions], Score | None]] = {
+    "popularity": popularity_score,
+    "EASE": ease_score,
+}
+
+
 def evaluate_retrieval(
-    towers: TwoTower, prepared: Prepared, config: Config, days: Sequence[str], floors: bool, most: int | None = None
+    towers: TwoTower,
+    prepared: Prepared,
+    config: Config,
+    days: Sequence[str],
+    floors: Sequence[str] = (),
+    most: int | None = None,
 ) -> RetrievalQuality:
-    """recall@k of the towers and, with `floors`, of popularity and EASE on the same questions."""
+    """recall@k of the towers and of the `floors` named, on the same questions (`most` of them, or all)."""
     questions = Questions.of(prepared, config, days, most)
     scores: dict[str, Score | None] = {"two towers": tower_score(towers, prepared, config, questions)}
-    if floors:
-        scores["popularity"] = popularity_score(prepared, config, questions)
-        scores["EASE"] = ease_score(prepared, config, questions)
+    scores |= {name: FLOORS[name](prepared, config, questions) for name in floors}
     num_items = len(prepared.item_ids)
     found = {name: recalls(questions, one, num_items).mean(0) for name, one in scores.items() if one is not None}
     recall = {name: tuple(round(float(r), 6) for r in means) for name, means in found.items()}

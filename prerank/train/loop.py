@@ -88,7 +88,7 @@ def run(
             place.step += 1
             place.seconds += time.perf_counter() - started
             note = f"epoch {epoch + 1}/{plan.epochs}"
-            report(f"{what}, {note}", min(place.step * plan.batch, _total(plan)), _total(plan), "examples")
+            report(f"{what}, {note}", _done(plan, place.step), plan.epochs * plan.num_examples, "examples")
             inside = place.step % plan.steps_per_epoch != 0
             if inside and time.monotonic() - last_save > plan.checkpoint_s:
                 _save(model, optimiser, plan, place, folder, extra_state())
@@ -107,8 +107,9 @@ def run(
     return records
 
 
-def _total(plan: Plan) -> int:
-    return plan.epochs * plan.num_examples
+def _done(plan: Plan, step: int) -> int:
+    epoch, inside = divmod(step, plan.steps_per_epoch)
+    return epoch * plan.num_examples + inside * plan.batch
 
 
 def _batches(plan: Plan, epoch: int, skip: int) -> Iterator[Tensor]:

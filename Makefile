@@ -1,0 +1,44 @@
+# make demo [DATA=folder]   set everything up and run the whole funnel, from logs to served winners
+# make test                 set everything up and run every check that takes minutes, not hours
+PYTHON ?= python3
+STORE  ?= store
+BIN    := .venv/bin
+# the CPU build of torch is what the pin resolves to on a CPU-only index; docs/install.md has the CUDA build
+TORCH  := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint bench clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"prerank needs Python 3.11 or later, {sys.executable} is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo 'installing into .venv (torch first, by its exact version)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+setup: .venv/.installed ## a virtual environment in .venv with everything in it
+
+demo: setup ## the whole funnel on DATA=folder (KuaiRand-Pure), or on a simulated ad market
+	$(BIN)/prerank demo --store $(STORE) $(if $(DATA),--data $(DATA))
+
+lint: setup ## style, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint ## lint and the tests
+	$(BIN)/pytest
+
+test-slow: setup ## the tests that take minutes
+	$(BIN)/pytest -m slow
+
+bench: setup ## every benchmark, ending in one table
+	$(BIN)/python -m benchmarks
+
+clean: ## remove what make made, but no store
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

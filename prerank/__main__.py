@@ -1,0 +1,5 @@
+"""`python -m prerank` is `prerank`."""
+
+from prerank.cli import main
+
+main()

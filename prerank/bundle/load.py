@@ -1,0 +1,181 @@
+"""A version from disk, whole and reproducing its golden answers, or an error; never anything between."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prerank._tensor_files import read_tensors
+from prerank.bundle import manifest
+from prerank.bundle.golden import Golden
+from prerank.bundle.item_table import ItemTable
+from prerank.bundle.manifest import verify as verify
+from prerank.bundle.scorer import Scorer
+from prerank.business.utility import Utility
+from prerank.config import Config, parse_config
+from prerank.errors import BundleError, ConfigError, DataError, SchemaMismatch
+from prerank.features.transforms import Transforms
+from prerank.index.base import INDEXES, Index
+from prerank.models.rankers import build_ranker
+from prerank.models.towers import TwoTower, build_towers
+from prerank.stores.metadata import MetadataTable
+
+_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE = "items.", "ranker.", "utility.", "item_side"
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """One version in memory, ready to serve. Weights are views of the mapped files and ask for no gradient."""
+
+    version: str
+    path: Path
+    config: Config
+    transforms: Transforms
+    towers: TwoTower
+    index: Index
+    scorer: Scorer
+    manifest: Mapping[str, object]
+
+
+def load(path: Path) -> Bundle:
+    """The version in the folder `path`.
+
+    Raises BundleError naming the first thing that is not as published: a missing, cut or changed file, a newer format,
+    parts of different features, weights of another shape, or a golden request answered otherwise.
+    """
+    said = verify(path)
+    config = _config(path / manifest.CONFIG)
+    transforms = _transforms(path, config, said)
+    sizes = transforms.sizes()
+    with torch.device("meta"), _NothingDrawn():
+        towers, ranker = build_towers(config, sizes), build_ranker(config, sizes)
+    _fill(towers, read_tensors(path / manifest.RETRIEVAL)[0], path / manifest.RETRIEVAL)
+    assert isinstance(ranker, nn.Module)
+
+    where = path / manifest.SCORER
+    tensors = read_tensors(where)[0]
+    _fill(ranker, _below(tensors, _RANKER), where)
+    items = ItemTable.from_state(_below(tensors, _ITEMS))
+    fault = items.first_fault(config.features, sizes)
+    if fault:
+        raise BundleError(f"{where}: {fault}")
+    utility = Utility(ranker.tasks, {task: term.value for task, term in config.utility.items()})
+    _fill(utility, _below(tensors, _UTILITY), where)
+    item_side = _item_side(tensors, items, where)
+    try:
+        scorer = Scorer(items, ranker, utility, item_side).eval()
+    except SchemaMismatch as error:
+        raise BundleError(f"{where}: {error}") from None
+
+    index = _index(path, config, said)
+    _check_metadata(path / manifest.METADATA, config, items.num_items)
+    difference = _golden(path / manifest.GOLDEN, config).first_difference(towers, index, scorer)
+    if difference:
+        raise BundleError(f"{path}: does not reproduce {difference}; publish again with this prerank")
+    return Bundle(str(said["version"]), path, config, transforms, towers, index, scorer, said)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Models are built for their shapes: the weights are the file's, not drawn and thrown away.
+
+    On the meta device alone, drawing imports the whole of torch's compiler: two seconds and 100 MB.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _config(where: Path) -> Config:
+    try:
+        return parse_config(tomllib.loads(where.read_text(encoding="utf-8")), str(where))
+    except (ConfigError, ValueError) as error:
+        raise BundleError(f"{where}: not a configuration this prerank reads: {error}") from None
+
+
+def _transforms(path: Path, config: Config, said: Mapping[str, object]) -> Transforms:
+    where = path / manifest.TRANSFORMS
+    try:
+        transforms = Transforms.from_json(where.read_text(encoding="utf-8"))
+    except (BundleError, ValueError) as error:
+        raise BundleError(f"{where}: {error}") from None
+    different = transforms.schema.first_difference(config.features)
+    if different:
+        raise BundleError(f"{where}: fitted for other features than {manifest.CONFIG} says: {different}")
+    if said["schema"] != json.loads(json.dumps(config.features.to_dict())):
+        raise BundleError(f"{path / manifest.MANIFEST}: its schema is not that of {manifest.CONFIG}")
+    return transforms
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Make `tensors` the module's own weights, uncopied, if they are exactly those it has places for."""
+    wanted = module.state_dict()
+    for name in [*wanted, *(name for name in tensors if name not in wanted)]:
+        expected, found = _said(wanted.get(name)), _said(tensors.get(name))
+        if expected != found:
+            raise BundleError(f"{where}: weights {name!r}: expected {expected}, found {found}")
+    module.load_state_dict(tensors, assign=True)
+    module.eval().requires_grad_(False)
+    left = [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
+    assert not left, f"{left} are in no state_dict, so no version can hold them"
+
+
+def _said(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+
+
+def _item_side(tensors: Mapping[str, Tensor], items: ItemTable, where: Path) -> Tensor:
+    found = tensors.get(_ITEM_SIDE)
+    if found is None or found.dtype != torch.float32 or found.dim() != 2 or len(found) != items.num_items:
+        raise BundleError(f"{where}: expected {_ITEM_SIDE} float32 [{items.num_items}, W], found {_said(found)}")
+    unknown = [n for n in tensors if not n.startswith((_ITEMS, _RANKER, _UTILITY)) and n != _ITEM_SIDE]
+    if unknown:
+        raise BundleError(f"{where}: weights of no part of a scorer: {unknown}")
+    return found
+
+
+def _index(path: Path, config: Config, said: Mapping[str, object]) -> Index:
+    index = INDEXES[config.retrieval.index.kind].load(path / manifest.INDEX)
+    towers = manifest.files_of(path, said)[manifest.RETRIEVAL].model_id
+    if index.models != {"retrieval": towers}:
+        raise BundleError(
+            f"{path / manifest.INDEX}: expected vectors of the towers {towers}, found those of {dict(index.models)}; "
+            "its user vectors would be of another space"
+        )
+    return index
+
+
+def _check_metadata(where: Path, config: Config, num_items: int) -> None:
+    try:
+        metadata = MetadataTable.open(where)
+        metadata.check_columns(config.metadata.columns)
+    except DataError as error:
+        raise BundleError(str(error)) from None
+    if metadata.num_rows != num_items:
+        raise BundleError(f"{where}: expected {num_items} rows, one an item, found {metadata.num_rows}")
+
+
+def _golden(where: Path, config: Config) -> Golden:
+    golden = Golden.from_tensors(read_tensors(where)[0])
+    wanted = {*config.features.user, *config.features.context}
+    if set(golden.user) != wanted:
+        raise BundleError(f"{where}: expected requests of the features {sorted(wanted)}, found {sorted(golden.user)}")
+    return golden

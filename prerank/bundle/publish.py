@@ -1,0 +1,207 @@
+"""Trained parts to one immutable version on disk, wholly there or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+import prerank
+from prerank._tensor_files import write_tensors
+from prerank.bundle import manifest
+from prerank.bundle.durable import locked, sync
+from prerank.bundle.golden import Golden
+from prerank.bundle.item_table import ItemTable
+from prerank.bundle.manifest import FileEntry
+from prerank.bundle.scorer import Scorer
+from prerank.bundle.toml import to_toml
+from prerank.business.utility import Utility
+from prerank.config import Config
+from prerank.errors import BundleError, DataError, SchemaMismatch
+from prerank.features.transforms import Transforms
+from prerank.index.base import INDEXES
+from prerank.models.rankers import Ranker
+from prerank.models.towers import TwoTower
+from prerank.stores.metadata import MetadataTable
+from prerank.types import Array, Columns
+
+_ITEMS_AT_ONCE = 1 << 16
+_ABANDONED_S = 3600.0
+_TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a version is made of. Of I items in any order, and of G golden requests:
+
+    item_ids int64 [I]; item_columns encoded [I, ...]; item_table raw [I], what answers show; popularity float32 [I, S];
+    golden_user encoded user and context features [G, ...]. `parents` names what it was made from, `metrics` what was
+    measured; neither changes what the version is. Both models are left in eval mode.
+    """
+
+    config: Config
+    transforms: Transforms
+    towers: TwoTower
+    ranker: Ranker
+    item_ids: Array
+    item_columns: Columns
+    item_table: pa.Table
+    popularity: Array
+    golden_user: Columns
+    parents: Mapping[str, str]
+    metrics: Mapping[str, object]
+
+
+def publish(store: Path, parts: Parts) -> str:
+    """The id of the version made of `parts` in the funnel's `store`; the same content again is the version there is.
+
+    The id is the UTC minute and 12 hex digits of the files' content. Nothing is visible before all of it is on disk.
+    Raises SchemaMismatch, DataError or BundleError where the parts do not fit each other or hold what is not finite.
+    """
+    _check(parts)
+    versions = store / manifest.VERSIONS
+    with locked(store):
+        _sweep(versions)
+    with _temporary(versions) as folder:
+        num_items = _write_files(folder, parts)
+        files = {name: FileEntry.of(folder / name) for name in manifest.FILES}
+        now, content = datetime.now(UTC), manifest.content_id(files)
+        version = f"{now:%Y%m%dT%H%M}-{content}"
+        said = {
+            "version": version,
+            "created": now.isoformat(timespec="seconds"),
+            "prerank": prerank.__version__,
+            "torch": torch.__version__,
+            "num_items": num_items,
+            "parents": dict(parts.parents),
+            "schema": parts.config.features.to_dict(),
+            "metrics": dict(parts.metrics),
+        }
+        manifest.write_manifest(folder, said, files)
+        for path in [*folder.rglob("*"), folder]:
+            sync(path)
+        with locked(store):
+            for existing in versions.glob(f"*-{content}"):
+                manifest.verify(existing)
+                return existing.name
+            os.replace(folder, versions / version)
+            sync(versions)
+    return version
+
+
+def _check(parts: Parts) -> None:
+    """Refuse before anything is computed or written."""
+    different = parts.transforms.schema.first_difference(parts.config.features)
+    if different:
+        raise SchemaMismatch(f"the transforms were fitted for other features than the configuration's: {different}")
+    for name, model in {"towers": parts.towers, "ranker": parts.ranker}.items():
+        assert isinstance(model, nn.Module)
+        model.eval()
+        for key, weights in model.state_dict().items():
+            _refuse_nonfinite(weights, f"{name}: weights {key!r}")
+    if parts.ranker.tasks != tuple(parts.config.tasks):
+        raise SchemaMismatch(f"the ranker predicts {parts.ranker.tasks}, and the tasks are {tuple(parts.config.tasks)}")
+    num_items = len(parts.item_ids)
+    for what, rows in {"item_table": parts.item_table.num_rows, "popularity": len(parts.popularity)}.items():
+        if rows != num_items:
+            raise DataError(f"publish: {what} has {rows} rows for {num_items} item_ids")
+    schema = parts.config.features
+    wanted, given = [*schema.user, *schema.context], list(parts.golden_user)
+    if set(wanted) != set(given):
+        raise SchemaMismatch(f"the golden requests have the features {given}, and the user side reads {wanted}")
+    if not wanted or not all(len(column) for column in parts.golden_user.values()):
+        raise BundleError("publish: expected at least one golden request, got none")
+    try:
+        json.dumps([parts.metrics, parts.parents], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"publish: expected metrics and parents of finite JSON values: {error}") from None
+
+
+def _refuse_nonfinite(numbers: Tensor, what: str) -> None:
+    if not numbers.numel() or all(bool(end.isfinite()) for end in numbers.aminmax()):
+        return
+    wrong = (~numbers.isfinite()).nonzero()
+    raise BundleError(f"{what}: {len(wrong)} are not finite, the first at {wrong[0].tolist()}; train again")
+
+
+def _write_files(folder: Path, parts: Parts) -> int:
+    """Every file but the manifest; returns how many items there are."""
+    config = parts.config
+    items = ItemTable.build(parts.item_ids, parts.item_columns)
+    fault = items.first_fault(config.features, parts.transforms.sizes())
+    if fault:
+        raise SchemaMismatch(f"{fault}; encode the items with the transforms published")
+    index = INDEXES[config.retrieval.index.kind](_vectors(parts, items))
+    terms = {task: term.value for task, term in config.utility.items()}
+    scorer = Scorer(items, parts.ranker, Utility(parts.ranker.tasks, terms)).eval()
+    _refuse_nonfinite(scorer.item_side, "the ranker's item side")
+    user = {name: torch.from_numpy(np.array(column)) for name, column in parts.golden_user.items()}
+    keep = min(config.retrieval.keep, items.num_items)
+    golden = Golden.ask(user, parts.towers, index, scorer, keep, min(config.ranker.keep, keep))
+
+    (folder / "index").mkdir()
+    (folder / manifest.CONFIG).write_text(to_toml(config.to_dict()), encoding="utf-8")
+    (folder / manifest.TRANSFORMS).write_text(parts.transforms.to_json(), encoding="utf-8")
+    write_tensors(folder / manifest.RETRIEVAL, parts.towers.state_dict(), {})
+    write_tensors(folder / manifest.SCORER, scorer.state_dict(), {})
+    write_tensors(folder / manifest.GOLDEN, golden.to_tensors(), {})
+    index.save(folder / manifest.INDEX, {"retrieval": FileEntry.of(folder / manifest.RETRIEVAL).model_id})
+    _write_metadata(folder / manifest.METADATA, parts)
+    return items.num_items
+
+
+@torch.no_grad()
+def _vectors(parts: Parts, items: ItemTable) -> Tensor:
+    """The item tower's vectors float32 [I, D] in row order."""
+    popularity = torch.from_numpy(np.asarray(parts.popularity[_order(parts.item_ids)], dtype=np.float32))
+    features = items.features()
+    pieces = []
+    for start in range(0, items.num_items, _ITEMS_AT_ONCE):
+        some = slice(start, start + _ITEMS_AT_ONCE)
+        pieces.append(parts.towers.item_side({n: column[some] for n, column in features.items()}, popularity[some]))
+    vectors = torch.cat(pieces)
+    _refuse_nonfinite(vectors, "the item vectors")
+    return vectors
+
+
+def _write_metadata(path: Path, parts: Parts) -> None:
+    table = parts.item_table.take(pa.array(_order(parts.item_ids))).combine_chunks().replace_schema_metadata(None)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=max(table.num_rows, 1))
+    MetadataTable.open(path).check_columns(parts.config.metadata.columns)
+
+
+def _order(item_ids: Array) -> Array:
+    """The places of ascending item_ids, which are the rows of a version."""
+    return np.argsort(item_ids, kind="stable")
+
+
+@contextmanager
+def _temporary(versions: Path) -> Iterator[Path]:
+    """A folder beside the versions that is gone afterwards, unless renamed."""
+    folder = versions / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def _sweep(versions: Path) -> None:
+    """Remove what publishes killed over an hour ago left; a younger one may be at work."""
+    for folder in versions.glob(f"{_TEMPORARY}*"):
+        if time.time() - folder.stat().st_mtime > _ABANDONED_S:
+            shutil.rmtree(folder)

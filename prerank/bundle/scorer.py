@@ -1,0 +1,86 @@
+"""Everything that decides an order, as one module: item rows as buffers, ranker, utility and top-k.
+
+Candidates come in as rows and winners go out; what a loser was worth never leaves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, pad
+
+from prerank.bundle.item_table import ItemTable
+from prerank.business.utility import Utility
+from prerank.errors import SchemaMismatch
+from prerank.index.top_k import NONE, order_keys
+from prerank.models.rankers import Ranker
+from prerank.types import CandidateSet, Features, TopK
+
+_ITEMS_AT_ONCE = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked(TopK):
+    """The winners, and how many valid candidates could not win: num_nonfinite int64 [B] had no finite utility."""
+
+    num_nonfinite: Tensor
+
+
+class Scorer(nn.Module):
+    """Candidates to winners. Its state_dict is its whole behaviour.
+
+    item_side float32 [I, W] is the ranker's of every item; it is computed unless given.
+    Raises SchemaMismatch if the items lack a value the utility reads.
+    """
+
+    item_side: Tensor
+    ranker: Ranker
+
+    def __init__(self, items: ItemTable, ranker: Ranker, utility: Utility, item_side: Tensor | None = None) -> None:
+        super().__init__()
+        for name in utility.values:
+            if name not in items.names:
+                raise SchemaMismatch(f"the utility reads {name!r}, and the items have {list(items.names)}")
+        self.items = items
+        self.ranker = ranker
+        self.utility = utility
+        self.register_buffer("item_side", item_side)
+        if item_side is None:
+            self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Compute `item_side` again; needed when the ranker's weights or the items changed."""
+        features = self.items.features()
+        pieces = [
+            self.ranker.item_side({name: column[start : start + _ITEMS_AT_ONCE] for name, column in features.items()})
+            for start in range(0, self.items.num_items, _ITEMS_AT_ONCE)
+        ]
+        self.item_side = torch.cat(pieces)
+
+    def forward(self, user: Features, candidates: CandidateSet, k: int) -> Ranked:
+        """user [B, ...] and candidates [B, N] -> the k winners [B, k], best first.
+
+        Only valid candidates of finite utility win; where there are fewer than k the rest is not valid, with row and
+        item_id -1. Equal utilities are ordered by item_id. A row given twice is ranked twice.
+        """
+        valid = candidates.valid
+        rows = torch.where(valid, candidates.rows, 0)
+        logits = self.ranker(self.ranker.user_side(user), embedding(rows, self.item_side))
+        probs = logits.float().sigmoid()
+        utility = self.utility(probs, self.items.gather(self.utility.values, rows))
+        # rows ascend with item_id, so the smaller row is the smaller item_id
+        keys, kept = order_keys(utility, rows, valid).topk(min(k, rows.shape[1]))
+        won = keys != NONE
+        rows = rows.gather(1, kept)
+        missing = (0, k - kept.shape[1])
+        return Ranked(
+            rows=pad(rows.masked_fill(~won, -1), missing, value=-1),
+            item_ids=pad(self.items.item_ids[rows].masked_fill(~won, -1), missing, value=-1),
+            utility=pad(utility.gather(1, kept), missing),
+            probs=pad(probs.gather(1, kept.unsqueeze(-1).expand(-1, -1, probs.shape[-1])), (0, 0, *missing)),
+            valid=pad(won, missing),
+            num_nonfinite=(valid & ~utility.isfinite()).sum(1),
+        )

@@ -1,0 +1,5 @@
+"""One command a verb."""
+
+from prerank.cli.app import main
+
+__all__ = ["main"]

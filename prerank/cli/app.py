@@ -1,0 +1,284 @@
+"""prerank: from logs to served winners, one command a verb."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from prerank import __version__
+from prerank.bundle.load import load
+from prerank.bundle.registry import Registry
+from prerank.cli import render
+from prerank.cli.demo import demo as run_demo
+from prerank.cli.progress import progress
+from prerank.config import load_config
+from prerank.data.check import check as check_tables
+from prerank.data.logs import Tables, find_tables, open_tables
+from prerank.errors import ConfigError, GateFailed, PrerankError, RequestError
+from prerank.lifecycle.build import Trained, load_users, publish_trained
+from prerank.lifecycle.build import evaluate as evaluate_trained
+from prerank.lifecycle.build import train as train_models
+from prerank.lifecycle.validate import validate as validate_version
+from prerank.market.generate import generate_market
+from prerank.types import Request, Scalar
+
+app = typer.Typer(
+    name="prerank",
+    help="The early half of an ads or recommendation funnel: from logs to served winners.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+_PLAIN_WIDTH = 120  # of tables that go to a file or a pipe
+out = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else _PLAIN_WIDTH)
+
+ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="The funnel file.")]
+DataFolder = Annotated[Path, typer.Option("--data", "-d", help="The folder that [data] is relative to.")]
+StoreFolder = Annotated[Path, typer.Option("--store", "-s", help="Where versions, users and work are kept.")]
+FunnelName = Annotated[str, typer.Option("--funnel", "-f", help="Which funnel of the store; needed if it has several.")]
+Version = Annotated[str, typer.Argument(help="A version id, or an unambiguous beginning of one.")]
+Why = Annotated[str, typer.Option("--why", help="The reason, kept in the history.")]
+
+_CONFIG, _DATA, _STORE = Path("funnel.toml"), Path(), Path("store")
+
+
+def main() -> None:
+    """Run the command line; an error meant for a user is one line and exit code 1."""
+    try:
+        app()
+    except PrerankError as error:
+        err.print("error:", style="bold red", end=" ")
+        err.print(str(error), highlight=False, markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("\nstopped; the same command goes on where it was")
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version of prerank and leave.")] = False,
+) -> None:
+    """The early half of an ads or recommendation funnel: from logs to served winners."""
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def market(
+    ads: Annotated[int, typer.Option(help="How many ads, 100 to 20 million.")] = 100_000,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Where to write the tables.")] = Path("market"),
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 7,
+    users: Annotated[int | None, typer.Option(help="How many users; by default in proportion.")] = None,
+    impressions: Annotated[int | None, typer.Option(help="How many impressions; by default in proportion.")] = None,
+    days: Annotated[int, typer.Option(help="How many days of log.")] = 10,
+) -> None:
+    """Make a simulated ad market: the tables a user brings, and the truth no user has."""
+    with progress(err) as report:
+        made = generate_market(
+            folder,
+            num_ads=ads,
+            seed=seed,
+            num_users=users,
+            num_impressions=impressions,
+            days=days,
+            progress=lambda what, share: report(what, round(100 * share), 100, "%"),
+        )
+    out.print(render.record(made), highlight=False)
+
+
+@app.command()
+def check(config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: StoreFolder = _STORE) -> None:
+    """Read the funnel file and the data, and list every problem at once; exit code 1 if any is an error."""
+    funnel = load_config(config)
+    problems = check_tables(funnel, find_tables(funnel, data, _home(store, funnel.name) / "work"))
+    out.print(render.problems(problems))
+    if any(p.severity == "error" for p in problems):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: StoreFolder = _STORE) -> None:
+    """Train the towers and the ranker; resumes where it was stopped, and does again only what changed."""
+    trained, _ = _trained(config, data, store)
+    out.print(render.epochs(trained))
+
+
+@app.command()
+def evaluate(
+    config: ConfigPath = _CONFIG,
+    data: DataFolder = _DATA,
+    store: StoreFolder = _STORE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Quality on the test days, beside floors anyone can compute; trains first if that is not done."""
+    trained, _ = _trained(config, data, store)
+    quality = evaluate_trained(trained, _home(store, trained.config.name))
+    if as_json:
+        print(json.dumps(render.plain(quality), indent=1))
+    else:
+        out.print(render.quality(quality))
+
+
+@app.command()
+def publish(config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: StoreFolder = _STORE) -> None:
+    """Write the trained models, the items and the rules as one immutable version, and measure its gates."""
+    trained, tables = _trained(config, data, store)
+    home = _home(store, trained.config.name)
+    with progress(err) as report:
+        load_users(trained.config, tables, trained.prepared, home, report)
+        quality = evaluate_trained(trained, home)
+        version = publish_trained(trained, tables, home, render.plain(quality))
+    out.print(f"published {version}")
+    gates = validate_version(home, version, trained.prepared)
+    out.print(render.gates(gates))
+    if not all(gate.holds for gate in gates):
+        raise GateFailed(f"{version} stays unpointed: " + "; ".join(render.failed(gates)))
+    out.print(f"next: prerank promote {version} --store {store}")
+
+
+@app.command()
+def promote(version: Version, store: StoreFolder = _STORE, funnel: FunnelName = "", why: Why = "") -> None:
+    """Make a version live; refused unless every gate holds."""
+    registry = Registry(_found(store, funnel))
+    chosen = _resolve(registry, version)
+    registry.promote(chosen, getpass.getuser(), why)
+    out.print(f"{chosen} is live")
+
+
+@app.command()
+def rollback(
+    version: Annotated[str, typer.Argument(help="A version that was live before; by default the previous one.")] = "",
+    store: StoreFolder = _STORE,
+    funnel: FunnelName = "",
+    why: Why = "",
+) -> None:
+    """Make a version that was live before live again."""
+    registry = Registry(_found(store, funnel))
+    registry.rollback(_resolve(registry, version) if version else None, getpass.getuser(), why)
+    out.print(f"{registry.live()} is live")
+
+
+@app.command()
+def versions(store: StoreFolder = _STORE, funnel: FunnelName = "") -> None:
+    """Every version, which is live, and who was live when and why."""
+    registry = Registry(_found(store, funnel))
+    out.print(render.versions(registry))
+
+
+@app.command()
+def show(
+    version: Annotated[str, typer.Argument(help="By default the live one.")] = "",
+    store: StoreFolder = _STORE,
+    funnel: FunnelName = "",
+) -> None:
+    """One version whole: its manifest, its gates, and whether its files are as they were published."""
+    registry = Registry(_found(store, funnel))
+    chosen = _resolve(registry, version) if version else _live(registry)
+    out.print(render.bundle(load(registry.path(chosen))))
+
+
+@app.command()
+def serve(
+    store: StoreFolder = _STORE,
+    funnel: FunnelName = "",
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
+) -> None:
+    """Answer POST /v1/recommend with the live version; /docs describes it."""
+    from prerank.serve.http import serve as serve_http  # the HTTP stack is only needed here
+
+    serve_http(_found(store, funnel), host=host, port=port)
+
+
+@app.command()
+def recommend(
+    user: Annotated[int, typer.Option("--user", "-u", help="A user_id; one nobody knows is served as a new user.")],
+    k: Annotated[int, typer.Option("-k", help="How many winners.")] = 10,
+    context: Annotated[list[str], typer.Option("--context", "-x", help="name=value, once for each field.")] = [],  # noqa: B006 - typer reads the default
+    store: StoreFolder = _STORE,
+    funnel: FunnelName = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as the server would send it.")] = False,
+) -> None:
+    """The winners for one user, as the server would answer, without a server."""
+    from prerank.serve.funnel import Funnel
+
+    with Funnel.open(_found(store, funnel)) as opened:
+        said = dict(_field(one) for one in context)
+        answer = opened.recommend(Request(user_id=user, k=k, time_ms=int(time.time() * 1000), context=said))
+    if as_json:
+        print(json.dumps(answer.to_dict(), indent=1))
+    else:
+        out.print(render.answer(answer))
+
+
+@app.command()
+def demo(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="The funnel file; by default the data's.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", "-d", help="Real tables; by default a market is made.")] = None,
+    store: StoreFolder = _STORE,
+) -> None:
+    """The whole funnel: train, evaluate, publish, validate, promote, then answer in process and over HTTP."""
+    run_demo(config, data, store, out, err)
+
+
+def _trained(config: Path, data: Path, store: Path) -> tuple[Trained, Tables]:
+    funnel = load_config(config)
+    home = _home(store, funnel.name)
+    tables = open_tables(funnel, data, home / "work")
+    with progress(err) as report:
+        return train_models(funnel, tables, home, report), tables
+
+
+def _home(store: Path, name: str) -> Path:
+    return store / name
+
+
+def _found(store: Path, funnel: str) -> Path:
+    """The one funnel of the store, or the one named."""
+    names = sorted(p.parent.name for p in store.glob("*/versions")) if store.is_dir() else []
+    if funnel and funnel not in names:
+        raise ConfigError(f"{store}: no funnel {funnel!r} there; it has {', '.join(names) or 'none'}")
+    if not funnel and len(names) != 1:
+        what = f"has several ({', '.join(names)}); name one with --funnel" if names else "has no published funnel yet"
+        raise ConfigError(f"{store}: the store {what}")
+    return store / (funnel or names[0])
+
+
+def _resolve(registry: Registry, beginning: str) -> str:
+    matches = [v.version for v in registry.versions() if v.version.startswith(beginning)]
+    if len(matches) != 1:
+        what = "no version begins so" if not matches else f"{len(matches)} versions begin so"
+        raise ConfigError(f"{beginning!r}: {what}; see `prerank versions`")
+    return matches[0]
+
+
+def _live(registry: Registry) -> str:
+    live = registry.live()
+    if live is None:
+        raise ConfigError("no version is live yet; promote one, or name one (see `prerank versions`)")
+    return live
+
+
+def _field(said: str) -> tuple[str, Scalar]:
+    """name=value, the value as JSON where it reads as JSON and as text where not."""
+    name, equals, value = said.partition("=")
+    if not equals:
+        raise RequestError(f"--context {said!r}: expected name=value")
+    try:
+        plain = json.loads(value)
+    except ValueError:
+        plain = value
+    return name, plain if isinstance(plain, str | int | float | bool) else value

@@ -1,0 +1,46 @@
+"""What an index promises, and every index a funnel file may name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, Self
+
+from torch import Tensor
+
+from prerank.index.exact import ExactIndex
+from prerank.types import CandidateSet
+
+
+class Index(Protocol):
+    """The k most similar eligible rows.
+
+    `is_exact` says whether none is ever missed; `models` is the version of each model the vectors were made with, by
+    name, as read by `load`.
+    """
+
+    is_exact: bool
+    models: Mapping[str, str]
+
+    def __init__(self, vectors: Tensor) -> None:
+        """Over item vectors float32 [I, D], one a row."""
+
+    def search(self, query: Tensor, k: int, eligible: Tensor | None) -> CandidateSet:
+        """query float32 [B, D] -> [B, k], best first; ties are broken by the smaller row.
+
+        `eligible` bool [I] leaves rows out (None: no row). Where fewer than k rows are eligible and of finite
+        similarity the rest is not valid, with row -1.
+        """
+        ...
+
+    def save(self, path: Path, models: Mapping[str, str]) -> None:
+        """Write one file, `models` beside the vectors."""
+        ...
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """What `save` wrote. Raises BundleError for anything else."""
+        ...
+
+
+INDEXES: dict[str, type[Index]] = {"exact": ExactIndex}

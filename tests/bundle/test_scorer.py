@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from prerank.bundle.item_table import ItemTable
+from prerank.bundle.scorer import Scorer
+from prerank.business.utility import Utility
+from prerank.errors import SchemaMismatch
+from prerank.types import CandidateSet
+
+ALL = 500
+
+
+class ByNumber(nn.Module):
+    """logits = the item's two numbers, plus the user's number."""
+
+    tasks = ("click", "like")
+
+    def item_side(self, items):
+        return torch.stack([items["a"], items["b"]], dim=-1)
+
+    def user_side(self, user):
+        return user["u"][:, None]
+
+    def forward(self, user_side, item_side):
+        return item_side + user_side[:, None]
+
+
+def scorer(a, b=None, bid=None, terms=None):
+    num_items = len(a)
+    columns = {
+        "a": np.array(a, dtype=np.float32),
+        "b": np.zeros(num_items, dtype=np.float32) if b is None else np.array(b, dtype=np.float32),
+        "bid": np.ones(num_items, dtype=np.int64) if bid is None else np.array(bid),
+    }
+    items = ItemTable.build(np.arange(num_items) * 10, columns)
+    return Scorer(items, ByNumber(), Utility(("click", "like"), terms or {"click": "bid"})).eval()
+
+
+def candidates(rows, valid=None):
+    rows = torch.tensor(rows)
+    known = torch.ones(rows.shape, dtype=torch.bool) if valid is None else torch.tensor(valid)
+    return CandidateSet(rows, torch.zeros(rows.shape), known)
+
+
+def user(*numbers):
+    return {"u": torch.tensor(numbers or (0.0,))}
+
+
+def test_the_winners_are_those_of_highest_utility():
+    top = scorer(a=[0.0, 1.0, 2.0, 3.0], bid=[100, 1, 1, 2])(user(), candidates([[0, 1, 2, 3]]), 2)
+    assert top.item_ids.tolist() == [[0, 30]]
+    assert top.rows.tolist() == [[0, 3]]
+    assert torch.allclose(top.utility, torch.tensor([[50.0, 2 * torch.tensor(3.0).sigmoid()]]))
+    assert torch.allclose(top.probs[0, 1], torch.tensor([3.0, 0.0]).sigmoid())
+    assert top.valid.all()
+
+
+@pytest.mark.parametrize("k", [1, 3, 77, ALL, ALL + 5])
+def test_ties_are_broken_by_the_smaller_item_id_also_at_the_kth_place(k):
+    rng = np.random.default_rng(k)
+    a = rng.integers(0, 3, ALL).astype(np.float32)
+    rows = rng.permutation(ALL)
+    top = scorer(a)(user(), candidates([rows.tolist()]), k)
+    expected = sorted(range(ALL), key=lambda row: (-a[row], row))[:k]
+    assert top.rows[top.valid].tolist() == expected
+    assert top.rows.shape == (1, k)
+
+
+def test_every_request_of_a_batch_is_answered_as_if_alone():
+    rng = np.random.default_rng(0)
+    model = scorer(rng.normal(size=ALL), bid=rng.integers(1, 9, ALL))
+    rows, valid = rng.integers(0, ALL, (3, 60)), rng.random((3, 60)) < 0.7
+    together = model(user(-1.0, 0.0, 2.0), candidates(rows.tolist(), valid.tolist()), 10)
+    for n, number in enumerate((-1.0, 0.0, 2.0)):
+        alone = model(user(number), candidates(rows[n : n + 1].tolist(), valid[n : n + 1].tolist()), 10)
+        assert torch.equal(alone.rows[0], together.rows[n])
+        assert torch.equal(alone.utility[0], together.utility[n])
+        assert torch.equal(alone.probs[0], together.probs[n])
+
+
+def test_a_candidate_that_is_not_valid_never_wins():
+    top = scorer(a=[0.0, 1.0, 2.0])(user(), candidates([[2, -7, 0]], [[False, False, True]]), 5)
+    assert top.valid.tolist() == [[True, False, False, False, False]]
+    assert top.item_ids.tolist() == [[0, -1, -1, -1, -1]]
+    assert top.rows.tolist() == [[0, -1, -1, -1, -1]]
+    assert top.utility.shape == (1, 5)
+    assert top.probs.shape == (1, 5, 2)
+
+
+def test_a_utility_that_is_not_finite_never_wins_and_is_counted():
+    model = scorer(a=[np.nan, 1.0, 5.0, np.nan])
+    top = model(user(0.0, np.inf), candidates([[0, 1, 2, 3]] * 2, [[True, True, True, False]] * 2), 4)
+    assert top.item_ids[0][top.valid[0]].tolist() == [20, 10]
+    assert top.num_nonfinite.tolist() == [1, 1]
+    infinite = scorer(a=[1.0, 2.0], terms={"click": float("inf")})(user(), candidates([[0, 1]]), 2)
+    assert not infinite.valid.any()
+    assert infinite.num_nonfinite.tolist() == [2]
+
+
+def test_no_candidates_have_no_winners():
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    top = scorer(a=[1.0])(user(), CandidateSet(none, torch.zeros(1, 0), none.bool()), 3)
+    assert top.valid.tolist() == [[False, False, False]]
+
+
+def test_a_row_given_twice_is_ranked_twice():
+    top = scorer(a=[1.0, 2.0])(user(), candidates([[1, 0, 1]]), 3)
+    assert top.rows.tolist() == [[1, 1, 0]]
+
+
+def test_refresh_follows_the_ranker_and_the_state_is_the_behaviour():
+    model = scorer(a=[1.0, 2.0, 3.0])
+    model.items.features()["a"].copy_(torch.tensor([3.0, 2.0, 1.0]))
+    assert model(user(), candidates([[0, 1, 2]]), 1).rows.tolist() == [[2]]
+    model.refresh()
+    assert model(user(), candidates([[0, 1, 2]]), 1).rows.tolist() == [[0]]
+    other = scorer(a=[1.0, 2.0, 3.0])
+    other.load_state_dict(model.state_dict())
+    assert other(user(), candidates([[0, 1, 2]]), 1).rows.tolist() == [[0]]
+
+
+def test_it_runs_in_inference_mode():
+    model = scorer(a=[1.0, 2.0])
+    with torch.inference_mode():
+        assert model(user(), candidates([[0, 1]]), 1).rows.tolist() == [[1]]
+
+
+def test_a_utility_of_a_value_the_items_lack_is_refused():
+    with pytest.raises(SchemaMismatch, match=r"the utility reads 'price', and the items have \['a', 'b', 'bid'\]"):
+        scorer(a=[1.0], terms={"click": "price"})

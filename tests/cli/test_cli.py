@@ -1,0 +1,103 @@
+"""Every verb does what its help says, and a mistake is one line and exit code 1."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+import prerank
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    """`prerank` as a user runs it; what it prints."""
+    command = [sys.executable, "-m", "prerank", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    told = done.stdout + done.stderr
+    assert done.returncode == code, told
+    assert "Traceback" not in told
+    return told
+
+
+@pytest.fixture(scope="module")
+def made(world, trained, published, tmp_path_factory):
+    """The world's funnel file, data, and a store of its own, with everything trained and published."""
+    store = tmp_path_factory.mktemp("cli") / "store"
+    shutil.copytree(world.store, store)
+    where = ("--config", world.config_path, "--data", world.data, "--store", store)
+    return where, store, published
+
+
+def test_help_names_every_verb():
+    told = run("--help")
+    for verb in ("market", "check", "train", "evaluate", "publish", "promote", "rollback", "versions", "show", "serve"):
+        assert verb in told
+
+
+def test_version_is_told():
+    assert run("--version").strip() == prerank.__version__
+
+
+def test_check_finds_nothing_in_good_data_and_everything_in_bad(made, tmp_path):
+    (_, config, _, data, _, store), _, _ = made
+    assert "no problem found" in run("check", "--config", config, "--data", data, "--store", store)
+    for path in data.glob("*.parquet"):
+        shutil.copy(path, tmp_path)
+    users = pq.read_table(tmp_path / "users.parquet").drop_columns(["country"])
+    pq.write_table(users, tmp_path / "users.parquet")
+    (tmp_path / "items.parquet").unlink()
+    told = run("check", "--config", config, "--data", tmp_path, "--store", store, code=1)
+    assert "country" in told
+    assert "items" in told
+
+
+def test_a_funnel_goes_from_training_to_a_live_version_and_back(made):
+    where, store, version = made
+    assert "two towers" in run("train", *where)
+    assert "R@100" in run("evaluate", *where)
+    assert json.loads(
+        run("evaluate", *where, "--json").partition("{")[1] + run("evaluate", *where, "--json").partition("{")[2]
+    )
+    told = run("publish", *where)
+    assert f"published {version}" in told
+    assert "golden" in told
+    assert f"{version} is live" in run("promote", version[:15], "--store", store, "--why", "a test")
+    listed = run("versions", "--store", store)
+    assert version in listed
+    assert "a test" in listed
+    assert "scorer.safetensors" in run("show", "--store", store)
+    user = pq.read_table(where[3] / "users.parquet")["user_id"][0].as_py()
+    context = ("-x", "surface=feed", "-x", "hour=20")
+    answer = json.loads(run("recommend", "--store", store, "--user", user, "-k", 3, *context, "--json"))
+    assert len(answer["winners"]) == 3
+    assert answer["version"] == version
+    assert "unknown user" in run("recommend", "--store", store, "--user", 1, "-k", 3, *context)
+    assert "no version" in run("rollback", "--store", store, code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("check", "--config", "nowhere.toml"), "error: nowhere.toml: no such funnel file"),
+        (("versions", "--store", "nowhere"), "error: nowhere: the store has no published funnel yet"),
+        (("promote", "20200101", "--store", "nowhere"), "error: nowhere: the store has no published funnel yet"),
+        (("market", "--ads", 3, "--out", "nowhere"), "error: "),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, told):
+    said = run(*arguments, code=1)
+    assert told in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_wrong_names_are_told_with_what_there_is(made):
+    _, store, _ = made
+    assert "it has market" in run("versions", "--store", store, "--funnel", "nothing", code=1)
+    assert "no version begins so" in run("promote", "1999", "--store", store, code=1)
+    context = ("--store", store, "--user", 1)
+    assert "expected name=value" in run("recommend", *context, "-x", "hour", code=1)
+    assert "surface" in run("recommend", *context, "-x", "hour=3", code=1)
+    assert "hour" in run("recommend", *context, "-x", "surface=feed", "-x", "hour=late", code=1)
+    assert "k: expected 1 to" in run("recommend", *context, "-x", "surface=feed", "-x", "hour=3", "-k", 0, code=1)

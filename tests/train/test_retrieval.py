@@ -1,0 +1,108 @@
+"""Examples see only what came before them, and the two losses train towers that resume exactly."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from prerank.config import Popularity
+from prerank.models.towers import build_towers
+from prerank.train.examples import UserExamples, item_tensors
+from prerank.train.loop import CHECKPOINT
+from prerank.train.retrieval import Groups, ItemPopularity, train_retrieval
+from prerank.types import day_number
+
+
+def test_a_group_is_one_user_one_day_and_at_most_group_events(world, trained):
+    prepared, config = trained.prepared, world.config
+    groups = Groups.build(prepared, config)
+    log = prepared.events
+    for start, end in zip(groups.start, groups.end, strict=True):
+        events = groups.events[start:end]
+        assert 0 < len(events) <= config.retrieval.group
+        assert len(np.unique(log["user"][events])) == len(np.unique(log["day"][events])) == 1
+        assert (np.diff(log["time_ms"][events]) >= 0).all()
+    assert log["day"][groups.events].max() == day_number(config.data.train[1])
+
+
+def test_weights_are_the_largest_target_of_an_event_and_known_items_are_no_targets(world, trained):
+    prepared, config = trained.prepared, world.config
+    groups = Groups.build(prepared, config)
+    clicked = prepared.happened("is_click")[groups.events]
+    np.testing.assert_allclose(groups.weight, np.where(clicked, 1.0, 0.1), rtol=1e-6)
+    log, had = prepared.events, {}
+    left_out = []
+    for event in range(len(log["day"])):
+        pair = (int(log["user"][event]), int(log["item"][event]))
+        if pair in had and had[pair] < log["time_ms"][event]:
+            left_out.append(event)
+        if prepared.happened("is_click")[event]:
+            had.setdefault(pair, log["time_ms"][event])
+    assert left_out
+    assert not np.isin(left_out, groups.events).any()
+
+
+def test_histories_hold_only_what_lies_strictly_before(world, trained):
+    """Every history equals the user's earlier events in plain Python."""
+    prepared, config = trained.prepared, world.config
+    chosen = np.random.default_rng(0).choice(len(prepared.events["day"]), 200, replace=False)
+    features = UserExamples(prepared, config.features).at(chosen)
+    log = {name: np.asarray(column) for name, column in prepared.events.items()}
+    advertiser = prepared.items["advertiser_id"]
+    length = config.features.histories()["clicks"].length
+    for row, event in enumerate(chosen):
+        mine = (log["user"] == log["user"][event]) & (log["time_ms"] < log["time_ms"][event])
+        earlier = advertiser[log["item"][mine & prepared.happened("is_click")]][-length:]
+        expected = np.concatenate([np.full(length - len(earlier), -1), earlier])
+        np.testing.assert_array_equal(features["clicks"][row].numpy(), expected)
+
+
+def test_popularity_of_a_day_counts_earlier_days_only(world, trained):
+    prepared, config = trained.prepared, world.config
+    counted = ItemPopularity(prepared, config)
+    first_day = config.data.train[0]
+    assert torch.equal(counted.at(first_day), torch.zeros_like(counted.at(first_day)))
+    log = prepared.events
+    on_first = np.bincount(log["item"][log["day"] == day_number(first_day)], minlength=len(prepared.item_ids))
+    on_second = np.bincount(log["item"][log["day"] == day_number(first_day) + 1], minlength=len(prepared.item_ids))
+    second = counted.table[1, :, 0].numpy()
+    assert np.corrcoef(np.argsort(np.argsort(second)), on_first)[0, 1] > 0.3
+    assert second[on_first == 0].max() == second[on_first == 0].min()
+    assert (on_second[on_first == 0] > 0).any()
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
+def test_towers_of_one_seed_are_the_same_also_when_training_was_stopped(world, trained, tmp_path, loss):
+    config = replace(world.config, retrieval=replace(world.config.retrieval, loss=loss, epochs=2))
+    straight, records = train_retrieval(trained.prepared, config, tmp_path / "straight", "id")
+
+    class Stopped(Exception):
+        pass
+
+    def stop(what, done, total, unit):
+        if "epoch 2" in what:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train_retrieval(trained.prepared, config, tmp_path / "stopped", "id", report=stop)
+    assert (tmp_path / "stopped" / CHECKPOINT).exists()
+    resumed, again = train_retrieval(trained.prepared, config, tmp_path / "stopped", "id")
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert [r["loss"] for r in records] == [r["loss"] for r in again]
+
+
+def test_similarity_is_a_plain_dot_product_with_everything_folded_in(world, trained):
+    options = replace(world.config.retrieval, normalise=True, temperature=0.1, popularity=Popularity(half_life_days=()))
+    config = replace(world.config, retrieval=options)
+    towers = build_towers(config, trained.prepared.transforms.sizes()).eval()
+    users = UserExamples(trained.prepared, config.features).at(np.arange(5))
+    none = torch.zeros(len(trained.prepared.item_ids), 0)
+    user_BD, item_ID = towers.user_side(users), towers.item_side(item_tensors(trained.prepared), none)
+    torch.testing.assert_close(user_BD[:, :-1].norm(dim=1), torch.full((5,), 10.0))
+    torch.testing.assert_close(item_ID[:, :-1].norm(dim=1), torch.ones(len(item_ID)))
+    assert (user_BD[:, -1] == 1).all()
+    assert (item_ID[:, -1] == 0).all()
+    assert user_BD.shape[1] == item_ID.shape[1] == towers.width
