@@ -14,7 +14,7 @@ from prerank.errors import BundleError
 from prerank.index.top_k import NONE, order_keys, value_and_row
 from prerank.types import CandidateSet
 
-_KEYS_AT_ONCE = 1 << 20
+_SIMILARITIES_AT_ONCE = 1 << 19
 
 
 class ExactIndex(nn.Module):
@@ -40,15 +40,21 @@ class ExactIndex(nn.Module):
         assert query.shape[1] == self.vectors.shape[1]
         assert eligible is None or (eligible.dtype == torch.bool and eligible.shape == (num_items,))
         best = torch.full((num_queries, k), NONE, device=query.device)
-        step = max(1, _KEYS_AT_ONCE // max(num_queries, 1))
+        step = max(1, _SIMILARITIES_AT_ONCE // max(num_queries, 1))
         for start in range(0, num_items if k else 0, step):
-            some = slice(start, min(start + step, num_items))
-            rows = torch.arange(some.start, some.stop, device=query.device)
-            keys = order_keys(query @ self.vectors[some].T, rows, None if eligible is None else eligible[some])
-            # a piece can place no more than beat the k-th so far, which soon is few
-            entering = min(k, max((keys > best[:, -1:]).sum(1).tolist(), default=0))
-            if entering:
-                best = torch.cat([best, keys.topk(entering).values], dim=1).topk(k).values
+            similarity = query @ self.vectors[start : start + step].T
+            if eligible is not None:
+                similarity.masked_fill_(~eligible[start : start + step], -torch.inf)
+            similarity.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+            # only what beats the k-th so far can enter, which soon is few; an equal one has a larger row
+            beaten, _ = value_and_row(best[:, -1:])
+            entering = max((similarity > beaten).sum(1).tolist(), default=0)
+            if entering < min(k, similarity.shape[1]):
+                similarity, rows = similarity.topk(entering)
+            else:
+                rows = torch.arange(similarity.shape[1], device=query.device)
+            keys = order_keys(similarity, rows + start, None)
+            best = torch.cat([best, keys.topk(min(k, keys.shape[1])).values], dim=1).topk(k).values
         similarity, rows = value_and_row(best)
         return CandidateSet(rows=rows, similarity=similarity, valid=best != NONE)
 

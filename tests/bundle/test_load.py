@@ -377,3 +377,9 @@ def test_a_loaded_version_serves_a_batch(pristine):
         top = bundle.scorer(user, CandidateSet(found.rows, found.similarity, found.valid), 10)
     assert top.valid.all()
     assert (top.utility[:, :-1] >= top.utility[:, 1:]).all()
+
+
+def test_loading_draws_no_random_numbers(pristine):
+    before = torch.get_rng_state()
+    load(pristine)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -25,7 +25,7 @@ def ranked(similarity: np.ndarray, eligible: np.ndarray, k: int) -> list[int]:
 @pytest.fixture(params=[1 << 20, 64])
 def pieces(request, monkeypatch):
     """Searched at once, and in many pieces."""
-    monkeypatch.setattr(exact, "_KEYS_AT_ONCE", request.param)
+    monkeypatch.setattr(exact, "_SIMILARITIES_AT_ONCE", request.param)
 
 
 @pytest.mark.parametrize("kind", INDEXES)
