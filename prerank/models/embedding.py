@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 from prerank.schema import Bag, Category, Embedding, Kind, Number
 from prerank.types import Features
@@ -109,28 +110,31 @@ class Dropout(nn.Module):
 
 
 class HistoryPooling(nn.Module):
-    """An ordered history as one vector: softmax over learned weights of position (newest last) and of content.
+    """An ordered history as one vector: a softmax over learned weights of position and of content pools its items.
 
-    vectors float [B, L, D], present bool [B, L] -> float [B, D]; zeros for an empty history.
-    The content part is additive attention with a learned query (Yang et al. 2016, eq. 5-7), without its tanh layer.
+    The content part is attention with a learned query, one number an item of the table (Yang et al. 2016, eq. 5-7,
+    without the tanh layer). In training each event is hidden at the dropout rate.
     """
 
     def __init__(self, length: int, width: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
         ages = torch.arange(length - 1, -1, -1, dtype=torch.float32)
-        self.position = nn.Parameter(-ages / max(length, 1))
-        self.content = nn.Linear(width, 1, bias=False)
-        nn.init.zeros_(self.content.weight)
+        self.position = nn.Parameter(-ages / length)
+        self.query = nn.Parameter(torch.zeros(width))
 
-    def forward(self, vectors: Tensor, present: Tensor) -> Tensor:
-        """See the class; in training each event is hidden at the dropout rate."""
+    def forward(self, rows: Tensor, table: nn.Embedding) -> Tensor:
+        """rows int [B, L] of `table`, newest last, -1 where there is none -> float [B, D]; zeros for no history."""
+        present = rows >= 0
         if self.training and self.dropout:
             present = present & (torch.rand(present.shape, device=present.device) >= self.dropout)
-        weight_logits = self.position + self.content(vectors).squeeze(-1)
-        # an all-padding row would be softmax over -inf; the finite floor keeps it defined and the mask zeroes it
-        weights = weight_logits.masked_fill(~present, torch.finfo(vectors.dtype).min).softmax(-1) * present
-        return torch.einsum("bld,bl->bd", vectors, weights)
+        place = rows.long().clamp_min(0)
+        weight_logits = self.position + (table.weight @ self.query)[place]
+        # a row of padding alone would be a softmax over -inf; the finite floor keeps it defined and the mask zeroes it
+        floor = torch.finfo(weight_logits.dtype).min
+        weights = weight_logits.masked_fill(~present, floor).softmax(-1) * present
+        # pools without ever holding [B, L, D]
+        return embedding_bag(place, table.weight, per_sample_weights=weights, mode="sum")
 
 
 class MLP(nn.Sequential):

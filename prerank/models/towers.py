@@ -77,9 +77,8 @@ class UserTower(nn.Module):
         pooled: dict[str, Tensor] = {}
         lengths = []
         for name, history in self.histories.items():
-            rows = user[name].long()
-            pooled[name] = self.pooling[name](item_tables[history.of](rows.clamp_min(0)), rows >= 0)
-            lengths.append((rows >= 0).sum(-1).float().log1p() / 2)
+            pooled[name] = self.pooling[name](user[name], item_tables[history.of])
+            lengths.append((user[name] >= 0).sum(-1).float().log1p() / 2)
         start = [self.scale[n] * pooled[name] for n, name in enumerate(self.direct)]
         beside = torch.cat([*pooled.values(), torch.stack(lengths, dim=-1)], dim=-1) if pooled else None
         out: Tensor = self.encoder(user, beside, torch.stack(start).sum(0) if start else None)

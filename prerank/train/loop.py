@@ -75,7 +75,7 @@ def run(
         raise TrainingError(f"{what}: there is no example to learn from; check the labels and [data].train")
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(plan.seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
     place = _resume(model, optimiser, plan, folder, load_extra)
     records = _journal(folder, place.step // plan.steps_per_epoch)
     last_save = time.monotonic()

@@ -36,8 +36,8 @@ def softmax_loss(logits: Tensor, positives: Positives, excluded: Tensor) -> Tens
     drop_row, drop_slot = (excluded >= 0).nonzero(as_tuple=True)
     hidden = torch.zeros_like(logits, dtype=torch.bool)
     hidden[drop_row, excluded[drop_row, drop_slot]] = True
-    normaliser = logits.masked_fill(hidden, -torch.inf).logsumexp(1)
-    losses = normaliser[positives.example] - logits[positives.example, positives.item]
+    log_probs = logits.masked_fill(hidden, -torch.inf).log_softmax(1)
+    losses = -log_probs[positives.example, positives.item]
     return (losses * positives.weight).sum() / positives.weight.sum()
 
 

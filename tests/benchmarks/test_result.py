@@ -86,7 +86,7 @@ def test_times_are_kept_as_percentiles():
 
 
 def test_numbers_are_shown_with_three_digits():
-    assert [shown(x) for x in (None, 0.1195, 6.2, 62.04, 123.4, 1234.5, 3.0, 0.0)] == [
+    assert [shown(x) for x in (None, 0.12, 6.2, 62.04, 123.4, 1234.5, 3.0, 0.0)] == [
         "", "0.120", "6.20", "62.0", "123", "1,234", "3", "0",
     ]  # fmt: skip
 
@@ -105,7 +105,7 @@ def test_marked_numbers_become_those_measured_and_the_rest_stays(root):
     (root / "docs" / "serve.md").write_text(page("?", "serve@some-cpu:rank 10K: warm:p99_ms:.1f"))
     assert run(root) == 0
     assert (root / "README.md").read_text() == "# 1\n\n" + page("6.25") + page("0.432", "serve:recall:value:.3f")
-    assert ">2.0<" in (root / "docs" / "serve.md").read_text()
+    assert ">3.0<" in (root / "docs" / "serve.md").read_text()
     assert run(root, "--check") == 0
 
 
@@ -116,6 +116,21 @@ def test_a_whole_table_is_written_with_its_origin_and_is_then_not_stale(root):
     assert table(ROWS) in text
     assert "2026-01-05, commit 0123456789ab, Some CPU @ 3.0GHz, 2 cores." in text
     assert run(root, "--check") == 0
+
+
+def test_a_named_table_is_of_the_newest_result_that_has_its_rows(root):
+    names = ("two towers, test, recall@100", "two towers, validate, recall@100", "ablation, seed 7: no popularity")
+    rows = tuple(Row.of(name, 0.4, "recall") for name in names)
+    replace(RESULT, question="retrieval_quality", rows=rows).write(root / "results")
+    later = replace(RESULT, question="retrieval_quality", rows=rows[:2], date="2026-01-06T10:00:00Z")
+    later.write(root / "results")
+    (root / "README.md").write_text(page("", "retrieval_quality") + page("", "retrieval_ablation"))
+    assert run(root) == 0
+    quality, ablation = (root / "README.md").read_text().split("It takes")[1:]
+    assert table(rows[:1]) in quality
+    assert "2026-01-06" in quality
+    assert table(rows[2:]) in ablation
+    assert "2026-01-05" in ablation
 
 
 def test_a_stale_number_is_found_and_left_alone_by_check(root, capsys):
@@ -182,6 +197,20 @@ def test_every_ablation_changes_one_thing():
     for name, changed in retrieval_quality.ablations(config).items():
         other = changed.to_dict()
         assert [key for key in plain if plain[key] != other[key]] in (["retrieval"], ["features"]), name
+
+
+def test_an_ablation_is_measured_against_the_whole_recipe(monkeypatch, tmp_path):
+    half, whole = (
+        retrieval_quality._Trained(1.0, {"test": np.full((10, len(retrieval_quality.KS)), recall)})
+        for recall in (0.2, 0.4)
+    )
+    monkeypatch.setattr(retrieval_quality, "prepare", lambda *_: None)
+    monkeypatch.setattr(retrieval_quality, "_train", lambda *_: half)
+    config = load_config(retrieval_quality.FUNNEL)
+    first, *others = retrieval_quality._ablation_rows(config, None, tmp_path, whole)
+    assert (first.value, first.ratio) == (0.4, None)
+    assert len(others) == len(retrieval_quality.ablations(config))
+    assert {(row.value, row.ratio) for row in others} == {(0.2, 0.5)}
 
 
 def test_the_standard_error_is_that_of_a_mean():

@@ -1,0 +1,164 @@
+"""What this machine is, what it can do at best, and what a piece of work takes of it.
+
+Torch is imported only where it is used: a child process whose memory is measured should hold no more than its work.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeVarTuple
+
+from benchmarks.result import Hardware
+
+REPOSITORY = Path(__file__).parents[1]
+_PACKAGES = ("prerank", "torch", "numpy", "pyarrow")
+_COPY_BYTES = 1 << 28
+Args = TypeVarTuple("Args")
+
+
+def hardware() -> Hardware:
+    """This machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Hardware(_cpu(), cores, round(memory, 1))
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def commit() -> str:
+    """The commit measured, with `+` where tracked or new files other than results differ from it."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+def ceilings() -> dict[str, float]:
+    """The best of repeated runs, now: a copy (bytes read plus written) and square matrix products."""
+    import torch
+
+    source, target = torch.ones(_COPY_BYTES // 4), torch.empty(_COPY_BYTES // 4)
+    found = {"copy_gb_s": 2 * _COPY_BYTES / best_s(lambda: target.copy_(source)) / 1e9}
+    size = 2048
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+        found[f"{name}_matmul_gflop_s"] = _gflop_s(partial(torch.matmul, left, right), size)
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def best_s(work: Callable[[], object], least_s: float = 0.5) -> float:
+    """The shortest of the calls, in seconds, of as many as `least_s` holds, at least three after a first one."""
+    times = times_ms(work, 3)
+    while sum(times) < 1000 * least_s:
+        times += times_ms(work, 1, warm_up=0)
+    return min(times) / 1000
+
+
+def times_ms(work: Callable[[], object], repeats: int, warm_up: int = 1) -> list[float]:
+    """How long each call took, in milliseconds, after `warm_up` calls that do not count."""
+    for _ in range(warm_up):
+        work()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(1000 * (time.perf_counter() - started))
+    return times
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a piece of work took in a process of its own, and what it `made`, a number of its own choice.
+
+    `times_s` of each of its calls; `peak_bytes` the largest resident memory, `start_bytes` that before the first.
+    """
+
+    times_s: tuple[float, ...]
+    peak_bytes: int
+    start_bytes: int
+    made: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the median call."""
+        return sorted(self.times_s)[len(self.times_s) // 2]
+
+    @property
+    def peak_gib(self) -> float:
+        """All of the process, Python and libraries too."""
+        return self.peak_bytes / 2**30
+
+    @property
+    def above_imports_mib(self) -> float:
+        """Without what the process held before the work."""
+        return (self.peak_bytes - self.start_bytes) / 2**20
+
+
+def in_own_process(work: Callable[[*Args], int], *args: *Args, repeats: int = 1) -> Spent:
+    """`work`, a function of a module, called with `args` in a fresh process, so that its memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_spend, work, args, repeats).result()
+
+
+def _spend(work: Callable[..., int], args: tuple[object, ...], repeats: int) -> Spent:
+    start, times, made = _memory("VmRSS"), [], 0
+    for _ in range(repeats):
+        started = time.perf_counter()
+        made = work(*args)
+        times.append(time.perf_counter() - started)
+    return Spent(tuple(times), _memory("VmHWM"), start, made)
+
+
+def _memory(field: str) -> int:
+    """Bytes this process holds (VmRSS) or held at most (VmHWM).
+
+    Linux alone: getrusage would count what the parent held when it started this process.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def _gflop_s(work: Callable[[], object], size: int) -> float:
+    return 2 * size**3 / best_s(work) / 1e9
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def say(what: str) -> None:
+    """Progress, for whoever waits; results go to the other stream."""
+    print(what, file=sys.stderr, flush=True)

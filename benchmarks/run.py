@@ -1,0 +1,83 @@
+"""How every question is run: its arguments, the machine's ceilings first, then the measuring, a table, and the file."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks import machine
+from benchmarks.result import RESULTS, Result, Row, table
+
+KUAIRAND = machine.REPOSITORY.parent / "shared" / "data" / "kuairand_pure"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How much to measure, and the folder of KuaiRand-Pure where there is one."""
+
+    quick: bool = False
+    ablate: bool = False
+    data: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a question found: its rows, what it was run with, and ceilings of its own beside the machine's."""
+
+    rows: list[Row]
+    config: Mapping[str, object]
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+
+
+Measure = Callable[[Options, Mapping[str, float]], Measured]
+"""The options and the machine's ceilings -> what was measured."""
+
+
+def arguments(description: str) -> ArgumentParser:
+    """What every command here takes."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="a smaller version in under a minute; writes no file")
+    parser.add_argument("--data", type=Path, help="the folder of KuaiRand-Pure; also PRERANK_DATA")
+    parser.add_argument("--results", type=Path, help="where to write instead of benchmarks/results")
+    return parser
+
+
+def run(question: str, description: str, measure: Measure, *, ablations: bool = False) -> None:
+    """The whole command of one question; the last line printed is the result as one line of JSON."""
+    parser = arguments(description.partition("\n")[0])
+    if ablations:
+        parser.add_argument("--ablate", action="store_true", help="also one changed option at a time, one seed each")
+    given = parser.parse_args()
+    options = Options(given.quick, ablations and given.ablate, data_folder(given.data))
+    machine.say(f"{question}: measuring the machine's ceilings")
+    ceilings = machine.ceilings()
+    measured = measure(options, ceilings)
+    result = Result(
+        question=question,
+        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        commit=machine.commit(),
+        hardware=machine.hardware(),
+        versions=machine.versions(),
+        config={"quick": options.quick, **measured.config},
+        ceilings={**ceilings, **measured.ceilings},
+        rows=tuple(measured.rows),
+    )
+    print(table(result.rows))
+    if given.results or not options.quick:
+        machine.say(f"written: {result.write(given.results or RESULTS).name}")
+    print(result.to_json())
+
+
+def data_folder(given: Path | None) -> Path | None:
+    """The folder of KuaiRand-Pure that was named, else PRERANK_DATA, else the development machine's; None if none is.
+
+    A folder that was named must be there: FileNotFoundError.
+    """
+    named = given or (Path(os.environ["PRERANK_DATA"]) if os.environ.get("PRERANK_DATA") else None)
+    if named and not named.is_dir():
+        raise FileNotFoundError(f"{named} is not a folder; name that of KuaiRand-Pure by --data or PRERANK_DATA")
+    return named or (KUAIRAND if KUAIRAND.is_dir() else None)
