@@ -22,8 +22,6 @@ from prerank.lifecycle.build import Quality, Trained
 from prerank.serve.answer import Answer
 from prerank.types import Scalar
 
-_NUMBER_WIDTH = 9  # of a utility below 10 money units, or of a probability
-
 
 def plain(value: object) -> dict[str, Any]:
     """A dataclass as plain JSON types; paths as text."""
@@ -148,14 +146,11 @@ def bundle(loaded: Bundle) -> RenderableType:
 
 def answer(given: Answer) -> RenderableType:
     """One request's winners with their metadata, and its stages."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, expand=True)
     tasks = list(given.winners[0].prob) if given.winners else []
-    widest = max((len(str(winner.item_id)) for winner in given.winners), default=0)
     for name in ("item_id", "micros", *tasks):
-        table.add_column(
-            name, justify="right", min_width=max(len(name), widest if name == "item_id" else _NUMBER_WIDTH)
-        )
-    table.add_column("metadata", no_wrap=True, overflow="ellipsis")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("metadata", no_wrap=True, overflow="ellipsis", ratio=1)
     for winner in given.winners:
         probs = ("-" if p is None else f"{p:.4f}" for p in winner.prob.values())
         utility = "-" if winner.utility_micros is None else f"{winner.utility_micros:,.0f}"
