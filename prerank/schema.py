@@ -118,6 +118,8 @@ class FeatureSchema:
                     f"features.{owner}.{name}: the name is taken by features.{seen[name]}.{name}; choose another"
                 )
             seen.setdefault(name, owner)
+            if "." in name or not name:
+                raise ConfigError(f"features.{owner}.{name!r}: expected a name without dots")
             _check_ranges(f"features.{owner}.{name}", kind)
             if isinstance(kind, History):
                 self._check_history(owner, name, kind)

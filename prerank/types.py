@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 Scalar: TypeAlias = str | int | float | bool | None
+Given: TypeAlias = Scalar | list[Scalar]
+"""One value of one feature, as JSON or a stored profile has it; a bag's is a list."""
 Array: TypeAlias = np.ndarray  # dtype and shape are stated where it is used
 
 Features: TypeAlias = Mapping[str, Tensor]
@@ -54,7 +56,7 @@ class Request:
     user_id: int
     k: int
     time_ms: int
-    context: Mapping[str, Scalar] = field(default_factory=dict)
+    context: Mapping[str, Given] = field(default_factory=dict)
     deadline_ms: float | None = None
     request_id: str = ""
 

@@ -96,6 +96,7 @@ def _drop_none(plain):
           "[features.item]"), "the name is taken by features.user.x"),
         (("[features.item]", '[features.context]\nx = { kind = "value" }\n[features.item]'),
          "features.context.x: a context feature is a category, number or bag, not value"),
+        (("bid = {", '"b.id" = {'), "features.item.'b.id': expected a name without dots"),
         (("[features.item]", "[features.itm]"), 'features.itm: unknown key; did you mean "item"?'),
     ],
 )  # fmt: skip

@@ -27,7 +27,7 @@ from prerank.lifecycle.build import evaluate as evaluate_trained
 from prerank.lifecycle.build import train as train_models
 from prerank.lifecycle.validate import validate as validate_version
 from prerank.market.generate import generate_market
-from prerank.types import Request, Scalar
+from prerank.types import Given, Request
 
 app = typer.Typer(
     name="prerank",
@@ -272,7 +272,7 @@ def _live(registry: Registry) -> str:
     return live
 
 
-def _field(said: str) -> tuple[str, Scalar]:
+def _field(said: str) -> tuple[str, Given]:
     """name=value, the value as JSON where it reads as JSON and as text where not."""
     name, equals, value = said.partition("=")
     if not equals:
@@ -281,4 +281,4 @@ def _field(said: str) -> tuple[str, Scalar]:
         plain = json.loads(value)
     except ValueError:
         plain = value
-    return name, plain if isinstance(plain, str | int | float | bool) else value
+    return name, plain if isinstance(plain, str | int | float | bool | list) else value

@@ -31,7 +31,7 @@ from prerank.errors import ConfigError, DataError, GateFailed, PrerankError
 from prerank.lifecycle.build import Trained, evaluate, load_users, publish_trained, train
 from prerank.lifecycle.validate import validate
 from prerank.market.generate import generate_market
-from prerank.types import Request, Scalar
+from prerank.types import Given, Request
 
 MARKET_ADS = 100_000
 NUM_REQUESTS = 200
@@ -45,7 +45,7 @@ class Asked:
     """One request taken from the log's last day."""
 
     user_id: int
-    context: dict[str, Scalar]
+    context: dict[str, Given]
 
     def said(self) -> str:
         """The context in words."""

@@ -20,7 +20,7 @@ from prerank.bundle.registry import Gate, Registry
 from prerank.data.check import Problem
 from prerank.lifecycle.build import Quality, Trained
 from prerank.serve.answer import Answer
-from prerank.types import Scalar
+from prerank.types import Given
 
 
 def plain(value: object) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def funnel(told: Mapping[str, Any]) -> RenderableType:
 
 
 def next_steps(
-    config: Path, data: Path, store: Path, funnel: str, user: int, context: Mapping[str, Scalar], told: Path
+    config: Path, data: Path, store: Path, funnel: str, user: int, context: Mapping[str, Given], told: Path
 ) -> RenderableType:
     """What to type next, with names that work here."""
     fields = " ".join(f"-x {name}={value}" for name, value in context.items())

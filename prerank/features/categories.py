@@ -11,7 +11,6 @@ import pyarrow as pa
 from prerank.features.reading import (
     EXPECTS,
     Family,
-    Given,
     Unreadable,
     absent,
     family_of,
@@ -25,7 +24,7 @@ from prerank.features.reading import (
 )
 from prerank.features.vocabulary import Buckets, Codes, Vocabulary
 from prerank.schema import Bag, Category
-from prerank.types import Array, Scalar
+from prerank.types import Array, Given, Scalar
 
 
 class Categories:

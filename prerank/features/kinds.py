@@ -16,9 +16,8 @@ from prerank.features.numbers import (
     read_number,
     read_value,
 )
-from prerank.features.reading import Given
 from prerank.schema import Bag, Category, Embedding, History, Kind, Number, Value
-from prerank.types import Array
+from prerank.types import Array, Given
 
 
 class Fitted(Protocol):

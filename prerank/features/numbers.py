@@ -13,7 +13,6 @@ import pyarrow as pa
 
 from prerank.features.reading import (
     FLOAT32_MAX,
-    Given,
     Unreadable,
     absent,
     floats,
@@ -25,7 +24,7 @@ from prerank.features.reading import (
     shown,
 )
 from prerank.schema import Embedding, Number, Value
-from prerank.types import Array
+from prerank.types import Array, Given
 
 _ROWS_AT_ONCE = 1 << 16
 

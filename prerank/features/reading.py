@@ -11,11 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prerank.types import Array, Scalar
+from prerank.types import Array, Given, Scalar
 
 Family: TypeAlias = Literal["integer", "text", "boolean"]
-Given: TypeAlias = Scalar | list[Scalar]
-"""One value of one feature, as JSON or a stored profile has it."""
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 EXPECTS: dict[Family, str] = {"integer": "an integer", "text": "text", "boolean": "true or false"}

@@ -17,9 +17,9 @@ from prerank._toml import Problems, structure
 from prerank.errors import BundleError, DataError, RequestError
 from prerank.features.categories import Bags, Categories
 from prerank.features.kinds import Fitted, read, start
-from prerank.features.reading import Given, Unreadable, plain, shown
+from prerank.features.reading import Unreadable, plain, shown
 from prerank.schema import FeatureSchema, History, Kind, Owner, column_of
-from prerank.types import Array
+from prerank.types import Array, Given
 
 FORMAT = 1
 

@@ -8,7 +8,7 @@ from math import isfinite
 
 from prerank.errors import RequestError
 from prerank.serve.graph import StageReport
-from prerank.types import Request, Scalar
+from prerank.types import Given, Request
 
 INT64 = range(-(2**63), 2**63)
 LAST_TIME_MS = 253_402_300_799_999
@@ -22,7 +22,7 @@ class Winner:
     item_id: int
     utility_micros: float | None
     prob: Mapping[str, float | None]
-    metadata: Mapping[str, Scalar | list[Scalar]]
+    metadata: Mapping[str, Given]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,10 @@ def check_request(request: Request, max_k: int) -> None:
     if request.deadline_ms is not None:
         holds = isfinite(request.deadline_ms) and request.deadline_ms > 0
         _within("deadline_ms", request.deadline_ms, "a finite number above 0", holds)
-    for name, value in request.context.items():
-        if isinstance(value, float):
-            _within(f"context.{name}", value, "a finite number", isfinite(value))
+    for name, given in request.context.items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, float):
+                _within(f"context.{name}", value, "a finite number", isfinite(value))
 
 
 def _within(field: str, value: object, expected: str, holds: bool) -> None:

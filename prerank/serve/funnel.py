@@ -19,7 +19,7 @@ from prerank.serve.graph import Deadline, GraphRun, RequestGraph
 from prerank.serve.stages import Describe, ExpandUser, Rank, RankBySimilarity, Retrieve
 from prerank.stores.metadata import MetadataTable
 from prerank.stores.users import UserStore
-from prerank.types import Request, Scalar, TopK
+from prerank.types import Given, Request, TopK
 
 
 class Funnel:
@@ -110,15 +110,16 @@ class Funnel:
         return Answer(request.request_id, self.version, winners, run.reports, run.degraded, notes)
 
 
-def _example_context(transforms: Transforms) -> dict[str, Scalar]:
+_EXAMPLES: tuple[Given, ...] = (1, "text", True, [1], ["text"], None)
+
+
+def _example_context(transforms: Transforms) -> dict[str, Given]:
     """A value of the right type for each context field."""
     columns = transforms.schema.columns("context")
-    return {
-        column: next(v for v in (1, "text", True, None) if _takes(transforms, columns, column, v)) for column in columns
-    }
+    return {column: next(v for v in _EXAMPLES if _takes(transforms, columns, column, v)) for column in columns}
 
 
-def _takes(transforms: Transforms, columns: Sequence[str], column: str, value: Scalar) -> bool:
+def _takes(transforms: Transforms, columns: Sequence[str], column: str, value: Given) -> bool:
     try:
         transforms.encode_row("context", {**dict.fromkeys(columns), column: value})
     except RequestError:

@@ -36,7 +36,7 @@ from prerank.serve.funnel import Funnel
 from prerank.serve.metrics import CONTENT_TYPE, ServeMetrics
 from prerank.serve.openapi import docs_page, openapi
 from prerank.serve.wire import MalformedBody, decode_request, encode_answer, encode_error
-from prerank.types import Request, Scalar
+from prerank.types import Given, Request
 
 _log = structlog.get_logger(__name__)
 _NO_HEADERS: Mapping[str, str] = {}
@@ -57,7 +57,7 @@ class Recommender(Protocol):
         ...
 
     @property
-    def example_context(self) -> Mapping[str, Scalar]:
+    def example_context(self) -> Mapping[str, Given]:
         """A context that works, one value a field."""
         ...
 
@@ -214,7 +214,7 @@ class _Server:
     async def home(self, _: HttpRequest) -> Response:
         return RedirectResponse("/docs")
 
-    def _context(self) -> Mapping[str, Scalar]:
+    def _context(self) -> Mapping[str, Given]:
         return {} if isinstance(self.funnel, PrerankError) else self.funnel.example_context
 
     def _example(self) -> dict[str, object]:

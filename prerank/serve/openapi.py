@@ -9,7 +9,7 @@ import msgspec
 
 from prerank import __version__
 from prerank.serve.wire import AnswerBody, ErrorBody, ReadyBody, RecommendBody
-from prerank.types import Scalar
+from prerank.types import Given
 
 ERRORS = {
     400: "The body is not JSON.",
@@ -66,7 +66,7 @@ def openapi(example: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def docs_page(example: Mapping[str, object], version: str, context: Mapping[str, Scalar]) -> str:
+def docs_page(example: Mapping[str, object], version: str, context: Mapping[str, Given]) -> str:
     """The page at /docs, whole in itself: endpoints, schemas, an example for this funnel and a form to try it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("prerank.serve", "pages"), autoescape=True, undefined=jinja2.StrictUndefined

@@ -18,7 +18,8 @@ from prerank.types import Request
 _Int64: TypeAlias = Annotated[int, Meta(extra_json_schema={"minimum": INT64.start, "maximum": INT64.stop - 1})]
 _Moment: TypeAlias = Annotated[int, Meta(extra_json_schema={"minimum": 0, "maximum": LAST_TIME_MS})]
 _Positive: TypeAlias = Annotated[float, Meta(extra_json_schema={"exclusiveMinimum": 0})]
-_ContextValue: TypeAlias = str | int | float | bool | None
+_Plain: TypeAlias = str | int | float | bool | None
+_ContextValue: TypeAlias = _Plain | list[_Plain]
 
 
 class MalformedBody(RequestError):
@@ -134,11 +135,15 @@ def _sentence(told: str, content: bytes) -> str:
 
 
 def _field(path: str, content: bytes) -> str:
-    # msgspec does not say which key of a mapping it means, so the one that is no scalar is looked up
-    if path == "context[...]":
+    # msgspec does not say which key of a mapping it means, so the one that nests too deep is looked up
+    if path.startswith("context[...]"):
         try:
             context = msgspec.json.decode(content)["context"]
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return "context"
-        return next((f"context.{name}" for name, value in context.items() if isinstance(value, list | dict)), "context")
+        return next((f"context.{name}" for name, value in context.items() if _nests(value)), "context")
     return path or "body"
+
+
+def _nests(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value))

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from prerank._toml import nearest
 from prerank.errors import DataError
-from prerank.types import Array, Scalar
+from prerank.types import Array, Given
 
 
 class MetadataTable:
@@ -53,7 +53,7 @@ class MetadataTable:
                     f"{nearest(name, self.columns)}"
                 )
 
-    def take(self, rows: Array, columns: Sequence[str] = ()) -> list[dict[str, Scalar | list[Scalar]]]:
+    def take(self, rows: Array, columns: Sequence[str] = ()) -> list[dict[str, Given]]:
         """The `columns` (none named: all) of `rows` int64 [K] -> K dicts. Raises DataError for an unknown column."""
         self.check_columns(columns)
         names = list(columns) or list(self.columns)
@@ -65,7 +65,7 @@ class MetadataTable:
         return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
 
 
-def _plain(column: pa.Array) -> list[Scalar | list[Scalar]]:
+def _plain(column: pa.Array) -> list[Given]:
     kind = column.type
     if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
         column = pc.cast(column, pa.string())

@@ -19,7 +19,7 @@ from prerank.errors import DataError
 from prerank.stores.environments import SharedEnvironment, share
 from prerank.stores.user_file import EVENT_BYTES, FORMAT, HEAD, META, PROFILE, Meta, id_of, key_of, write_users
 from prerank.stores.user_file import Events as Events
-from prerank.types import Array, Scalar
+from prerank.types import Array, Given
 
 _AGAIN = "build it again from the tables with `prerank train`"
 
@@ -31,7 +31,7 @@ class UserRecord:
     item_ids int64 [E]; time_ms int64 [E]; flags uint32 [E], bit j set where label j of the store holds. Read-only.
     """
 
-    profile: Mapping[str, Scalar | list[Scalar]]
+    profile: Mapping[str, Given]
     item_ids: Array
     time_ms: Array
     flags: Array

@@ -144,8 +144,9 @@ def test_a_body_that_is_no_json_is_a_400(client: Client, body: str | bytes, says
         ('{"user_id": 1, "k": 1, "context": [1]}', "context: expected object, got array"),
         (
             '{"user_id": 1, "k": 1, "context": {"a": 1, "b": {"c": 1}}}',
-            "context.b: expected bool | int | float | str | null, got object",
+            "context.b: expected bool | int | float | str | array | null, got object",
         ),
+        ('{"user_id": 1, "k": 1, "context": {"a": [1], "b": [[2]]}}', "context.b: expected bool | int | float | str"),
         ('{"user_id": 1, "k": 1, "context": {"a": 1e999}}', "context: expected a number a 64-bit float can hold"),
         ('{"user_id": 1, "k": 1, "deadline_ms": 1e999}', "deadline_ms: expected a number a 64-bit float can hold"),
         ('{"user_id": 1, "k": 1, "deadline_ms": 0}', "deadline_ms: expected a finite number above 0, got 0"),

@@ -12,6 +12,8 @@ from prerank.bundle.scorer import Ranked
 from prerank.errors import DataError, RequestError, SchemaMismatch
 from prerank.features.histories import Timeline
 from prerank.features.transforms import Transforms
+from prerank.schema import Bag, FeatureSchema
+from prerank.serve.answer import check_request
 from prerank.serve.stages import Describe, ExpandUser, Rank, RankBySimilarity
 from prerank.stores.metadata import MetadataTable
 from prerank.stores.users import UserStore
@@ -222,3 +224,17 @@ def test_only_winners_are_described_and_in_their_order(metadata: MetadataTable) 
 def test_a_metadata_column_that_is_not_there_is_refused_before_any_request(metadata: MetadataTable) -> None:
     with pytest.raises(DataError, match="got 'titel'; did you mean \"title\""):
         Describe(metadata, ("titel",))
+
+
+def test_a_context_bag_is_given_as_a_list():
+    """What a list column trains, a request can say."""
+    schema = FeatureSchema(context={"topics": Bag(length=3)})
+    log = pa.table({"topics": pa.array([["a", "b"], ["c"]])})
+    none = (pa.table({}), np.zeros(0, np.int64))
+    transforms = Transforms.fit(schema, users=none, items=none, context=[log])
+    request = Request(user_id=1, k=1, time_ms=0, context={"topics": ["b", "?"]})
+    check_request(request, max_k=1)
+    encoded = transforms.encode_row("context", request.context)["topics"]
+    assert encoded.tolist() == [[2, 0, -1]]
+    with pytest.raises(RequestError, match=r"context\.topics: expected a finite number, got nan"):
+        check_request(Request(user_id=1, k=1, time_ms=0, context={"topics": [1.0, float("nan")]}), max_k=1)
