@@ -83,7 +83,10 @@ def market(
     impressions: Annotated[int | None, typer.Option(help="How many impressions; by default in proportion.")] = None,
     days: Annotated[int, typer.Option(help="How many days of log.")] = 10,
 ) -> None:
-    """Make a simulated ad market: the tables a user brings, and the truth no user has."""
+    """Make a simulated ad market.
+
+    It writes the tables a user brings, and beside them the truth no user has.
+    """
     with progress(err) as report:
         made = generate_market(
             folder,
@@ -99,7 +102,10 @@ def market(
 
 @app.command()
 def check(config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: StoreFolder = _STORE) -> None:
-    """Read the funnel file and the data, and list every problem at once; exit code 1 if any is an error."""
+    """List every problem of the funnel file and the data.
+
+    All at once, as a table; exit code 1 if one of them is an error.
+    """
     funnel = load_config(config)
     problems = check_tables(funnel, find_tables(funnel, data, _home(store, funnel.name) / "work"))
     out.print(render.problems(problems))
@@ -109,7 +115,10 @@ def check(config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: StoreFo
 
 @app.command()
 def train(config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: StoreFolder = _STORE) -> None:
-    """Train the towers and the ranker; resumes where it was stopped, and does again only what changed."""
+    """Train the towers and the ranker.
+
+    Goes on where it was stopped, and does again only what changed.
+    """
     trained, _ = _trained(config, data, store)
     out.print(render.epochs(trained))
 
@@ -121,7 +130,10 @@ def evaluate(
     store: StoreFolder = _STORE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Quality on the test days, beside floors anyone can compute; trains first if that is not done."""
+    """Measure quality on the test days, beside floors.
+
+    The floors are what anyone can compute; trains first if that is not done.
+    """
     trained, _ = _trained(config, data, store)
     quality = evaluate_trained(trained, _home(store, trained.config.name))
     if as_json:
@@ -132,7 +144,10 @@ def evaluate(
 
 @app.command()
 def publish(config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: StoreFolder = _STORE) -> None:
-    """Write the trained models, the items and the rules as one immutable version, and measure its gates."""
+    """Write one immutable version and measure its gates.
+
+    The models (trained first if they are not), the items and the rules; exit code 1 if a gate fails.
+    """
     trained, tables = _trained(config, data, store)
     home = _home(store, trained.config.name)
     with progress(err) as report:
@@ -149,7 +164,7 @@ def publish(config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: Store
 
 @app.command()
 def promote(version: Version, store: StoreFolder = _STORE, funnel: FunnelName = "", why: Why = "") -> None:
-    """Make a version live; refused unless every gate holds."""
+    """Make a version live, if every gate holds."""
     registry = Registry(_found(store, funnel))
     chosen = _resolve(registry, version)
     registry.promote(chosen, getpass.getuser(), why)
@@ -163,7 +178,7 @@ def rollback(
     funnel: FunnelName = "",
     why: Why = "",
 ) -> None:
-    """Make a version that was live before live again."""
+    """Make a version live again that was before."""
     registry = Registry(_found(store, funnel))
     registry.rollback(_resolve(registry, version) if version else None, getpass.getuser(), why)
     out.print(f"{registry.live()} is live")
@@ -171,7 +186,7 @@ def rollback(
 
 @app.command()
 def versions(store: StoreFolder = _STORE, funnel: FunnelName = "") -> None:
-    """Every version, which is live, and who was live when and why."""
+    """List versions, and who was live when and why."""
     registry = Registry(_found(store, funnel))
     out.print(render.versions(registry))
 
@@ -182,7 +197,10 @@ def show(
     store: StoreFolder = _STORE,
     funnel: FunnelName = "",
 ) -> None:
-    """One version whole: its manifest, its gates, and whether its files are as they were published."""
+    """Show one version, if it is whole.
+
+    Where it came from, and every file, which is checked against its hash; then the golden answers are asked again.
+    """
     registry = Registry(_found(store, funnel))
     chosen = _resolve(registry, version) if version else _live(registry)
     out.print(render.bundle(load(registry.path(chosen))))
@@ -193,9 +211,12 @@ def serve(
     store: StoreFolder = _STORE,
     funnel: FunnelName = "",
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
 ) -> None:
-    """Answer POST /v1/recommend with the live version; /docs describes it."""
+    """Serve the live version over HTTP.
+
+    POST /v1/recommend answers; /docs describes it.
+    """
     from prerank.serve.http import serve as serve_http  # the HTTP stack is only needed here
 
     serve_http(_found(store, funnel), host=host, port=port)
@@ -210,7 +231,7 @@ def recommend(
     funnel: FunnelName = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as the server would send it.")] = False,
 ) -> None:
-    """The winners for one user, as the server would answer, without a server."""
+    """Answer for one user, without a server."""
     from prerank.serve.funnel import Funnel
 
     with Funnel.open(_found(store, funnel)) as opened:
@@ -230,7 +251,10 @@ def demo(
     data: Annotated[Path | None, typer.Option("--data", "-d", help="Real tables; by default a market is made.")] = None,
     store: StoreFolder = _STORE,
 ) -> None:
-    """The whole funnel: train, evaluate, publish, validate, promote, then answer in process and over HTTP."""
+    """Run the whole funnel, from tables to winners.
+
+    Train, evaluate, publish, validate, promote, then answer in process and over HTTP.
+    """
     run_demo(config, data, store, out, err)
 
 
