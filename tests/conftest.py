@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,10 @@ from prerank.config import Config, parse_config
 from prerank.data.logs import Tables, open_tables
 from prerank.lifecycle.build import Trained, load_users, publish_trained, train
 from prerank.market.generate import generate_market
+
+# a loaded machine is slow, not wrong
+hypothesis.settings.register_profile("prerank", deadline=None)
+hypothesis.settings.load_profile("prerank")
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prerank.errors import BundleError, DataError, RequestError
@@ -97,7 +97,6 @@ def test_a_row_encodes_as_the_table_it_is_in(rows):
 
 
 @given(st.lists(ROW, min_size=1, max_size=5), st.lists(ROW, min_size=1, max_size=5))
-@settings(deadline=None)
 def test_what_is_saved_encodes_to_the_same_bits_and_says_the_same(trained, asked):
     fitted = fit(FeatureSchema(user=KINDS), table(trained))
     saved = fitted.to_json()
