@@ -36,6 +36,14 @@ TABLES = {
         r"training.*|[^,]+, test, recall@\d+|two towers, test, recall@100: (deviation|standard error).*",
     ),
     "retrieval_ablation": ("retrieval_quality", "ablation, .*"),
+    "market_sizes": ("market", "generate .*"),
+    "market_oracles": ("market", "(AUC|log loss), knows .*"),
+    "market_ranks": ("market", "best rank error .*"),
+    "market_versions": ("market_serving", "publish.*|validate.*|start serving.*|serve: .*"),
+    "index_parts": ("serving_parts", "(ExactIndex|matmul).*"),
+    "scorer_parts": ("serving_parts", "Scorer.*"),
+    "store_parts": ("serving_parts", "(UserStore|MetadataTable).*"),
+    "request_parts": ("serving_parts", "(RequestGraph|ExpandUser|HTTP).*"),
 }
 
 
