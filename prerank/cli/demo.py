@@ -114,7 +114,7 @@ def _funnel_for(data: Path | None) -> Path:
     path = root / ("examples/kuairand/funnel.toml" if is_kuairand else "funnel.toml")
     if not path.exists():
         raise ConfigError(f"no funnel file at {path.name}: this is no checkout of prerank; name one with --config")
-    return path
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _market(store: Path, out: Console, err: Console) -> Path:
