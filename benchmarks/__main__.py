@@ -9,7 +9,7 @@ from benchmarks.machine import REPOSITORY, say
 from benchmarks.result import Result, Row, table
 from benchmarks.run import arguments
 
-QUESTIONS = ("market", "data", "retrieval_quality", "market_serving", "serving_parts")
+QUESTIONS = ("market", "data", "retrieval_quality", "ranking_quality", "market_serving", "serving_parts")
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from prerank._toml import Problems, structure
 from prerank.errors import ConfigError
-from prerank.schema import IMPRESSION, FeatureSchema, Value
+from prerank.schema import IMPRESSION, Category, FeatureSchema, Value
 
 Days: TypeAlias = tuple[str, str]
 
@@ -109,11 +109,21 @@ class Retrieval:
 
 @dataclass(frozen=True, slots=True)
 class RankerConfig:
-    """The lightweight ranker over the candidates, and how many winners it may return."""
+    """The lightweight ranker over the candidates, and how many winners it may return.
 
-    model: Literal["two_tower"] = "two_tower"
+    `dim` is the width of a task's vectors; `hidden` are the widths of the MLPs: the towers' of two_tower, the experts'
+    of mtmd, the gates' of mmoe_dcn. `experts` read a vector `width` wide. An expert of mmoe_dcn is `cross_layers` of
+    full rank and as many of `low_rank`. `domain` names the context category whose values have experts in mtmd.
+    """
+
+    model: Literal["two_tower", "mtmd", "mmoe_dcn"] = "two_tower"
     dim: int = 32
     hidden: tuple[int, ...] = (128,)
+    width: int = 64
+    experts: int = 4
+    cross_layers: int = 2
+    low_rank: int = 16
+    domain: str = ""
     dropout: float = 0.1
     epochs: int = 2
     batch: int = 2048
@@ -228,7 +238,17 @@ def _check_names(config: Config, problems: Problems) -> None:
         problems.known(f"validate.{gate}", gate, list(GATES), "a gate")
         if bound.at_least is None and bound.at_most is None:
             problems.add(f"validate.{gate}", "expected at_least, at_most, or both")
+    _check_domain(config, problems)
     _check_ranges(config, problems)
+
+
+def _check_domain(config: Config, problems: Problems) -> None:
+    model, domain = config.ranker.model, config.ranker.domain
+    if domain and model != "mtmd":
+        problems.add("ranker.domain", f'expected none with model = "{model}", only "mtmd" has domains; got {domain!r}')
+    elif domain:
+        categories = [name for name, kind in config.features.context.items() if isinstance(kind, Category)]
+        problems.known("ranker.domain", domain, categories, "a category of [features.context]")
 
 
 def _check_days(data: Data, problems: Problems) -> None:
@@ -251,27 +271,20 @@ def _check_days(data: Data, problems: Problems) -> None:
         last = final
 
 
+_POSITIVE = {
+    "retrieval": ("dim", "batch", "epochs", "keep", "temperature", "learning_rate", "group"),
+    "ranker": ("dim", "width", "experts", "cross_layers", "low_rank", "batch", "epochs", "keep", "learning_rate"),
+    "serve": ("deadline_ms", "max_k"),
+}
+
+
 def _check_ranges(config: Config, problems: Problems) -> None:
-    retrieval, ranker, serve = config.retrieval, config.ranker, config.serve
-    positive = {
-        "retrieval.dim": retrieval.dim,
-        "retrieval.batch": retrieval.batch,
-        "retrieval.epochs": retrieval.epochs,
-        "retrieval.keep": retrieval.keep,
-        "retrieval.temperature": retrieval.temperature,
-        "retrieval.learning_rate": retrieval.learning_rate,
-        "retrieval.group": retrieval.group,
-        "ranker.dim": ranker.dim,
-        "ranker.batch": ranker.batch,
-        "ranker.epochs": ranker.epochs,
-        "ranker.keep": ranker.keep,
-        "ranker.learning_rate": ranker.learning_rate,
-        "serve.deadline_ms": serve.deadline_ms,
-        "serve.max_k": serve.max_k,
-    }
-    for key, number in positive.items():
-        if not number > 0:
-            problems.add(key, f"expected more than 0, got {number}")
+    retrieval, ranker = config.retrieval, config.ranker
+    for section, names in _POSITIVE.items():
+        for name in names:
+            number = getattr(getattr(config, section), name)
+            if not number > 0:
+                problems.add(f"{section}.{name}", f"expected more than 0, got {number}")
     for key, rate in {"retrieval.dropout": retrieval.dropout, "ranker.dropout": ranker.dropout}.items():
         if not 0 <= rate < 1:
             problems.add(key, f"expected at least 0 and below 1, got {rate}")

@@ -97,12 +97,34 @@ def _drop_none(plain):
         (("[features.item]", '[features.context]\nx = { kind = "value" }\n[features.item]'),
          "features.context.x: a context feature is a category, number or bag, not value"),
         (("bid = {", '"b.id" = {'), "features.item.'b.id': expected a name without dots"),
+        *(
+            (("[utility]", f"[ranker]\n{key} = 0\n[utility]"), f"ranker.{key}: expected more than 0, got 0")
+            for key in ("width", "experts", "cross_layers", "low_rank")
+        ),
+        (("[utility]", '[ranker]\nmodel = "mtmd"\nexperts = 2.5\n[utility]'),
+         "ranker.experts: expected a whole number, got 2.5"),
+        (("[utility]", '[ranker]\nmodel = "mmoe"\n[utility]'),
+         "ranker.model: expected one of ['two_tower', 'mtmd', 'mmoe_dcn'], got 'mmoe'; did you mean \"mmoe_dcn\"?"),
+        (("[utility]", '[ranker]\nmodel = "mtmd"\ndomain = "tab"\n[utility]'),
+         "ranker.domain: expected a category of [features.context] (there is none), got 'tab'"),
+        (("[utility]", '[features.context]\ntab = { kind = "category" }\nage = { kind = "number" }\n'
+          '[ranker]\nmodel = "mtmd"\ndomain = "tap"\n[utility]'),
+         "ranker.domain: expected a category of [features.context] (tab), got 'tap'; did you mean \"tab\"?"),
+        (("[utility]", '[features.context]\nage = { kind = "number" }\n[ranker]\nmodel = "mtmd"\ndomain = "age"\n'
+          "[utility]"), "ranker.domain: expected a category of [features.context] (there is none), got 'age'"),
+        (("[utility]", '[features.context]\ntab = { kind = "category" }\n[ranker]\ndomain = "tab"\n[utility]'),
+         'ranker.domain: expected none with model = "two_tower", only "mtmd" has domains; got \'tab\''),
         (("[features.item]", "[features.itm]"), 'features.itm: unknown key; did you mean "item"?'),
     ],
 )  # fmt: skip
 def test_each_mistake_is_told_with_its_key(change, expected):
     assert GOOD.count(change[0]) == 1
     assert expected in problems_of(GOOD.replace(*change))
+
+
+def test_a_domain_that_is_a_context_category_is_taken():
+    tab = '[features.context]\ntab = { kind = "category" }\n[ranker]\nmodel = "mtmd"\ndomain = "tab"\n[utility]'
+    assert parse_config(tomllib.loads(GOOD.replace("[utility]", tab)), where="f").ranker.domain == "tab"
 
 
 def test_every_mistake_is_told_at_once():

@@ -28,22 +28,16 @@ def masked_mean(vectors: Tensor, present: Tensor) -> Tensor:
     return total / weights.sum(-1, keepdim=True).clamp_min(1.0)
 
 
-class FeatureEncoder(nn.Module):
-    """One owner's features into `out` numbers by a sum and an MLP beside it; histories and values are left out.
+class FeatureSum(nn.Module):
+    """One owner's features as one vector x of `out` numbers; histories and values are left out.
 
     `kinds` are the features by name, `sizes` the table rows of each category and bag, the unknown row included.
-    x = the sum of tables already `out` wide + a linear map of all other features; the result is x + MLP(x and those
-    others). A category as wide as the output is thus its own vector, which a history of it can share.
+    x = the sum of tables already `out` wide + a linear map of all other features. A category as wide as the output is
+    thus its own vector, which a history of it can share.
     """
 
     def __init__(
-        self,
-        kinds: Mapping[str, Kind],
-        sizes: Mapping[str, int],
-        hidden: tuple[int, ...],
-        out: int,
-        dropout: float,
-        beside: int = 0,
+        self, kinds: Mapping[str, Kind], sizes: Mapping[str, int], out: int, dropout: float, beside: int = 0
     ) -> None:
         super().__init__()
         self.categories = [n for n, k in kinds.items() if isinstance(k, Category)]
@@ -51,6 +45,7 @@ class FeatureEncoder(nn.Module):
         self.numbers = [n for n, k in kinds.items() if isinstance(k, Number)]
         self.embeddings = [n for n, k in kinds.items() if isinstance(k, Embedding)]
         self.out = out
+        self.dropout = Dropout(dropout)
         self.tables = nn.ModuleDict()
         rest = len(self.numbers) + beside
         for name, kind in kinds.items():
@@ -59,15 +54,18 @@ class FeatureEncoder(nn.Module):
                 rest += kind.dim if kind.dim != out else 0
             elif isinstance(kind, Embedding):
                 rest += kind.width
+        self.rest = rest
         self.linear = nn.Linear(rest, out) if rest else None
-        self.mlp = MLP(rest + out, hidden, out, dropout)
-        self.dropout = Dropout(dropout)
 
     def forward(self, features: Features, beside: Tensor | None = None, start: Tensor | None = None) -> Tensor:
         """`features` of leading shape [...] -> float32 [..., out].
 
         `beside` float [..., beside] are further inputs, `start` float [..., out] is added to the sum.
         """
+        return self.summed(features, beside, start)[0]
+
+    def summed(self, features: Features, beside: Tensor | None, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x float32 [..., out], and all that was not as wide as it, [..., rest]; None where there is none."""
         direct, rest = self._gathered(features)
         if beside is not None:
             rest.append(beside)
@@ -76,9 +74,7 @@ class FeatureEncoder(nn.Module):
             direct.append(self.linear(others))
         if start is not None:
             direct.append(start)
-        x = torch.stack(direct).sum(0) if len(direct) > 1 else direct[0]
-        out: Tensor = x + self.mlp(x if others is None else torch.cat([x, others], dim=-1))
-        return out
+        return torch.stack(direct).sum(0) if len(direct) > 1 else direct[0], others
 
     def _gathered(self, features: Features) -> tuple[list[Tensor], list[Tensor]]:
         """The vectors as wide as the output, and everything else."""
@@ -92,6 +88,28 @@ class FeatureEncoder(nn.Module):
         if self.numbers:
             rest.append(torch.stack([features[name].float() for name in self.numbers], dim=-1))
         return direct, rest
+
+
+class FeatureEncoder(FeatureSum):
+    """x of `FeatureSum` and an MLP beside it: x + MLP(x and everything that is not as wide as x)."""
+
+    def __init__(
+        self,
+        kinds: Mapping[str, Kind],
+        sizes: Mapping[str, int],
+        hidden: tuple[int, ...],
+        out: int,
+        dropout: float,
+        beside: int = 0,
+    ) -> None:
+        super().__init__(kinds, sizes, out, dropout, beside)
+        self.mlp = MLP(self.rest + out, hidden, out, dropout)
+
+    def forward(self, features: Features, beside: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+        """As `FeatureSum.forward`."""
+        x, others = self.summed(features, beside, start)
+        out: Tensor = x + self.mlp(x if others is None else torch.cat([x, others], dim=-1))
+        return out
 
 
 class Dropout(nn.Module):

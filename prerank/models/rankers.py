@@ -8,6 +8,8 @@ from typing import Protocol
 from torch import Tensor
 
 from prerank.config import Config
+from prerank.models.mmoe_dcn import MMoEDCNRanker
+from prerank.models.mtmd import MTMDRanker
 from prerank.models.two_tower_ranker import TwoTowerRanker
 from prerank.types import Features
 
@@ -33,7 +35,11 @@ class Ranker(Protocol):
         ...
 
 
-RANKERS: dict[str, Callable[[Config, Mapping[str, int]], Ranker]] = {"two_tower": TwoTowerRanker}
+RANKERS: dict[str, Callable[[Config, Mapping[str, int]], Ranker]] = {
+    "two_tower": TwoTowerRanker,
+    "mtmd": MTMDRanker,
+    "mmoe_dcn": MMoEDCNRanker,
+}
 
 
 def build_ranker(config: Config, sizes: Mapping[str, int]) -> Ranker:

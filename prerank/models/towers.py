@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from prerank.config import Config, Retrieval
-from prerank.models.embedding import FeatureEncoder, HistoryPooling
-from prerank.schema import FeatureSchema, Owner
+from prerank.models.embedding import FeatureEncoder, FeatureSum, HistoryPooling
+from prerank.schema import FeatureSchema, Kind, Owner
 from prerank.types import Features
 
 
@@ -23,14 +23,27 @@ def owner_sizes(sizes: Mapping[str, int], owner: Owner) -> dict[str, int]:
     return {key.partition(".")[2]: rows for key, rows in sizes.items() if key.startswith(f"{owner}.")}
 
 
+def _encoder(
+    kinds: Mapping[str, Kind],
+    sizes: Mapping[str, int],
+    hidden: tuple[int, ...] | None,
+    out: int,
+    dropout: float,
+    beside: int = 0,
+) -> FeatureSum:
+    if hidden is None:
+        return FeatureSum(kinds, sizes, out, dropout, beside)
+    return FeatureEncoder(kinds, sizes, hidden, out, dropout, beside)
+
+
 class ItemTower(nn.Module):
-    """An item's features -> float32 [..., out]."""
+    """An item's features -> float32 [..., out]; `hidden` None leaves the MLP out, for experts to take its place."""
 
     def __init__(
-        self, schema: FeatureSchema, sizes: Mapping[str, int], hidden: tuple[int, ...], out: int, dropout: float
+        self, schema: FeatureSchema, sizes: Mapping[str, int], hidden: tuple[int, ...] | None, out: int, dropout: float
     ) -> None:
         super().__init__()
-        self.encoder = FeatureEncoder(schema.item, owner_sizes(sizes, "item"), hidden, out, dropout)
+        self.encoder = _encoder(schema.item, owner_sizes(sizes, "item"), hidden, out, dropout)
 
     @property
     def tables(self) -> nn.ModuleDict:
@@ -48,6 +61,7 @@ class UserTower(nn.Module):
 
     A history is looked up in the item tower's own table of the feature it is `of`: one table for input and output.
     Where that table is as wide as the output, the pooled history itself, scaled, is the vector the rest corrects.
+    `hidden` None leaves the MLP out, as in `ItemTower`.
     """
 
     def __init__(
@@ -55,7 +69,7 @@ class UserTower(nn.Module):
         schema: FeatureSchema,
         sizes: Mapping[str, int],
         item_tables: nn.ModuleDict,
-        hidden: tuple[int, ...],
+        hidden: tuple[int, ...] | None,
         out: int,
         dropout: float,
     ) -> None:
@@ -70,7 +84,7 @@ class UserTower(nn.Module):
         kinds = {**schema.user, **schema.context}
         rows = {**owner_sizes(sizes, "user"), **owner_sizes(sizes, "context")}
         beside = sum(widths.values()) + len(widths)
-        self.encoder = FeatureEncoder(kinds, rows, hidden, out, dropout, beside)
+        self.encoder = _encoder(kinds, rows, hidden, out, dropout, beside)
 
     def forward(self, user: Features, item_tables: nn.ModuleDict) -> Tensor:
         """User and context features [B, ...] and the item tower's tables -> [B, out]."""

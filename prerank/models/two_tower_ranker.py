@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from prerank.config import Config
+from prerank.models.layers import task_logits
 from prerank.models.towers import ItemTower, UserTower
 from prerank.types import Features
 
@@ -39,10 +40,4 @@ class TwoTowerRanker(nn.Module):
 
     def forward(self, user_side: Tensor, item_side: Tensor) -> Tensor:
         """[B, T (D + 1)] and [B, N, T (D + 1)] -> logits float32 [B, N, T]."""
-        num_tasks, vectors = len(self.tasks), len(self.tasks) * self.dim
-        shape = (num_tasks, self.dim)
-        user_B1TD = user_side[:, None, :vectors].reshape(user_side.shape[0], 1, *shape)
-        item_BNTD = item_side[..., :vectors].reshape(*item_side.shape[:-1], *shape)
-        dots = (user_B1TD * item_BNTD).sum(-1) * self.dim**-0.5
-        logits: Tensor = dots + user_side[:, None, vectors:] + item_side[..., vectors:]
-        return logits
+        return task_logits(user_side, item_side, len(self.tasks))
