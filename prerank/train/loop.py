@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,26 @@ from prerank.types import Report, silent
 
 CHECKPOINT = "checkpoint.safetensors"
 JOURNAL = "epochs.jsonl"
+
+
+class Options(Protocol):
+    """How a section of the funnel file says a model is trained."""
+
+    @property
+    def batch(self) -> int:
+        """Examples a step."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the examples."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The largest of the schedule."""
+
+    @property
+    def weight_decay(self) -> float:
+        """AdamW's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +57,19 @@ class Plan:
     weight_decay: float
     seed: int
     checkpoint_s: float = 30.0
+
+    @classmethod
+    def of(cls, options: Options, identity: str, num_examples: int, seed: int) -> Plan:
+        """As the funnel file's `options` say."""
+        return cls(
+            identity=identity,
+            num_examples=num_examples,
+            batch=options.batch,
+            epochs=options.epochs,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
+            seed=seed,
+        )
 
     @property
     def steps_per_epoch(self) -> int:

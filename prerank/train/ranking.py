@@ -31,16 +31,7 @@ def train_ranker(
     ranker = build_ranker(config, prepared.transforms.sizes())
     assert isinstance(ranker, nn.Module)
     impressions = Impressions(prepared, config, np.flatnonzero(prepared.of_days(config.data.days("train"))))
-    options = config.ranker
-    plan = Plan(
-        identity=identity,
-        num_examples=len(impressions.events),
-        batch=options.batch,
-        epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        seed=config.seed,
-    )
+    plan = Plan.of(config.ranker, identity, len(impressions.events), config.seed)
 
     def loss_of(examples: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(*impressions.logits_and_labels(ranker, examples.numpy()))

@@ -121,16 +121,7 @@ def train_retrieval(
     torch.manual_seed(config.seed)
     towers = build_towers(config, prepared.transforms.sizes())
     groups = Groups.build(prepared, config)
-    options = config.retrieval
-    plan = Plan(
-        identity=identity,
-        num_examples=len(groups),
-        batch=options.batch,
-        epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        seed=config.seed,
-    )
+    plan = Plan.of(config.retrieval, identity, len(groups), config.seed)
     loss = _Loss(towers, prepared, config, groups)
     records = run(
         towers,
