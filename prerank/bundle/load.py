@@ -87,7 +87,7 @@ class _NothingDrawn(TorchFunctionMode):
     """Models are built for their shapes alone: the weights are the file's, not drawn and thrown away.
 
     Memory that is never written to costs nothing. The meta device would do the same, but building on it imports the
-    whole of torch's compiler: two seconds and 100 MB.
+    whole of torch's compiler.
     """
 
     def __torch_function__(

@@ -67,7 +67,7 @@ class Funnel:
         users = UserStore.open(store / "users.lmdb")
         try:
             funnel = cls(bundle, users, metadata)
-            # the first use of a library loads code, 0.4 s of it in pyarrow: no caller should wait for that
+            # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
             funnel.recommend(Request(user_id=0, k=1, time_ms=0, context=funnel.example_context))
             return funnel
         except BaseException:
