@@ -6,11 +6,13 @@ cannot be measured (no rows, one class only, a prediction that is not finite) is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import log, log1p
 
 import numpy as np
 
 from prerank.errors import DataError
+from prerank.metrics.calibration import equal_mass_bins
 from prerank.types import Array
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -64,6 +66,50 @@ def group_auc(label: Array, prob: Array, group: Array) -> float:
     return float(np.average(per_group[defined], weights=size[defined]))
 
 
+@dataclass(frozen=True, slots=True)
+class SortedLabels:
+    """Rows sorted once by their prediction, so that the AUC under many weightings costs no further sort.
+
+    order int64 [R]; positive float64 [R], in that order; first int64, where each run of equal predictions begins.
+    """
+
+    order: Array
+    positive: Array
+    first: Array
+
+    @classmethod
+    def of(cls, label: Array, prob: Array) -> SortedLabels:
+        """By prob, which may be anything that orders. Raises DataError as `auc` does, but for labels of one class."""
+        _check(label, prob, "AUC")
+        order = np.argsort(prob, kind="stable")
+        ordered = prob[order]
+        fresh = np.append(True, ordered[1:] != ordered[:-1])
+        return cls(order, label[order].astype(np.float64), np.flatnonzero(fresh))
+
+    def auc(self, weight: Array) -> float:
+        """`auc` with row r counted weight[r] >= 0 times; NaN where either class has no weight.
+
+        Exact where weights are whole numbers (of less than 2^53 pairs together).
+        """
+        weighed = weight[self.order].astype(np.float64)
+        positive = weighed * self.positive
+        if len(self.first) < len(self.order):
+            positive, weighed = (np.add.reduceat(column, self.first) for column in (positive, weighed))
+        negative = weighed - positive
+        below = np.cumsum(negative)
+        pairs = positive.sum() * below[-1]
+        # no dot product: its threads cost more than it, once a resample on busy cores
+        return float((positive * (below - negative / 2)).sum() / pairs) if pairs > 0 else float("nan")
+
+
+def weighted_auc(label: Array, prob: Array, weight: Array) -> float:
+    """`auc` with row r counted weight[r] >= 0 times; raises DataError also where either class has no weight."""
+    found = SortedLabels.of(label, prob).auc(weight)
+    if np.isnan(found):
+        raise DataError("AUC: the rows of one class have no weight; it needs both a positive and a negative")
+    return found
+
+
 def log_loss(label: Array, prob: Array) -> float:
     """Mean cross-entropy in nats; a prob is kept 2.2e-16 away from 0 and 1, as scikit-learn does for float64."""
     _check_prob(label, prob, "log loss")
@@ -97,8 +143,7 @@ def expected_calibration_error(label: Array, prob: Array, num_bins: int) -> floa
     """
     _check_prob(label, prob, "calibration error")
     wide = prob.astype(np.float64)
-    cuts = np.quantile(wide, np.arange(1, num_bins) / num_bins)
-    bins = np.searchsorted(cuts, wide, side="left")
+    bins = equal_mass_bins(wide, num_bins)
     gap = np.bincount(bins, wide - label.astype(np.float64), num_bins)
     return float(np.abs(gap).sum() / len(wide))
 

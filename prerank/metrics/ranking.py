@@ -37,7 +37,7 @@ def ndcg_per_query(retrieved: Array, offsets: Array, ids: Array, gains: Array, k
     """
     if not (np.isfinite(gains).all() and (gains >= 0).all()):
         raise DataError("NDCG: expected gains that are finite and not negative, found others")
-    discount = 1 / np.log2(np.arange(2, k + 2))
+    discount = discounts(k)
     found = gains_at(retrieved, offsets, ids, gains, k) @ discount
     query = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     best = np.lexsort((-gains, query))
@@ -50,6 +50,11 @@ def ndcg_per_query(retrieved: Array, offsets: Array, ids: Array, gains: Array, k
 def ndcg_at_k(retrieved: Array, offsets: Array, ids: Array, gains: Array, k: int) -> float:
     """The mean of `ndcg_per_query`; raises DataError also where no query has a gain."""
     return mean_defined(ndcg_per_query(retrieved, offsets, ids, gains, k), f"NDCG at {k}")
+
+
+def discounts(k: int) -> Array:
+    """What a gain at each of ranks 1..k is worth -> float64 [k]: 1 / log2(rank + 1)."""
+    return 1 / np.log2(np.arange(2, k + 2))
 
 
 def gains_at(retrieved: Array, offsets: Array, ids: Array, gains: Array, k: int) -> Array:

@@ -8,6 +8,7 @@ from sklearn import metrics as theirs
 
 from prerank.errors import DataError
 from prerank.metrics.classification import (
+    SortedLabels,
     auc,
     auc_per_group,
     calibration_ratio,
@@ -15,6 +16,7 @@ from prerank.metrics.classification import (
     group_auc,
     log_loss,
     normalised_entropy,
+    weighted_auc,
 )
 
 EVERY = [
@@ -24,6 +26,7 @@ EVERY = [
     calibration_ratio,
     lambda label, prob: expected_calibration_error(label, prob, 10),
     lambda label, prob: group_auc(label, prob, np.zeros(len(label), dtype=np.int64)),
+    lambda label, prob: weighted_auc(label, prob, np.ones(len(label))),
 ]
 
 
@@ -51,6 +54,33 @@ def test_auc_log_loss_and_entropy_equal_scikit_learn(seed, ties):
     assert log_loss(label, prob) == pytest.approx(theirs.log_loss(label, prob), rel=1e-12)
     background = theirs.log_loss(label, np.full(len(label), label.mean()))
     assert normalised_entropy(label, prob) == pytest.approx(log_loss(label, prob) / background, rel=1e-12)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 300), st.booleans())
+def test_weighted_auc_equals_scikit_learn(seed, ties, whole):
+    label, prob = a_run(seed, ties=ties)
+    rng = np.random.default_rng(seed)
+    weight = rng.integers(0, 4, len(label)) if whole else rng.random(len(label))
+    weight[:2] = 1
+    assert weighted_auc(label, prob, weight) == pytest.approx(
+        theirs.roc_auc_score(label, prob, sample_weight=weight), rel=1e-12
+    )
+
+
+@given(st.integers(0, 2**32), st.integers(1, 50))
+def test_whole_weights_are_so_many_copies_of_a_row_and_exact(seed, ties):
+    label, prob = a_run(seed, ties=ties)
+    weight = np.random.default_rng(seed).integers(1, 4, len(label))
+    rows = SortedLabels.of(label, prob)
+    assert rows.auc(np.ones(len(label))) == auc(label, prob)
+    assert rows.auc(weight) == auc(label.repeat(weight), prob.repeat(weight))
+
+
+def test_a_class_without_weight_has_no_auc():
+    label, prob, weight = np.array([0, 1, 0]), np.array([0.1, 0.2, 0.3]), np.array([1, 0, 2])
+    assert np.isnan(SortedLabels.of(label, prob).auc(weight))
+    with pytest.raises(DataError, match="the rows of one class have no weight; it needs both a positive and a negat"):
+        weighted_auc(label, prob, weight)
 
 
 @given(st.integers(0, 2**32))
