@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -46,24 +47,40 @@ def progress(console: Console) -> Iterator[Report]:
             if what not in tasks:
                 for shown in tasks.values():
                     bars.update(shown, visible=False)
-                tasks[what] = bars.add_task(what, total=total or None, unit=unit)
+                # what was done before it began, an epoch's predecessors say, is no speed of its own
+                tasks[what] = bars.add_task(what, total=total or None, completed=done, unit=unit)
             bars.update(tasks[what], completed=done, total=total or None)
 
         yield report
 
 
 class _Lines:
-    """What a log file wants: every piece of work once when it starts, every ten seconds, and when it is done."""
+    """What a log file wants: every piece of work once when it starts, every ten seconds, and when it is done.
 
-    def __init__(self, console: Console) -> None:
+    The lines between say the speed since the piece began, and how long the rest takes at it.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
+        self._clock = clock
+        self._began: dict[str, tuple[float, int]] = {}
         self._told: dict[str, float] = {}
 
     def __call__(self, what: str, done: int, total: int, unit: str) -> None:
-        now = time.monotonic()
+        now = self._clock()
         finished = bool(total) and done >= total
         if not finished and now - self._told.get(what, -_QUIET_S) < _QUIET_S:
             return
         self._told[what] = now
         of = f" of {total:,}" if total else ""
-        self._console.print(f"{what}: {done:,}{of} {unit}".rstrip(), highlight=False)
+        line = f"{what}: {done:,}{of} {unit}".rstrip() + self._pace(what, now, done, total, unit)
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _pace(self, what: str, now: float, done: int, total: int, unit: str) -> str:
+        """ ", 5,000 examples/s, 0:01:23 left", as far as that is known."""
+        began, before = self._began.setdefault(what, (now, done))
+        speed = (done - before) / (now - began) if now > began else 0.0
+        if speed <= 0:
+            return ""
+        said = f", {speed:,.0f} {unit}/s" if unit.isalpha() else ""  # per cent a second say nothing
+        return said + (f", {timedelta(seconds=round((total - done) / speed))} left" if done < total else "")

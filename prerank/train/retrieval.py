@@ -15,10 +15,13 @@ from prerank.features.histories import Timeline
 from prerank.features.popularity import popularity
 from prerank.models.towers import TwoTower, build_towers
 from prerank.train.examples import UserExamples, item_tensors
-from prerank.train.loop import Plan, run
+from prerank.train.items import Calendar
+from prerank.train.loop import run
 from prerank.train.losses import Positives, StreamingFrequency, sampled_softmax_loss, softmax_loss
+from prerank.train.optimisers import lookup_tables
+from prerank.train.plan import Plan
 from prerank.train.prepare import Prepared
-from prerank.types import Array, Report, day_number, silent
+from prerank.types import Array, Features, Report, day_number, silent
 
 EXCLUDED = 50
 """How many of a user's own latest relevant items are kept out of its negatives."""
@@ -84,21 +87,15 @@ class ItemPopularity:
     """Every item's popularity at the start of each day of the log."""
 
     def __init__(self, prepared: Prepared, config: Config) -> None:
-        self.first = day_number(config.data.train[0])
-        options, log = config.retrieval.popularity, prepared.events
-        day = np.asarray(log["day"]) - self.first
-        self.num_days = max(int(day.max()) + 1, 1)
-        num_items = len(prepared.item_ids)
-        counts = np.zeros((len(options.events), self.num_days, num_items))
+        options, self.calendar = config.retrieval.popularity, Calendar(prepared, config)
+        counts = np.zeros((len(options.events), self.calendar.num_days, len(prepared.item_ids)))
         for number, event in enumerate(options.events):
-            rows = np.flatnonzero(prepared.happened(event) & (day >= 0))
-            flat = day[rows].astype(np.int64) * num_items + log["item"][rows]
-            counts[number] = np.bincount(flat, minlength=self.num_days * num_items).reshape(self.num_days, num_items)
+            counts[number] = self.calendar.counts(prepared.happened(event))
         self.table = torch.from_numpy(popularity(counts, options.half_life_days))
 
     def place(self, day: Array) -> Tensor:
         """Days since 1970 int [B] -> rows of `table` int64 [B]; a day before the training days has no popularity."""
-        return torch.from_numpy((np.asarray(day, dtype=np.int64) - self.first).clip(0, self.num_days))
+        return self.calendar.place(day)
 
     def at(self, iso_day: str) -> Tensor:
         """float32 [I, S] as seen at the start of one day."""
@@ -122,12 +119,15 @@ def train_retrieval(
     towers = build_towers(config, prepared.transforms.sizes())
     groups = Groups.build(prepared, config)
     plan = Plan.of(config.retrieval, identity, len(groups), config.seed)
-    loss = _Loss(towers, prepared, config, groups)
+    examples = _Examples(prepared, config, groups)
+    loss = _Loss(towers, prepared, config, examples.popularity)
     records = run(
         towers,
         plan,
+        examples.batch,
         loss,
         folder,
+        lookup_tables=lookup_tables(towers, config.features),
         extra_state=loss.frequency.state,
         load_extra=loss.frequency.load_state,
         after_epoch=lambda _: after_epoch(towers),
@@ -137,40 +137,62 @@ def train_retrieval(
     return towers, records
 
 
-class _Loss:
-    """The loss of a batch of groups, by full or sampled softmax."""
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Groups gathered: user features [B, ...], rows of the popularity table int64 [B], what was wanted and what not."""
 
-    def __init__(self, towers: TwoTower, prepared: Prepared, config: Config, groups: Groups) -> None:
-        self.towers, self.groups, self.log = towers, groups, prepared.events
-        self.sampled = config.retrieval.loss == "sampled_softmax"
+    user: Features
+    day: Tensor
+    positives: Positives
+    excluded: Tensor
+
+
+class _Examples:
+    """Gathers batches of groups."""
+
+    def __init__(self, prepared: Prepared, config: Config, groups: Groups) -> None:
+        self.groups, self.log = groups, prepared.events
         self.users = UserExamples(prepared, config.features)
-        self.items = item_tensors(prepared)
         self.popularity = ItemPopularity(prepared, config)
         own = np.flatnonzero(prepared.happened(config.retrieval.relevant))
         self.own = Timeline.build(len(prepared.user_ids), *(self.log[c][own] for c in ("user", "time_ms", "item")))
+
+    def batch(self, chosen: Array, draw: np.random.Generator) -> _Batch:
+        first = self.groups.events[self.groups.start[chosen]]
+        user, moment = np.asarray(self.log["user"][first], dtype=np.int64), np.asarray(self.log["time_ms"][first])
+        excluded = self.own.before(user, moment, EXCLUDED).astype(np.int64)
+        day = self.popularity.place(self.log["day"][first])
+        positives = self.groups.positives(chosen, self.log["item"])
+        return _Batch(self.users.at(first), day, positives, torch.from_numpy(excluded))
+
+
+class _Loss:
+    """The loss of a batch of groups, by full or sampled softmax."""
+
+    def __init__(self, towers: TwoTower, prepared: Prepared, config: Config, popularity: ItemPopularity) -> None:
+        self.towers, self.popularity = towers, popularity
+        self.sampled = config.retrieval.loss == "sampled_softmax"
+        self.items = item_tensors(prepared)
         self.frequency = StreamingFrequency(buckets=4 * len(prepared.item_ids) + 1, seed=config.seed)
 
-    def __call__(self, examples: Tensor) -> Tensor:
-        chosen = examples.numpy()
-        first = self.groups.events[self.groups.start[chosen]]
-        positives = self.groups.positives(chosen, self.log["item"])
-        user, moment = np.asarray(self.log["user"][first], dtype=np.int64), np.asarray(self.log["time_ms"][first])
-        excluded = torch.from_numpy(self.own.before(user, moment, EXCLUDED)).long()
-        user_BD = self.towers.user_vectors(self.users.at(first))
-        day = self.popularity.place(self.log["day"][first])
+    def __call__(self, batch: _Batch) -> Tensor:
+        user_BD = self.towers.user_vectors(batch.user)
         if not self.sampled:
-            return softmax_loss(self._logits(user_BD, day, None), positives, excluded)
-        columns = torch.unique(positives.item)
+            return softmax_loss(self._logits(user_BD, batch.day, None), batch.positives, batch.excluded)
+        columns = torch.unique(batch.positives.item)
+        # here and not where batches are made: its state is the training's, and a checkpoint holds it as of this step
         self.frequency.update(columns)
         log_q = self.frequency.log_probability(columns)
-        return sampled_softmax_loss(self._logits(user_BD, day, columns), columns, log_q, positives, excluded)
+        logits = self._logits(user_BD, batch.day, columns)
+        return sampled_softmax_loss(logits, columns, log_q, batch.positives, batch.excluded)
 
     def _logits(self, user_BD: Tensor, day: Tensor, columns: Tensor | None) -> Tensor:
-        """Similarity with every item, or with those of `columns`, popularity of each example's own day included."""
+        """Similarity float32 with every item, or those of `columns`, popularity of each example's own day included."""
         items = self.items if columns is None else {name: column[columns] for name, column in self.items.items()}
         table = self.popularity.table if columns is None else self.popularity.table[:, columns]
         item_ID = self.towers.item_vectors(items)
         bias_IC = self.towers.popularity_bias(table).T
         # [u, one-hot day] . [v, bias of each day]: one product instead of a gathered [B, I] of biases
         day_BC = torch.nn.functional.one_hot(day, bias_IC.shape[1]).to(user_BD.dtype)
-        return torch.cat([user_BD, day_BC], dim=1) @ torch.cat([item_ID, bias_IC], dim=1).T
+        logits = torch.cat([user_BD, day_BC], dim=1) @ torch.cat([item_ID, bias_IC], dim=1).T
+        return logits.float()

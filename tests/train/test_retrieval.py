@@ -8,8 +8,8 @@ import torch
 
 from prerank.config import Popularity
 from prerank.models.towers import build_towers
+from prerank.train.checkpoint import CHECKPOINT
 from prerank.train.examples import UserExamples, item_tensors
-from prerank.train.loop import CHECKPOINT
 from prerank.train.retrieval import Groups, ItemPopularity, train_retrieval
 from prerank.types import day_number
 

@@ -1,0 +1,42 @@
+"""The plain loop reads what ours reads, and the documents ask for rows that are measured."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+from torch.utils.data import default_collate
+
+from benchmarks import readme, training_throughput
+from benchmarks.machine import REPOSITORY
+from benchmarks.result import Hardware, Result
+from prerank.train.ranking import Impressions
+
+TINY = training_throughput.Sizes(ready_steps=1, ours=2_500, plain=600, large_table=1_000, rounds=1, market_ads=400)
+MARKER = re.compile(r"<!-- measured:(training_throughput.*?) -->")
+
+
+def test_rows_one_by_one_collate_to_our_batch(world, trained):
+    config = replace(world.config, features=replace(world.config.features, interaction={}))
+    impressions = Impressions(trained.prepared, config, np.arange(0, 4_000, 50))
+    rows = training_throughput.Rows(impressions)
+    plain, ours = default_collate([rows[k] for k in range(len(rows))]), impressions.batch(np.arange(len(rows)))
+    np.testing.assert_array_equal(plain["labels"].numpy(), ours.labels.numpy())
+    for theirs, features in ((plain["user"], ours.user), (plain["item"], ours.items)):
+        assert set(theirs) == set(features)
+        for name, column in features.items():
+            np.testing.assert_array_equal(theirs[name].numpy(), column.numpy(), err_msg=name)
+
+
+def test_every_way_is_measured_and_every_marker_of_the_docs_names_one():
+    measured = training_throughput.throughput(None, TINY)
+    result = Result(
+        "training_throughput", "2026-01-05T10:00:00Z", "0123456789ab", Hardware("Some CPU", 2, 24.0), {},
+        measured.config, measured.ceilings, tuple(measured.rows),
+    )  # fmt: skip
+    assert Result.from_json(result.to_json()) == result
+    # a wait of less than a millisecond is told as none
+    assert all(row.value > 0 or "waiting" in row.name for row in measured.rows)
+    markers = [name for page in (REPOSITORY / "docs").rglob("*.md") for name in MARKER.findall(page.read_text())]
+    assert len(markers) >= 4
+    for name in markers:
+        assert readme.said(name, [result])
