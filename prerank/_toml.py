@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from prerank.errors import ConfigError
-from prerank.schema import KINDS, OWNERS, FeatureSchema, Kind
+from prerank.schema import KINDS, OWNERS, Counter, FeatureSchema, Kind
 
 T = TypeVar("T")
 _BAD = object()
@@ -99,7 +99,9 @@ def _is_scalar(given: object, wanted: object) -> bool:
 
 def _union(given: object, wanted: object, key: str, problems: Problems) -> object:
     for option in get_args(wanted):
-        if option is not type(None) and _is_scalar(given, option):
+        if option is not type(None) and (
+            _is_scalar(given, option) or (is_dataclass(option) and isinstance(given, dict))
+        ):
             return _convert(given, option, key, problems)
     problems.add(key, f"expected {_describe(wanted)}, got {given!r}")
     return _BAD
@@ -115,26 +117,37 @@ def _tuple(given: list[object], wanted: object, key: str, problems: Problems) ->
 
 
 def _features(given: object, key: str, problems: Problems) -> FeatureSchema | None:
+    known = [f.name for f in fields(FeatureSchema)]
     if not isinstance(given, dict):
-        problems.add(key, f"expected tables {list(OWNERS)}, got {given!r}")
+        problems.add(key, f"expected tables {known}, got {given!r}")
         return None
     before = len(problems)
     owners: dict[str, dict[str, Kind]] = {}
+    counters: dict[str, Counter | None] = {}
     for owner, table in given.items():
-        if owner not in OWNERS:
-            problems.add(_join(key, owner), f"unknown key{nearest(owner, OWNERS)}")
+        if owner not in known:
+            problems.add(_join(key, owner), f"unknown key{nearest(owner, known)}")
         elif not isinstance(table, dict):
             problems.add(_join(key, owner), f"expected a table of features, got {table!r}")
+        elif owner not in OWNERS:
+            counters = {name: _counter(options, f"{key}.{owner}.{name}", problems) for name, options in table.items()}
         else:
             kinds = {name: _feature(options, f"{key}.{owner}.{name}", problems) for name, options in table.items()}
             owners[owner] = {name: kind for name, kind in kinds.items() if kind is not None}
     if len(problems) > before:
         return None
     try:
-        return FeatureSchema(**owners)
+        return FeatureSchema(**owners, interaction={n: c for n, c in counters.items() if c is not None})
     except ConfigError as error:
         problems.add("", str(error))
         return None
+
+
+def _counter(options: object, key: str, problems: Problems) -> Counter | None:
+    if not isinstance(options, dict):
+        problems.add(key, f"expected {{ count = ..., by = ..., window = ... }}, got {options!r}")
+        return None
+    return structure(options, Counter, key, problems)
 
 
 def _feature(options: object, key: str, problems: Problems) -> Kind | None:

@@ -20,6 +20,10 @@ from prerank.errors import ConfigError
 from prerank.schema import IMPRESSION, Category, FeatureSchema, Value
 
 Days: TypeAlias = tuple[str, str]
+Tables: TypeAlias = Literal["own", "retrieval"]
+"""Where a ranker's item tables come from: learned with it, or taken from the retrieval towers and left as they are."""
+Crossing: TypeAlias = Literal["attention", "matches"]
+"""What of user and item crosses before the layers: target attention over histories, match counts and counters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,7 @@ class Data:
     `history` is an optional fourth: events older than the log, with the log's columns where known.
     `adapter` names a reader of a public dataset that makes these tables from its own files.
     `computed` names a time column (UTC ms) of the users and items tables: when that row's features were computed.
+    `labelled` names one of the log: when the row's labels were known; empty is at once, at the row's own time.
     """
 
     impressions: str
@@ -44,6 +49,7 @@ class Data:
     item_id: str = "item_id"
     timezone: str = "UTC"
     computed: str = ""
+    labelled: str = ""
 
     def days(self, part: Literal["train", "validate", "test"]) -> list[str]:
         """Each ISO day of one part, in order."""
@@ -108,15 +114,75 @@ class Retrieval:
 
 
 @dataclass(frozen=True, slots=True)
+class HeavyRankerConfig:
+    """The teacher, and the stage after us: learned from labels, it labels what the lightweight ranker learns from.
+
+    Its layers are `width` wide: `experts` of `cross_layers` full-rank and as many `low_rank` cross layers, and as many
+    MLPs of `hidden`. `heads` of target attention look at each history. `tables` "retrieval" takes the retrieval item
+    tower's tables as they are and trains them no further. `id_dropout` hides whole ids, `dropout` numbers between
+    layers. `average` is the decay of the weights' moving average and `patience` how many epochs without a smaller loss
+    of the validate days end the training (0: neither). `folds` teachers each leave a share of the users out, to label
+    those users' own impressions, which the teacher that saw them knows too well; 0 or 1 leaves cross-fitting out.
+    """
+
+    width: int = 128
+    hidden: tuple[int, ...] = (128, 64)
+    experts: int = 2
+    cross_layers: int = 2
+    low_rank: int = 16
+    crossings: tuple[Crossing, ...] = ("attention", "matches")
+    heads: int = 2
+    tables: Tables = "own"
+    dropout: float = 0.3
+    id_dropout: float = 0.3
+    epochs: int = 4
+    batch: int = 1024
+    learning_rate: float = 0.002
+    weight_decay: float = 0.1
+    average: float = 0.99
+    patience: int = 1
+    folds: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """What the lightweight ranker learns from the heavy one, by KL: logged winners, and `candidates` a winner.
+
+    Candidates are drawn from the first `among` that retrieval returns for the same user at the same time.
+    `candidate_weight` is a candidate set's weight beside its winner's 1; `label_weight` adds that of the real label's
+    log loss, on winners. With `candidates = 0` it learns from winners alone.
+    """
+
+    candidates: int = 8
+    among: int = 1000
+    candidate_weight: float = 1.0
+    label_weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """A ranker of its own for each of the values `own` of the context category `by`, and one for all others.
+
+    Values are written as text, such as "1" or "feed". Each needs `least` impressions in the training days.
+    """
+
+    by: str
+    own: tuple[str, ...]
+    least: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
 class RankerConfig:
     """The lightweight ranker over the candidates, and how many winners it may return.
 
     `dim` is the width of a task's vectors; `hidden` are the widths of the MLPs: the towers' of two_tower, the experts'
     of mtmd, the gates' of mmoe_dcn. `experts` read a vector `width` wide. An expert of mmoe_dcn is `cross_layers` of
     full rank and as many of `low_rank`. `domain` names the context category whose values have experts in mtmd.
+    `crossings` are what cross_feature lets user and item cross by, with `heads` of attention. `tables`, `average` and
+    `patience` are as the heavy ranker's.
     """
 
-    model: Literal["two_tower", "mtmd", "mmoe_dcn"] = "two_tower"
+    model: Literal["two_tower", "mtmd", "mmoe_dcn", "cross_feature"] = "two_tower"
     dim: int = 32
     hidden: tuple[int, ...] = (128,)
     width: int = 64
@@ -124,11 +190,16 @@ class RankerConfig:
     cross_layers: int = 2
     low_rank: int = 16
     domain: str = ""
+    crossings: tuple[Crossing, ...] = ("attention", "matches")
+    heads: int = 2
+    tables: Tables = "own"
     dropout: float = 0.1
     epochs: int = 2
     batch: int = 2048
     learning_rate: float = 0.005
     weight_decay: float = 0.1
+    average: float = 0.0
+    patience: int = 0
     keep: int = 1000
 
 
@@ -173,6 +244,9 @@ class Config:
     retrieval: Retrieval
     utility: Mapping[str, UtilityTerm]
     seed: int = 7
+    segments: Segments | None = None
+    heavy_ranker: HeavyRankerConfig | None = None
+    distillation: Distillation = field(default_factory=Distillation)
     ranker: RankerConfig = field(default_factory=RankerConfig)
     metadata: Metadata = field(default_factory=Metadata)
     serve: Serve = field(default_factory=Serve)
@@ -182,7 +256,7 @@ class Config:
         """Every 0/1 column of the log the funnel reads, each once: tasks first, then targets and histories."""
         names = [t.label for t in self.tasks.values()] + [self.retrieval.relevant, *self.retrieval.targets]
         names += self.retrieval.popularity.events
-        names += [h.events for h in self.features.histories().values()]
+        names += [*self.features.events(), *(rate.of for rate in self.features.rates().values())]
         return [n for n in dict.fromkeys(names) if n != IMPRESSION]
 
     def to_dict(self) -> dict[str, object]:
@@ -239,6 +313,7 @@ def _check_names(config: Config, problems: Problems) -> None:
         if bound.at_least is None and bound.at_most is None:
             problems.add(f"validate.{gate}", "expected at_least, at_most, or both")
     _check_domain(config, problems)
+    _check_segments(config, problems)
     _check_ranges(config, problems)
 
 
@@ -249,6 +324,16 @@ def _check_domain(config: Config, problems: Problems) -> None:
     elif domain:
         categories = [name for name, kind in config.features.context.items() if isinstance(kind, Category)]
         problems.known("ranker.domain", domain, categories, "a category of [features.context]")
+
+
+def _check_segments(config: Config, problems: Problems) -> None:
+    segments = config.segments
+    if segments is None:
+        return
+    known = [n for n, kind in config.features.context.items() if isinstance(kind, Category) and not kind.hash]
+    problems.known("segments.by", segments.by, known, "a category of [features.context] without hash")
+    if not segments.own or len(set(segments.own)) != len(segments.own):
+        problems.add("segments.own", f"expected at least one value, each once, got {list(segments.own)}")
 
 
 def _check_days(data: Data, problems: Problems) -> None:
@@ -273,7 +358,13 @@ def _check_days(data: Data, problems: Problems) -> None:
 
 _POSITIVE = {
     "retrieval": ("dim", "batch", "epochs", "keep", "temperature", "learning_rate", "group"),
-    "ranker": ("dim", "width", "experts", "cross_layers", "low_rank", "batch", "epochs", "keep", "learning_rate"),
+    "segments": ("least",),
+    "heavy_ranker": ("width", "experts", "cross_layers", "low_rank", "heads", "batch", "epochs", "learning_rate"),
+    "distillation": ("among",),
+    "ranker": (
+        *("dim", "width", "experts", "cross_layers", "low_rank", "heads"),
+        *("batch", "epochs", "keep", "learning_rate"),
+    ),
     "serve": ("deadline_ms", "max_k"),
 }
 
@@ -282,10 +373,22 @@ def _check_ranges(config: Config, problems: Problems) -> None:
     retrieval, ranker = config.retrieval, config.ranker
     for section, names in _POSITIVE.items():
         for name in names:
-            number = getattr(getattr(config, section), name)
+            options = getattr(config, section)
+            number = 1 if options is None else getattr(options, name)
             if not number > 0:
                 problems.add(f"{section}.{name}", f"expected more than 0, got {number}")
-    for key, rate in {"retrieval.dropout": retrieval.dropout, "ranker.dropout": ranker.dropout}.items():
+    rates = {"retrieval.dropout": retrieval.dropout, "ranker.dropout": ranker.dropout, "ranker.average": ranker.average}
+    whole = {"ranker.patience": ranker.patience, "distillation.candidates": config.distillation.candidates}
+    for name in ("candidate_weight", "label_weight"):
+        whole[f"distillation.{name}"] = getattr(config.distillation, name)
+    if config.heavy_ranker is not None:
+        heavy = config.heavy_ranker
+        rates |= {f"heavy_ranker.{name}": getattr(heavy, name) for name in ("dropout", "id_dropout", "average")}
+        whole |= {f"heavy_ranker.{name}": getattr(heavy, name) for name in ("patience", "folds")}
+    for key, number in whole.items():
+        if number < 0:
+            problems.add(key, f"expected 0 or more, got {number}")
+    for key, rate in rates.items():
         if not 0 <= rate < 1:
             problems.add(key, f"expected at least 0 and below 1, got {rate}")
     for half_life in retrieval.popularity.half_life_days:

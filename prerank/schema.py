@@ -1,10 +1,11 @@
-"""What each feature is: its name, its owner (user, context, item) and its kind.
+"""What each feature is: its name, its owner (user, context, item) and its kind; and what is counted between the two.
 
 The schema knows names and shapes, not values: vocabularies and statistics are `features.transforms`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
@@ -41,7 +42,11 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Bag:
-    """A set of categories (a list column, or text split at `separator`); the first `length` members count."""
+    """A set of categories (a list column, or text split at `separator`); the first `length` members count.
+
+    A user's bag may be `of` a hashed category of [features.item] with the same `hash`: a ranker that crosses features
+    then knows whether the candidate's own is among the members.
+    """
 
     column: str = ""
     dim: int = 16
@@ -49,6 +54,7 @@ class Bag:
     separator: str = ""
     hash: int = 0
     min_count: int = 1
+    of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,22 @@ class Value:
     missing: float = 0.0
 
 
-Kind: TypeAlias = Category | Number | Bag | History | Embedding | Value
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """How often an item's impressions had the label `of`, in the log's days before: log odds over those of all items.
+
+    With `by`, a category of [features.item], of all items with the same value. Drawn towards 0, all items' rate, by
+    `prior` impressions. A number for models; the published version holds that of the whole log.
+    """
+
+    of: str
+    by: str = ""
+    prior: float = 20.0
+
+
+Kind: TypeAlias = Category | Number | Bag | History | Embedding | Value | Rate
+DERIVED = (History, Rate)
+"""The kinds that are made of the log, and read no column of their owner's table."""
 KINDS: dict[str, type[Kind]] = {
     "category": Category,
     "number": Number,
@@ -87,7 +108,40 @@ KINDS: dict[str, type[Kind]] = {
     "history": History,
     "embedding": Embedding,
     "value": Value,
+    "rate": Rate,
 }
+_UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_DURATION = re.compile(r"([1-9][0-9]{0,5})([smhd])")
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """How many of this user's events `count` lately had the candidate's own `by`.
+
+    `count` is a label column of the log, or "impression"; `by` a category or bag of [features.item], such as
+    "advertiser_id". An empty `by` counts the events on any item, which is then a feature of the user alone. Lately is
+    either a `window`, a duration before the moment such as "90s", "30m", "1h" or "7d", or since the user's `last` so
+    many impressions. With `on`, a category of [features.context], only events count whose context had the value that
+    the request has, and `last` is of such impressions. With a `by` no more than the latest `length` of those events
+    count (of a bag, members).
+    """
+
+    count: str = IMPRESSION
+    by: str = ""
+    on: str = ""
+    window: str = ""
+    last: int = 0
+    length: int = 50
+
+    @property
+    def window_ms(self) -> int:
+        """The window in milliseconds. Raises ConfigError for what is no duration."""
+        found = _DURATION.fullmatch(self.window)
+        if not found:
+            raise ConfigError(f'window = {self.window!r}: expected a duration such as "90s", "30m", "1h" or "7d"')
+        return int(found[1]) * _UNITS_MS[found[2]]
+
+
 _KIND_NAMES = {cls: name for name, cls in KINDS.items()}
 
 
@@ -98,17 +152,18 @@ def kind_name(kind: Kind) -> str:
 
 def column_of(name: str, kind: Kind) -> str:
     """The table column a feature reads: its `column`, or its own name."""
-    assert not isinstance(kind, History), "a history reads the log, not a column"
+    assert not isinstance(kind, History | Rate), "it is made of the log, not of a column"
     return kind.column or name
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureSchema:
-    """Every feature by owner, in order. Raises ConfigError where features cannot work together."""
+    """Every feature by owner, in order, and the counters. Raises ConfigError where features cannot work together."""
 
     user: Mapping[str, Kind] = field(default_factory=dict)
     context: Mapping[str, Kind] = field(default_factory=dict)
     item: Mapping[str, Kind] = field(default_factory=dict)
+    interaction: Mapping[str, Counter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         seen: dict[str, Owner] = {}
@@ -123,11 +178,65 @@ class FeatureSchema:
             _check_ranges(f"features.{owner}.{name}", kind)
             if isinstance(kind, History):
                 self._check_history(owner, name, kind)
+            if isinstance(kind, Rate):
+                self._check_rate(owner, name, kind)
+            if isinstance(kind, Bag) and kind.of:
+                self._check_bag(owner, name, kind)
         for name, kind in self.context.items():
             if isinstance(kind, Embedding | Value):
                 raise ConfigError(
                     f"features.context.{name}: a context feature is a category, number or bag, not {kind_name(kind)}"
                 )
+        for name, counter in self.interaction.items():
+            self._check_counter(name, counter, seen)
+
+    def _check_counter(self, name: str, counter: Counter, seen: Mapping[str, Owner]) -> None:
+        key = f"features.interaction.{name}"
+        if name in seen:
+            raise ConfigError(f"{key}: the name is taken by features.{seen[name]}.{name}; choose another")
+        if "." in name or not name:
+            raise ConfigError(f"features.interaction.{name!r}: expected a name without dots")
+        if counter.length < 1:
+            raise ConfigError(f"{key}.length = {counter.length}: expected at least 1")
+        if bool(counter.window) == bool(counter.last) or counter.last < 0:
+            raise ConfigError(
+                f"{key}: expected a window (a duration) or last (a number of impressions), one of the two, got "
+                f"window = {counter.window!r} and last = {counter.last}"
+            )
+        try:
+            _ = counter.window and counter.window_ms
+        except ConfigError as error:
+            raise ConfigError(f"{key}.{error}") from None
+        on = self.context.get(counter.on)
+        if counter.on and not (isinstance(on, Category) and not on.hash):
+            known = [other for other, kind in self.context.items() if isinstance(kind, Category) and not kind.hash]
+            raise ConfigError(
+                f"{key}.on = {counter.on!r}: expected a category of [features.context] without hash, one of {known}"
+            )
+        if counter.by and not isinstance(self.item.get(counter.by), Category | Bag):
+            known = [other for other, kind in self.item.items() if isinstance(kind, Category | Bag)]
+            raise ConfigError(
+                f"{key}.by = {counter.by!r}: expected a category or bag of [features.item], one of {known}"
+            )
+
+    def _check_bag(self, owner: Owner, name: str, kind: Bag) -> None:
+        of = self.item.get(kind.of)
+        if owner == "item" or not kind.hash or not isinstance(of, Category) or of.hash != kind.hash:
+            hashed = {n: k.hash for n, k in self.item.items() if isinstance(k, Category) and k.hash}
+            raise ConfigError(
+                f"features.{owner}.{name}.of = {kind.of!r}: expected, for a bag of hash = {kind.hash}, "
+                f"a category of [features.item] with the same hash ({hashed}), and a bag of the user or context"
+            )
+
+    def _check_rate(self, owner: Owner, name: str, kind: Rate) -> None:
+        key = f"features.{owner}.{name}"
+        if owner != "item":
+            raise ConfigError(f"{key}: only an item has a rate; move it to [features.item], or count with a counter")
+        if not kind.prior > 0:
+            raise ConfigError(f"{key}.prior = {kind.prior}: expected more than 0 impressions")
+        if kind.by and not isinstance(self.item.get(kind.by), Category):
+            known = [other for other, one in self.item.items() if isinstance(one, Category)]
+            raise ConfigError(f"{key}.by = {kind.by!r}: expected a category of [features.item], one of {known}")
 
     def _check_history(self, owner: Owner, name: str, kind: History) -> None:
         if owner != "user":
@@ -150,8 +259,26 @@ class FeatureSchema:
 
     def columns(self, owner: Owner) -> list[str]:
         """The table columns this owner's features read, each once."""
-        names = [column_of(n, k) for n, k in self.of(owner).items() if not isinstance(k, History)]
+        names = [column_of(n, k) for n, k in self.of(owner).items() if not isinstance(k, DERIVED)]
         return list(dict.fromkeys(names))
+
+    def request_features(self) -> list[str]:
+        """The names of what is encoded for a request: user and context features and counters, in order."""
+        return [*self.user, *self.context, *self.interaction]
+
+    def events(self) -> list[str]:
+        """The events that histories and counters read, each once: label columns, or "impression"."""
+        found = [h.events for h in self.histories().values()] + [c.count for c in self.interaction.values()]
+        return list(dict.fromkeys(found))
+
+    def rates(self) -> dict[str, Rate]:
+        """The rates by name."""
+        return {name: kind for name, kind in self.item.items() if isinstance(kind, Rate)}
+
+    def lasting(self) -> FeatureSchema:
+        """Without rates and counters, which a day, or a minute, changes."""
+        item = {name: kind for name, kind in self.item.items() if not isinstance(kind, Rate)}
+        return FeatureSchema(self.user, self.context, item)
 
     def histories(self) -> dict[str, History]:
         """The history features by name."""
@@ -159,10 +286,11 @@ class FeatureSchema:
 
     def to_dict(self) -> dict[str, dict[str, dict[str, object]]]:
         """Plain JSON types; `from_dict` reads them back."""
-        return {
+        kinds: dict[str, dict[str, dict[str, object]]] = {
             owner: {name: {"kind": kind_name(kind), **asdict(kind)} for name, kind in self.of(owner).items()}
             for owner in OWNERS
         }
+        return {**kinds, _INTERACTION: {name: asdict(counter) for name, counter in self.interaction.items()}}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Mapping[str, Mapping[str, object]]]) -> FeatureSchema:
@@ -172,12 +300,14 @@ class FeatureSchema:
             chosen = KINDS[str(options["kind"])]
             return chosen(**{f.name: options[f.name] for f in fields(chosen)})  # type: ignore[arg-type]
 
-        return cls(**{owner: {n: kind(o) for n, o in plain[owner].items()} for owner in OWNERS})
+        counters = {name: Counter(**options) for name, options in plain[_INTERACTION].items()}  # type: ignore[arg-type]
+        owners = {owner: {n: kind(o) for n, o in plain[owner].items()} for owner in OWNERS}
+        return cls(**owners, interaction=counters)
 
     def first_difference(self, other: FeatureSchema) -> str | None:
         """A sentence naming the first feature that is not the same in both, or None."""
         mine, theirs = self.to_dict(), other.to_dict()
-        for owner in OWNERS:
+        for owner in mine:
             for name in list(mine[owner]) + [n for n in theirs[owner] if n not in mine[owner]]:
                 a, b = mine[owner].get(name), theirs[owner].get(name)
                 if a != b:
@@ -187,6 +317,7 @@ class FeatureSchema:
         return None
 
 
+_INTERACTION = "interaction"
 _LEAST = {"dim": 1, "length": 1, "width": 1, "min_count": 1, "hash": 0}
 
 

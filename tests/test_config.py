@@ -7,7 +7,7 @@ import pytest
 
 from prerank.config import load_config, parse_config
 from prerank.errors import ConfigError
-from prerank.schema import FeatureSchema
+from prerank.schema import Counter, FeatureSchema
 
 ROOT = Path(__file__).parent.parent
 FUNNELS = [ROOT / "funnel.toml", *sorted((ROOT / "examples").glob("*/funnel.toml"))]
@@ -99,12 +99,16 @@ def _drop_none(plain):
         (("bid = {", '"b.id" = {'), "features.item.'b.id': expected a name without dots"),
         *(
             (("[utility]", f"[ranker]\n{key} = 0\n[utility]"), f"ranker.{key}: expected more than 0, got 0")
-            for key in ("width", "experts", "cross_layers", "low_rank")
+            for key in ("width", "experts", "cross_layers", "low_rank", "heads")
         ),
         (("[utility]", '[ranker]\nmodel = "mtmd"\nexperts = 2.5\n[utility]'),
          "ranker.experts: expected a whole number, got 2.5"),
         (("[utility]", '[ranker]\nmodel = "mmoe"\n[utility]'),
-         "ranker.model: expected one of ['two_tower', 'mtmd', 'mmoe_dcn'], got 'mmoe'; did you mean \"mmoe_dcn\"?"),
+         "ranker.model: expected one of ['two_tower', 'mtmd', 'mmoe_dcn', 'cross_feature'], got 'mmoe'; "
+         'did you mean "mmoe_dcn"?'),
+        (("[utility]", '[ranker]\ncrossings = ["matches", "atention"]\n[utility]'),
+         "ranker.crossings[1]: expected one of ['attention', 'matches'], got 'atention'; did you mean \"attention\"?"),
+        (("[utility]", '[ranker]\ncrossings = "matches"\n[utility]'), "ranker.crossings: expected a list of"),
         (("[utility]", '[ranker]\nmodel = "mtmd"\ndomain = "tab"\n[utility]'),
          "ranker.domain: expected a category of [features.context] (there is none), got 'tab'"),
         (("[utility]", '[features.context]\ntab = { kind = "category" }\nage = { kind = "number" }\n'
@@ -120,6 +124,116 @@ def _drop_none(plain):
 def test_each_mistake_is_told_with_its_key(change, expected):
     assert GOOD.count(change[0]) == 1
     assert expected in problems_of(GOOD.replace(*change))
+
+
+COUNTING = GOOD.replace(
+    "[features.item]",
+    """
+[features.context]
+tab = { kind = "category" }
+slot = { kind = "number" }
+place = { kind = "category", hash = 9 }
+[features.interaction]
+lately = { count = "is_like", by = "tags", window = "1h", length = 20 }
+few = { on = "tab", last = 5 }
+[features.item]
+tags = { kind = "bag" }
+""",
+)
+
+
+def counter_of(options: str):
+    return parse_config(tomllib.loads(COUNTING.replace("last = 5", options)), where="f").features.interaction["few"]
+
+
+def test_counters_are_read_and_their_labels_are_the_funnels():
+    config = parse_config(tomllib.loads(COUNTING), where="f")
+    assert config.features.interaction == {
+        "lately": Counter(count="is_like", by="tags", window="1h", length=20),
+        "few": Counter(count="impression", on="tab", last=5),
+    }
+    assert config.labels() == ["is_click", "is_like"]
+    assert config.features.events() == ["is_click", "is_like", "impression"]
+    assert config.features.request_features() == ["clicks", "tab", "slot", "place", "lately", "few"]
+    assert parse_config(_drop_none(config.to_dict()), where="again") == config
+
+
+def test_without_counters_there_are_none():
+    assert parse_config(tomllib.loads(GOOD), where="f").features.interaction == {}
+
+
+@pytest.mark.parametrize(
+    ("window", "ms"),
+    [("1s", 1_000), ("90s", 90_000), ("30m", 1_800_000), ("1h", 3_600_000), ("7d", 604_800_000)],
+)
+def test_a_window_is_a_whole_number_of_seconds_minutes_hours_or_days(window, ms):
+    assert counter_of(f'window = "{window}"').window_ms == ms
+
+
+@pytest.mark.parametrize(
+    "window", ["1 h", "h", "0h", "-1h", "1.5h", "1w", "60", "01h", "1H", "1h ", "1h\\n", "1000000d"]
+)
+def test_a_window_that_is_no_duration_is_told(window):
+    found = problems_of(COUNTING.replace("last = 5", f'window = "{window}"'))
+    assert found.startswith("funnel.toml: features.interaction.few.window = ")
+    assert found.endswith('expected a duration such as "90s", "30m", "1h" or "7d"')
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ((", last = 5", ""), "few: expected a window (a duration) or last (a number of impressions), one of the two, "
+         "got window = '' and last = 0"),
+        (("last = 5", 'last = 5, window = "1h"'), "few: expected a window (a duration) or last (a number of "
+         "impressions), one of the two, got window = '1h' and last = 5"),
+        (("last = 5", "last = -5"), "one of the two, got window = '' and last = -5"),
+        (("last = 5", 'last = "5"'), "few.last: expected a whole number, got '5'"),
+        (("last = 5", "last = 5, length = 0"), "few.length = 0: expected at least 1"),
+        (('by = "tags"', 'by = "bid"'),
+         "lately.by = 'bid': expected a category or bag of [features.item], one of ['tags', 'item_id']"),
+        (('by = "tags"', 'by = "tab"'),
+         "lately.by = 'tab': expected a category or bag of [features.item], one of ['tags', 'item_id']"),
+        (('on = "tab"', 'on = "slot"'),
+         "few.on = 'slot': expected a category of [features.context] without hash, one of ['tab']"),
+        (('on = "tab"', 'on = "place"'),
+         "few.on = 'place': expected a category of [features.context] without hash, one of ['tab']"),
+        (('on = "tab"', 'on = "tags"'),
+         "few.on = 'tags': expected a category of [features.context] without hash, one of ['tab']"),
+        (("few = {", "clicks = {"), "clicks: the name is taken by features.user.clicks; choose another"),
+        (("few = {", "tab = {"), "tab: the name is taken by features.context.tab; choose another"),
+        (("few = {", "item_id = {"), "item_id: the name is taken by features.item.item_id; choose another"),
+        (("few = {", '"f.ew" = {'), "'f.ew': expected a name without dots"),
+        (("few = {", "few = 3 # {"), "few: expected { count = ..., by = ..., window = ... }, got 3"),
+        (("last = 5", 'windw = "1h"'), 'few.windw: unknown key; did you mean "window"?'),
+        (("last = 5", 'last = 5, kind = "history"'), "few.kind: unknown key"),
+        (("[features.interaction]", "[features.interactions]"),
+         'features.interactions: unknown key; did you mean "interaction"?'),
+        (("last = 5", 'lst = 5, cont = "is_like"'), 'few.lst: unknown key; did you mean "last"?'),
+        (("last = 5", 'lst = 5, cont = "is_like"'), 'few.cont: unknown key; did you mean "count"?'),
+    ],
+)  # fmt: skip
+def test_each_mistake_in_a_counter_is_told_with_its_key(change, expected):
+    assert COUNTING.count(change[0]) == 1
+    assert expected in problems_of(COUNTING.replace(*change))
+    prefix = "features." if "interactions" in expected else "features.interaction."
+    assert all(line.startswith(f"funnel.toml: {prefix}") for line in problems_of(COUNTING.replace(*change)).split("\n"))
+
+
+def test_the_features_are_four_tables():
+    start, rest = GOOD.split("[features.user]")
+    found = problems_of(start.replace("[data]", "features = 3\n[data]") + "[tasks]" + rest.split("[tasks]")[1])
+    assert "features: expected tables ['user', 'context', 'item', 'interaction'], got 3" in found
+
+
+def test_a_counter_that_differs_is_the_first_difference():
+    config = parse_config(tomllib.loads(COUNTING), where="f")
+    other = parse_config(tomllib.loads(COUNTING.replace("last = 5", "last = 6")), where="f")
+    assert "interaction feature 'few': count=impression, by=, on=tab, window=, last=5" in str(
+        config.features.first_difference(other.features)
+    )
+    without = parse_config(tomllib.loads(GOOD), where="f").features
+    more = FeatureSchema(without.user, without.context, without.item, {"few": Counter(last=5)})
+    assert str(without.first_difference(more)).startswith("interaction feature 'few': absent here, count=impression")
 
 
 def test_a_domain_that_is_a_context_category_is_taken():

@@ -20,7 +20,7 @@ from prerank.data.check_log import LogCheck
 from prerank.data.logs import DAY, Tables
 from prerank.data.sources import Source
 from prerank.errors import DataError
-from prerank.schema import History, Kind, Owner, column_of
+from prerank.schema import DERIVED, Kind, Owner, column_of
 from prerank.types import Array
 
 __all__ = ["Problem", "check"]
@@ -58,7 +58,7 @@ class _Check:
     def _leaks_by_name(self) -> Iterator[Problem]:
         labels = self.config.labels()
         for owner, name, kind in self.config.features:
-            if not isinstance(kind, History) and column_of(name, kind) in labels:
+            if not isinstance(kind, DERIVED) and column_of(name, kind) in labels:
                 column = column_of(name, kind)
                 yield Problem(
                     f"features.{owner}.{name}",
@@ -73,7 +73,7 @@ class _Check:
         key, features = self.keys[name], self.config.features.of(_OWNERS[name])
         wanted: dict[str, str] = {key: f"data.{'user_id' if name == 'users' else 'item_id'}"}
         for feature, kind in features.items():
-            if not isinstance(kind, History):
+            if not isinstance(kind, DERIVED):
                 wanted.setdefault(column_of(feature, kind), f"features.{_OWNERS[name]}.{feature}")
         if name == "items":
             wanted |= {c: "metadata.columns" for c in self.config.metadata.columns if c not in wanted}
@@ -83,7 +83,7 @@ class _Check:
         if key in source.schema.names:
             yield from self._table_ids(name, source, key)
         for feature, kind in features.items():
-            if not isinstance(kind, History):
+            if not isinstance(kind, DERIVED):
                 yield from self._feature(name, source, feature, kind)
         if self.data.computed in source.schema.names:
             yield from self._computed(name, source)
@@ -130,7 +130,7 @@ class _Check:
         latest = pc.max(moments).as_py()
         if latest is None or latest < begin:
             return
-        features = [f for f, k in self.config.features.of(_OWNERS[name]).items() if not isinstance(k, History)]
+        features = [f for f, k in self.config.features.of(_OWNERS[name]).items() if not isinstance(k, DERIVED)]
         late = pc.sum(pc.greater_equal(moments, end if latest >= end else begin)).as_py()
         found = (
             f"{late} of {len(moments)} rows, the latest {latest} ms; "
@@ -151,6 +151,8 @@ class _Check:
         labels = self.config.labels()
         keys = {self.data.user_id: "data.user_id", self.data.item_id: "data.item_id", self.data.time: "data.time"}
         reads = {column: f"features.context.{feature}" for feature, column in context.items()}
+        if is_log and self.data.labelled:
+            reads.setdefault(self.data.labelled, "data.labelled")
         yield from _missing(name, source, keys | (dict.fromkeys(labels, "a label") if is_log else {}) | reads)
         unusable: dict[str, Problem] = {}
         for feature, column in context.items():
@@ -160,7 +162,7 @@ class _Check:
                 if problem is not None:
                     unusable[column] = problem
         expected = {self.data.user_id: "an integer id", self.data.item_id: "an integer id"}
-        expected |= {self.data.time: "integer milliseconds (UTC)"}
+        expected |= {c: "integer milliseconds (UTC)" for c in (self.data.time, self.data.labelled) if c}
         for column, what in (dict.fromkeys(labels, "a label of 0 and 1") | expected).items():
             if column in schema.names:
                 given = schema.field(column).type
@@ -182,7 +184,7 @@ class _Check:
 
     def _context(self) -> dict[str, str]:
         context = self.config.features.context.items()
-        return {feature: column_of(feature, kind) for feature, kind in context if not isinstance(kind, History)}
+        return {feature: column_of(feature, kind) for feature, kind in context if not isinstance(kind, DERIVED)}
 
 
 def _missing(name: str, source: Source, wanted: dict[str, str]) -> Iterator[Problem]:

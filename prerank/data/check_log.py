@@ -15,7 +15,7 @@ from prerank.data.check_columns import Problem, num_not_finite
 from prerank.data.check_duplicates import RowHashes
 from prerank.data.check_leaks import LeakSample
 from prerank.data.logs import DAY
-from prerank.schema import Embedding, History, Number, Value, column_of
+from prerank.schema import DERIVED, Embedding, Number, Value, column_of
 from prerank.types import Array, day_number
 
 _UNITS = {"seconds": 1_000, "microseconds": 1 / 1_000, "nanoseconds": 1 / 1_000_000}
@@ -44,7 +44,7 @@ class LogCheck:
         self.keys = [c for c in (data.user_id, data.item_id, data.time) if c in columns]
         self.labels = [c for c in config.labels() if c in columns]
         context = config.features.context if self.is_log else {}
-        known = {n: k for n, k in context.items() if not isinstance(k, History) and column_of(n, k) in columns}
+        known = {n: k for n, k in context.items() if not isinstance(k, DERIVED) and column_of(n, k) in columns}
         self.numbers = [column_of(n, k) for n, k in known.items() if isinstance(k, Number | Value | Embedding)]
         self.columns = list(dict.fromkeys([*self.keys, *self.labels, *(column_of(n, k) for n, k in known.items())]))
         self.rows = self.implausible = self.backwards = 0

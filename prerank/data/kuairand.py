@@ -8,6 +8,7 @@ Source: Gao et al., KuaiRand, CIKM 2022, doi 10.1145/3511808.3557624. What its f
   columns are left out, and rows are in the order of `time_ms`.
 - `is_live_streamer` says -124 for missing: null. One-hot positions are floats where some are missing: nullable
   integers. An empty `tag` is an empty list.
+- Labels of an impression are not known at its time: `labelled_ms` is its time, the play time and five seconds.
 - Counts of fans, follows and friends, and the status of a video, were taken after the log ended: a model that reads
   them has seen the future. They are kept under names that say so, ending in `_at_snapshot`.
 - The events before the log have an order and, a user, the time of the last one, but no times of their own. We give
@@ -31,12 +32,13 @@ import pyarrow.parquet as pq
 from prerank.errors import DataError
 from prerank.types import Array
 
-FORM = 1
+FORM = 2
 """Changes when the tables written change, so that tables of an older form are not taken for them."""
 LABELS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")
 USERS, VIDEOS, LAST = "user_features_pure.csv", "video_features_basic_pure.csv", "history_users.parquet"
 _LATER = ("play_time_ms", "duration_ms", "profile_stay_time", "comment_stay_time", "is_profile_enter", "is_rand")
 _MISSING = -124
+_REPORTED_MS = 5_000  # after a video ends, until what its user did is known
 _HOUR_MS, _HOURS_AHEAD = 3_600_000, 8  # Asia/Shanghai has kept UTC+8 without a break since 1991
 _ROW_GROUP = 65_536
 _HISTORIES = ("history_before_*.parquet", "longview_positives_before_*.parquet")
@@ -103,6 +105,7 @@ def _impressions(log: pa.Table) -> pa.Table:
     }
     columns |= {c: log.column(c).cast(pa.int8()) for c in LABELS}
     columns |= {c: log.column(c) for c in _LATER}
+    columns["labelled_ms"] = pa.array(time_ms + log.column("play_time_ms").to_numpy() + _REPORTED_MS)
     return pa.table(columns)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from prerank.types import Array
 
 _CELLS_AT_ONCE = 1 << 20
+_LONG_AGO_MS = np.int64(-(1 << 62))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +44,8 @@ class Timeline:
 
         User -1 is nobody, whose slice is empty.
         """
+        if len(self.offsets) == 2:  # one user, as when serving
+            return np.where(user < 0, 0, np.searchsorted(self.time_ms, time_ms, side="left"))
         start, stop = self._slices(user)
         longest = int((stop - start).max(initial=0))
         if not longest:
@@ -64,16 +67,24 @@ class Timeline:
         """int32 [B, L]: the last `length` values strictly before `time_ms`, newest last, -1 on the left where fewer."""
         return self.gather(user, self.ends(user, time_ms), length)
 
-    def gather(self, user: Array, ends: Array, length: int) -> Array:
-        """int32 [B, L]: `before`, from the positions int64 [B] that `ends` gave."""
-        start, _ = self._slices(user)
+    def moment_of_last(self, user: Array, time_ms: Array, number: int) -> Array:
+        """int64 [B]: when the `number`th last event strictly before `time_ms` was; long ago where there were fewer."""
+        place = self.ends(user, time_ms) - number
+        known = place >= self._slices(user)[0]
+        if not len(self.time_ms):
+            return np.full(len(user), _LONG_AGO_MS)
+        return np.where(known, self.time_ms[np.maximum(place, 0)], _LONG_AGO_MS)
+
+    def gather(self, user: Array, ends: Array, length: int, first: Array | None = None) -> Array:
+        """int32 [B, L]: `before`, from the positions int64 [B] that `ends` gave; none before positions `first`."""
+        start = self._slices(user)[0] if first is None else first
         out = np.full((len(user), length), -1, dtype=np.int32)
         if not len(self.values):
             return out
         back = np.arange(-length, 0)
         rows = max(1, _CELLS_AT_ONCE // max(length, 1))  # pieces that stay in the cache
-        for first in range(0, len(user), rows):
-            piece = slice(first, first + rows)
+        for begin in range(0, len(user), rows):
+            piece = slice(begin, begin + rows)
             places = ends[piece, None] + back
             taken = places >= start[piece, None]
             np.maximum(places, 0, out=places)

@@ -16,7 +16,7 @@ from prerank.features.numbers import (
     read_number,
     read_value,
 )
-from prerank.schema import Bag, Category, Embedding, History, Kind, Number, Value
+from prerank.schema import Bag, Category, Embedding, History, Kind, Number, Rate, Value
 from prerank.types import Array, Given
 
 
@@ -58,8 +58,8 @@ def start(kind: Kind) -> Fit:
             return EmbeddingFit(kind)
         case Value():
             return ValueFit(kind)
-        case History():
-            raise AssertionError("a history learns nothing of its own")
+        case History() | Rate():
+            raise AssertionError("it is made of the log, and learns nothing of a column")
 
 
 def read(kind: Kind, saved: Mapping[str, object]) -> Fitted:
@@ -73,5 +73,5 @@ def read(kind: Kind, saved: Mapping[str, object]) -> Fitted:
             return read_embedding(kind, saved)
         case Value():
             return read_value(kind, saved)
-        case History():
-            raise AssertionError("a history learns nothing of its own")
+        case History() | Rate():
+            raise AssertionError("it is made of the log, and learns nothing of a column")

@@ -18,7 +18,8 @@ from prerank.errors import BundleError, DataError, RequestError
 from prerank.features.categories import Bags, Categories
 from prerank.features.kinds import Fitted, read, start
 from prerank.features.reading import Unreadable, plain, shown
-from prerank.schema import FeatureSchema, History, Kind, Owner, column_of
+from prerank.features.vocabulary import Vocabulary
+from prerank.schema import DERIVED, FeatureSchema, Kind, Owner, column_of
 from prerank.types import Array, Given
 
 FORMAT = 1
@@ -101,6 +102,12 @@ class Transforms:
             if isinstance(one, Categories | Bags)
         }
 
+    def names(self, owner: Owner, feature: str) -> tuple[int | str, ...] | None:
+        """The values of a category or bag whose n-th, from 1, has code n; None where they are hashed."""
+        fitted = self._fitted[owner, feature]
+        assert isinstance(fitted, Categories | Bags)
+        return fitted.codes.values if isinstance(fitted.codes, Vocabulary) else None
+
     def to_json(self) -> str:
         """All of it as strict JSON; `from_json` gives back a Transforms that encodes to the same bits."""
         learnt = {f"{owner}.{name}": one.to_plain() for (owner, name), one in self._fitted.items()}
@@ -153,13 +160,13 @@ class _SavedSchema:
 
 
 def _learning(schema: FeatureSchema) -> Iterator[tuple[Owner, str, Kind]]:
-    return ((owner, name, kind) for owner, name, kind in schema if not isinstance(kind, History))
+    return ((owner, name, kind) for owner, name, kind in schema if not isinstance(kind, DERIVED))
 
 
 def _fit_owner(
     schema: FeatureSchema, owner: Owner, pieces: Iterable[tuple[pa.Table | pa.RecordBatch, Array]]
 ) -> dict[str, Fitted]:
-    kinds = {name: kind for name, kind in schema.of(owner).items() if not isinstance(kind, History)}
+    kinds = {name: kind for name, kind in schema.of(owner).items() if not isinstance(kind, DERIVED)}
     if not kinds:
         return {}
     learning = {name: start(kind) for name, kind in kinds.items()}

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prerank.schema import FeatureSchema, History
+from prerank.features.counters import encode
+from prerank.schema import DERIVED, FeatureSchema
 from prerank.train.prepare import Prepared
 from prerank.types import Array
 
@@ -18,20 +19,29 @@ class UserExamples:
         self.prepared = prepared
         self.timelines = prepared.timelines(schema)
         self.lengths = {name: history.length for name, history in schema.histories().items()}
-        self.profile = [n for n, kind in schema.user.items() if not isinstance(kind, History)]
+        self.counters = schema.interaction
+        self.pairs = {one.on: prepared.pairs(one.on) for one in schema.interaction.values() if one.on}
+        self.shown = {on: prepared.shown(pairs, on) for on, pairs in self.pairs.items()} | {"": prepared.shown()}
+        self.profile = [n for n, kind in schema.user.items() if not isinstance(kind, DERIVED)]
         self.context = list(schema.context)
 
     def at(self, events: Array, time_ms: Array | None = None) -> dict[str, Tensor]:
         """Features [B, ...] of the users of `events` int64 [B], with each event's context.
 
-        Histories are cut strictly before `time_ms` int64 [B] (the event's own time unless given).
+        Histories and counters are cut strictly before `time_ms` int64 [B] (the event's own time unless given).
         """
         log = self.prepared.events
         user = np.asarray(log["user"][events], dtype=np.int64)
         moment = np.asarray(log["time_ms"][events]) if time_ms is None else time_ms
         columns = {name: self.prepared.users[name][user] for name in self.profile}
         columns |= {name: log[name][events] for name in self.context}
-        columns |= {name: line.before(user, moment, self.lengths[name]) for name, line in self.timelines.items()}
+        lines = self.timelines
+        columns |= {name: lines[name].before(user, moment, length) for name, length in self.lengths.items()}
+        who = {"": user} | {on: pairs.place(user, columns[on]) for on, pairs in self.pairs.items()}
+        columns |= {
+            name: encode(counter, lines[name], self.shown[counter.on], who[counter.on], moment)
+            for name, counter in self.counters.items()
+        }
         return {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
 
 

@@ -21,12 +21,13 @@ import pyarrow as pa
 from prerank.config import Config
 from prerank.data.logs import Tables
 from prerank.errors import DataError
+from prerank.features.counters import Pairs, counted
 from prerank.features.histories import Timeline
 from prerank.features.transforms import Transforms
 from prerank.schema import IMPRESSION, FeatureSchema, Owner
 from prerank.types import Array, Columns, Report, day_number, silent
 
-FORMAT = 1
+FORMAT = 2
 _CHUNK = 1 << 20
 _ID = "__id__"  # the key column, beside features of any name
 
@@ -36,8 +37,9 @@ class Prepared:
     """Users, items and events as arrays; a user or item is its position in `user_ids` or `item_ids` (ascending).
 
     users, items: encoded features, leading shape [U] and [I]. events, leading shape [E], ordered by user, then time:
-    user int32, item int32, time_ms int64, day int32 (days since 1970 in the funnel's zone), flags uint32 (bit j is
-    labels[j]; a label not known counts as 0), logged bool (False for the history table) and each context feature.
+    user int32, item int32, time_ms int64, known_ms int64 (when the labels were known, at time_ms or later), day int32
+    (days since 1970 in the funnel's zone), flags uint32 (bit j is labels[j]; a label not known counts as 0), logged
+    bool (False for the history table) and each context feature.
     """
 
     transforms: Transforms
@@ -63,13 +65,39 @@ class Prepared:
         return marks
 
     def timelines(self, schema: FeatureSchema) -> dict[str, Timeline]:
-        """Each history feature's events of all users."""
+        """The events of all users that each history and each counter reads, each at the time it became known."""
+        num_users = len(self.user_ids)
         found = {}
         for name, history in schema.histories().items():
-            rows = np.flatnonzero(self.happened(history.events))
-            user, time_ms, item = (self.events[c][rows] for c in ("user", "time_ms", "item"))
-            found[name] = Timeline.build(len(self.user_ids), user, time_ms, self.items[history.of][item])
+            user, moment, item = self._known(history.events)
+            found[name] = Timeline.build(num_users, user, moment, self.items[history.of][item])
+        pairs = {one.on: self.pairs(one.on) for one in schema.interaction.values() if one.on}
+        for name, counter in schema.interaction.items():
+            of = pairs.get(counter.on)
+            user, moment, item = self._known(counter.count, of, counter.on)
+            codes = self.items[counter.by][item] if counter.by else None
+            found[name] = counted(counter, num_users if of is None else len(of.keys), user, moment, codes)
         return found
+
+    def shown(self, of: Pairs | None = None, on: str = "") -> Timeline:
+        """Every user's impressions, or those `of` every user in one value of `on`; the values are items' positions."""
+        user, moment, item = self._known(IMPRESSION, of, on)
+        known = user >= 0
+        num_users = len(self.user_ids) if of is None else len(of.keys)
+        return Timeline.build(num_users, user[known], moment[known], item[known])
+
+    def pairs(self, on: str) -> Pairs:
+        """The users in each value of the context category `on` that an event of theirs had."""
+        return Pairs.build(self.events["user"], self.events[on], self.transforms.sizes()[f"context.{on}"])
+
+    def _known(self, event: str, of: Pairs | None = None, on: str = "") -> tuple[Array, Array, Array]:
+        """User (or place in `of`), time and item of every event of one kind; a label's time is when it was known."""
+        rows = np.flatnonzero(self.happened(event))
+        moment = "time_ms" if event == IMPRESSION else "known_ms"
+        user = self.events["user"][rows]
+        if of is not None:
+            user = of.place(user, self.events[on][rows])
+        return user, self.events[moment][rows], self.events["item"][rows]
 
 
 def prepare(config: Config, tables: Tables, folder: Path, report: Report = silent) -> Prepared:
@@ -177,7 +205,8 @@ class _Preparation:
 
     def _encoded(self, transforms: Transforms) -> Iterator[dict[str, Array]]:
         context = self.config.features.columns("context")
-        wanted = [*self.keys, *self.labels, *context]
+        labelled = self.config.data.labelled
+        wanted = [*self.keys, *self.labels, *context, *([labelled] if labelled else [])]
         logged = ((batch, True) for batch in self.tables.impressions(wanted))
         before = ((batch, False) for batch in self.tables.history(wanted))
         for batch, is_logged in chain(logged, before):
@@ -189,14 +218,35 @@ class _Preparation:
         for bit, label in enumerate(self.labels):
             happened = batch.column(label).cast(pa.bool_()).fill_null(False).to_numpy(zero_copy_only=False)
             flags |= happened.astype(np.uint32) << np.uint32(bit)
+        time_ms = batch.column(self.keys[2]).to_numpy(zero_copy_only=False).astype(np.int64)
         return {
             "user": self._positions(batch, "user").astype(np.int32),
             "item": self._positions(batch, "item").astype(np.int32),
-            "time_ms": batch.column(self.keys[2]).to_numpy(zero_copy_only=False).astype(np.int64),
+            "time_ms": time_ms,
+            "known_ms": self._known_ms(batch, time_ms),
             "day": batch.column("day").to_numpy(zero_copy_only=False).astype(np.int32),
             "flags": flags,
             "logged": np.full(batch.num_rows, logged),
         }
+
+    def _known_ms(self, batch: pa.RecordBatch, time_ms: Array) -> Array:
+        """When the labels were known, int64; where it is not said, at the event's own time."""
+        column = self.config.data.labelled
+        if not column:
+            return time_ms
+        given = batch.column(column)
+        if not pa.types.is_integer(given.type) and not pa.types.is_null(given.type):
+            raise DataError(f"impressions.{column}: expected integer milliseconds (UTC), got {given.type}")
+        said = given.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+        early = (said < time_ms) & given.is_valid().to_numpy(zero_copy_only=False)
+        if early.any():
+            row = int(np.flatnonzero(early)[0])
+            raise DataError(
+                f"impressions.{column}: {int(early.sum())} labels are known before their impression, such as "
+                f"{said[row]} of the one at {time_ms[row]}; check [data].labelled and [data].time"
+            )
+        known: Array = np.maximum(said, time_ms)
+        return known
 
     def _write(self, part: str, transforms: Transforms, owner: Owner, table: pa.Table, ids: Array) -> None:
         for name, column in {**transforms.encode(owner, table), _ID: ids}.items():

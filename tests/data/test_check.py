@@ -247,6 +247,32 @@ def test_a_time_in_another_unit_is_named(tmp_path, unit, factor):
     assert re.fullmatch(rf"600 of 600 rows \(100\.00%\) outside, such as \d+; they look like {unit}", problem.found)
 
 
+def test_a_missing_labelled_column_is_told(tmp_path):
+    log = world.put(world.impressions(), "known_ms", world.impressions()["time_ms"])
+    problem = one(problems(tmp_path, tables={"impressions": log}, labelled="konwn_ms"), "missing column")
+    assert (problem.where, problem.severity) == ("impressions.konwn_ms", "error")
+    assert problem.expected == "the column data.labelled reads"
+    assert problem.found == 'no such column; did you mean "known_ms"?'
+
+
+def test_when_labels_were_known_is_integer_milliseconds(tmp_path):
+    known = world.impressions()["time_ms"].cast(pa.timestamp("ms"))
+    log = world.put(world.impressions(), "known_ms", known)
+    problem = one(problems(tmp_path, tables={"impressions": log}, labelled="known_ms"), "wrong type")
+    assert (problem.where, problem.expected) == ("impressions.known_ms", "integer milliseconds (UTC)")
+    assert problem.found == "timestamp[ms]"
+
+
+def test_when_labels_were_known_may_be_missing_of_some_and_of_a_history(tmp_path):
+    known = world.put_at(
+        world.put(world.impressions(), "known_ms", world.impressions()["time_ms"]), "known_ms", 7, None
+    )
+    history = world.impressions().slice(0, 2).select(["user_id", "item_id", "time_ms", "is_click"])
+    history = world.put(history, "time_ms", [world.START_MS - 5, world.START_MS - 4])
+    tables = {"impressions": known, "history": history}
+    assert problems(tmp_path, tables=tables, labelled="known_ms", history="history.parquet") == []
+
+
 def test_a_time_that_is_not_integer_is_a_wrong_type(tmp_path):
     log = world.impressions()
     log = world.put(log, "time_ms", log["time_ms"].cast(pa.timestamp("ms")))

@@ -1,6 +1,7 @@
 """A tiny KuaiRand-Pure with every trap of the real one planted; then a few facts of the real one, where it is."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from prerank.data.calendar import spans
 from prerank.data.check import check
 from prerank.data.logs import open_tables
 from prerank.errors import DataError
+from prerank.train.prepare import prepare
 from tests.data import world
 
 DAY_0, DAY_1 = spans(["2022-04-25"], "Asia/Shanghai")[0]
@@ -126,6 +128,16 @@ def test_date_and_hourmin_are_left_out_and_signals_are_small(made):
     assert not {"date", "hourmin", "video_id"} & set(log.column_names)
     assert {str(log.schema.field(c).type) for c in [*SIGNALS, "tab", "hour"]} == {"int8"}
     assert log["is_like"].to_pylist() == [0, 0, 0, 0, 1]
+
+
+def test_labels_are_known_five_seconds_after_the_video_was_played(raw, tmp_path):
+    log_file(raw, "20220427", [shown(0, 2, DAY_1 + 30 * HOUR, date=20220427, play_time_ms=61_234)])
+    kuairand.convert(raw, tmp_path / "out")
+    log = pq.read_table(tmp_path / "out" / "impressions.parquet")
+    assert str(log.schema.field("labelled_ms").type) == "int64"
+    after = log["labelled_ms"].to_numpy() - log["time_ms"].to_numpy()
+    assert after.tolist() == [5000] * 5 + [66_234]
+    assert "labelled_ms" not in pq.read_table(tmp_path / "out" / "history.parquet").column_names
 
 
 def test_rows_that_differ_in_a_signal_are_two_events(raw, tmp_path):
@@ -300,6 +312,18 @@ def funnel(train, validate, test):
     }
     plain["utility"] = {"click": {"value": 1.0}}
     return parse_config(plain, "kuairand.toml")
+
+
+def test_labels_of_the_log_are_prepared_as_known_when_reported_and_the_historys_at_once(raw, tmp_path):
+    log_file(raw, "20220427", [shown(0, 2, DAY_1 + 25 * HOUR, date=20220427, is_click=1, play_time_ms=1000)])
+    plain = funnel(["2022-04-25"] * 2, ["2022-04-26"] * 2, ["2022-04-27"] * 2)
+    config = replace(plain, data=replace(plain.data, labelled="labelled_ms"))
+    tables = open_tables(config, raw, tmp_path / "work")
+    assert check(config, tables) == []
+    events = prepare(config, tables, tmp_path / "work").events
+    after = events["known_ms"] - events["time_ms"]
+    assert sorted(after[events["logged"]].tolist()) == [5000] * 5 + [6000]
+    assert not after[~events["logged"]].any()
 
 
 def test_a_days_file_more_is_days_more(raw, tmp_path):

@@ -1,0 +1,78 @@
+"""What this user did lately on what the candidate is by: the events of a window, cut strictly before a moment.
+
+Training asks for millions of moments of all users, serving for one of one user; both run this file. The candidate is
+not known here: its `by` is looked up among the codes by `models.matching`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from prerank.features.histories import Timeline
+from prerank.schema import Counter
+from prerank.types import Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """Users in one context value each, as if they were users: `keys` int64 [P], distinct and ascending.
+
+    An unknown value (0) is nobody's.
+    """
+
+    keys: Array
+    num_codes: int
+
+    @classmethod
+    def build(cls, user: Array, code: Array, num_codes: int) -> Pairs:
+        """Those of events: user int [E], code int [E] of a context category with `num_codes` rows."""
+        known = np.asarray(code) > 0
+        return cls(np.unique(_pair(user[known], code[known], num_codes)), num_codes)
+
+    def place(self, user: Array, code: Array) -> Array:
+        """int64 [B]: the pair's position, -1 for one that no event had, for nobody (-1) and for an unknown value."""
+        wanted = _pair(user, code, self.num_codes)
+        if not len(self.keys):
+            return np.full(len(wanted), -1, dtype=np.int64)
+        place = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
+        return np.where((self.keys[place] == wanted) & (user >= 0) & (np.asarray(code) > 0), place, -1)
+
+
+def _pair(user: Array, code: Array, num_codes: int) -> Array:
+    found: Array = np.asarray(user, dtype=np.int64) * num_codes + code
+    return found
+
+
+def counted(counter: Counter, num_users: int, user: Array, time_ms: Array, codes: Array | None) -> Timeline:
+    """What a counter reads, of events: user int [E], time_ms int64 [E], `by` codes int [E] or of a bag [E, M].
+
+    For a counter `on` something a user is a place of `Pairs`, and -1 is left out. `codes` are not read, and may be
+    None, where `by` is empty. Members of a bag become events of their own.
+    """
+    if counter.on and len(user) and user.min() < 0:
+        kept = np.flatnonzero(user >= 0)
+        user, time_ms, codes = user[kept], time_ms[kept], None if codes is None else codes[kept]
+    if not counter.by or codes is None:
+        assert not counter.by, "a counter by something reads its codes"
+        return Timeline.build(num_users, user, time_ms, np.zeros(len(user), dtype=np.int32))
+    if codes.ndim == 1:
+        return Timeline.build(num_users, user, time_ms, codes)
+    row, slot = np.nonzero(codes >= 0)
+    return Timeline.build(num_users, user[row], time_ms[row], codes[row, slot])
+
+
+def encode(counter: Counter, line: Timeline, shown: Timeline, user: Array, time_ms: Array) -> Array:
+    """The counter's feature for users int [B] (-1 is nobody) at moments int64 [B].
+
+    `line` is what `counted` gave, `shown` the users' impressions. With a `by` int32 [B, length], the codes of the
+    latest events, newest last, -1 on the left where fewer; without one int32 [B], how many events there were.
+    """
+    last = counter.last
+    since = shown.moment_of_last(user, time_ms, last) if last else time_ms - counter.window_ms
+    end, start = line.ends(user, time_ms), line.ends(user, since)
+    if counter.by:
+        return line.gather(user, end, counter.length, start)
+    number: Array = (end - start).astype(np.int32)
+    return number

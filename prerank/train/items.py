@@ -1,0 +1,68 @@
+"""Items' features as they were known on a day: what never changes, and the rates of the days before."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prerank.config import Config
+from prerank.features.rates import rates
+from prerank.schema import IMPRESSION
+from prerank.train.examples import item_tensors
+from prerank.train.prepare import Prepared
+from prerank.types import Array, day_number
+
+
+class Calendar:
+    """The days of the log from the first training day on, counted from 0; earlier ones count as day 0."""
+
+    def __init__(self, prepared: Prepared, config: Config) -> None:
+        self.first = day_number(config.data.train[0])
+        self._log, self._num_items = prepared.events, len(prepared.item_ids)
+        self._day = np.asarray(prepared.events["day"]) - self.first
+        self.num_days = max(int(self._day.max()) + 1, 1)
+
+    def place(self, day: Array) -> Tensor:
+        """Days since 1970 int [B] -> int64 [B], at most the day after the last."""
+        return torch.from_numpy((np.asarray(day, dtype=np.int64) - self.first).clip(0, self.num_days))
+
+    def counts(self, happened: Array) -> Array:
+        """How many of the events marked bool [E] each item had each day -> float64 [C, I]."""
+        rows = np.flatnonzero(happened & (self._day >= 0))
+        flat = self._day[rows].astype(np.int64) * self._num_items + self._log["item"][rows]
+        found = np.bincount(flat, minlength=self.num_days * self._num_items)
+        return found.astype(np.float64).reshape(self.num_days, self._num_items)
+
+
+class DailyItems:
+    """Every item's features on any day; the only ones that a day changes are the rates of the schema."""
+
+    def __init__(self, prepared: Prepared, config: Config) -> None:
+        self.calendar = Calendar(prepared, config)
+        self.lasting = item_tensors(prepared)
+        self.rates: dict[str, Tensor] = {}
+        logged = np.asarray(prepared.events["logged"])
+        wanted = config.features.rates()
+        events = {IMPRESSION, *(rate.of for rate in wanted.values())} if wanted else set()
+        counts = {event: self.calendar.counts(prepared.happened(event) & logged) for event in events}
+        for name, rate in wanted.items():
+            group = prepared.items[rate.by] if rate.by else np.arange(len(prepared.item_ids))
+            found = rates(counts[IMPRESSION], counts[rate.of], np.asarray(group, dtype=np.int64), rate.prior)
+            self.rates[name] = torch.from_numpy(found)
+
+    def at(self, rows: Tensor, day: Array) -> dict[str, Tensor]:
+        """Of items int64 [B] or [B, N] as seen at the start of days int [B] since 1970 -> [B, ...] or [B, N, ...]."""
+        place = self.calendar.place(day)
+        place = place if rows.dim() == 1 else place.unsqueeze(1).expand_as(rows)
+        found = {name: column[rows] for name, column in self.lasting.items()}
+        return found | {name: table[place, rows] for name, table in self.rates.items()}
+
+    def on(self, day: int) -> dict[str, Tensor]:
+        """Every item's [I, ...] as seen at the start of one day since 1970."""
+        place = int(self.calendar.place(np.array([day]))[0])
+        return self.lasting | {name: table[place] for name, table in self.rates.items()}
+
+    def latest(self) -> dict[str, Tensor]:
+        """Every item's [I, ...] as seen after the whole log."""
+        return self.lasting | {name: table[-1] for name, table in self.rates.items()}
