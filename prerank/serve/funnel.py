@@ -1,9 +1,12 @@
-"""One version of a funnel, in this process: a request in, an answer out. The server and the command line are shells."""
+"""One version of a funnel, in this process: a request in, an answer out; and what happened since, in.
+
+The server and the command line are shells.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
@@ -16,16 +19,18 @@ from prerank.errors import BundleError, RegistryError, RequestError
 from prerank.features.transforms import Transforms
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.graph import Deadline, GraphRun, RequestGraph
+from prerank.serve.record import Recorded, check_contexts, check_events
 from prerank.serve.stages import Describe, ExpandUser, Rank, RankBySimilarity, Retrieve
+from prerank.stores.events import LiveEvent
+from prerank.stores.live import LiveUsers
 from prerank.stores.metadata import MetadataTable
-from prerank.stores.users import UserStore
 from prerank.types import Given, Request, TopK
 
 
 class Funnel:
     """A loaded version with its stores. Threads may share one; each `recommend` uses the calling thread."""
 
-    def __init__(self, bundle: Bundle, users: UserStore, metadata: MetadataTable) -> None:
+    def __init__(self, bundle: Bundle, users: LiveUsers, metadata: MetadataTable) -> None:
         items, config = bundle.scorer.items, bundle.config
         if metadata.columns and metadata.num_rows != items.num_items:
             raise BundleError(
@@ -35,7 +40,9 @@ class Funnel:
         self.max_k = min(config.serve.max_k, config.ranker.keep)
         self.default_deadline_ms = config.serve.deadline_ms
         self.example_context = _example_context(bundle.transforms)
-        self._users = users
+        said = {column: value for column, value in self.example_context.items() if column in users.contexts}
+        self.example_events = _example_events(users.event_names, int(items.item_ids[0]), said)
+        self._users, self._items, self._transforms = users, items, bundle.transforms
         self._tasks = bundle.scorer.ranker.tasks
         self._graph = RequestGraph(
             [
@@ -55,7 +62,8 @@ class Funnel:
         """`version` of the funnel at `store`, the live one unless named.
 
         Raises RegistryError if there is no such version, BundleError for one that is damaged, DataError for a user
-        store that is. Nothing half-loaded is ever returned.
+        store that is. Nothing half-loaded is ever returned. What happens meanwhile is kept in the store's
+        `events.lmdb`, which is made if it is not there.
         """
         registry = Registry(store)
         chosen = version or registry.live()
@@ -64,7 +72,7 @@ class Funnel:
         path = registry.path(chosen)
         bundle = load(path)
         metadata = MetadataTable.open(path / "metadata.arrow")
-        users = UserStore.open(store / "users.lmdb")
+        users = LiveUsers.open(store / "users.lmdb", store / "events.lmdb")
         try:
             funnel = cls(bundle, users, metadata)
             # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
@@ -86,8 +94,24 @@ class Funnel:
             run = self._graph.run({"request": request}, deadline)
             return self._answer(request, run)
 
+    def record(self, events: Sequence[LiveEvent]) -> Recorded:
+        """Take all of `events` or none; the next request of their users knows of them.
+
+        What is taken is on the disk. Raises RequestError for a field that is wrong, DataError if the store cannot be
+        written.
+        """
+        check_events(events, self._users.event_names, time.time_ns() // 1_000_000)
+        check_contexts(events, self._transforms, self._users.contexts)
+        rows = self._items.rows_of(torch.tensor([one.item_id for one in events]))
+        done = self._users.record(events)
+        return Recorded(len(events), int((rows < 0).sum()), done.num_repeated, done.num_logged)
+
+    def sweep(self) -> int:
+        """Forget the recorded events that the log has by now: how many. For the one process that serves a store."""
+        return self._users.sweep()
+
     def close(self) -> None:
-        """Let go of the user store; the funnel answers no more."""
+        """Let go of the stores; the funnel answers no more."""
         self._users.close()
 
     def __enter__(self) -> Funnel:
@@ -117,6 +141,12 @@ def _example_context(transforms: Transforms) -> dict[str, Given]:
     """A value of the right type for each context field."""
     columns = transforms.schema.columns("context")
     return {column: next(v for v in _EXAMPLES if _takes(transforms, columns, column, v)) for column in columns}
+
+
+def _example_events(names: Sequence[str], item_id: int, context: Mapping[str, Given]) -> list[dict[str, object]]:
+    """An exposure of an item there is, and a label of it, with the context that is kept of them."""
+    said = {"context": dict(context)} if context else {}
+    return [{"user_id": 1, "item_id": item_id, "event": name, **said} for name in names[:2]]
 
 
 def _takes(transforms: Transforms, columns: Sequence[str], column: str, value: Given) -> bool:

@@ -1,6 +1,7 @@
 """The funnel over HTTP. Every failure is one JSON object; a client never sees a stack trace.
 
 The event loop only reads and writes; a request is decoded, run and encoded on one of a fixed number of worker threads.
+Events have a thread of their own, so that nobody's winners wait for the disk.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import contextlib
 import logging
 import sys
 import time
-import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,25 +21,24 @@ import structlog
 import torch
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prerank.bundle.registry import Registry
-from prerank.errors import DeadlineExceeded, PrerankError, RegistryError, RequestError
+from prerank.errors import PrerankError, RegistryError
 from prerank.serve.answer import Answer
+from prerank.serve.envelope import Envelope, Refused, read_body, refused_by_routing
 from prerank.serve.funnel import Funnel
 from prerank.serve.metrics import CONTENT_TYPE, ServeMetrics
 from prerank.serve.openapi import docs_page, openapi
-from prerank.serve.wire import MalformedBody, decode_request, encode_answer, encode_error
+from prerank.serve.record import Recorded
+from prerank.serve.wire import decode_events, decode_request, encode_answer, encode_recorded
+from prerank.stores.events import LiveEvent
 from prerank.types import Given, Request
 
-_log = structlog.get_logger(__name__)
-_NO_HEADERS: Mapping[str, str] = {}
 _RETRY = {"retry-after": "1"}
 
 
@@ -61,26 +60,31 @@ class Recommender(Protocol):
         """A context that works, one value a field."""
         ...
 
+    @property
+    def example_events(self) -> Sequence[Mapping[str, object]]:
+        """Events that work, as `POST /v1/events` takes them."""
+        ...
+
     def recommend(self, request: Request, arrived: float | None = None) -> Answer:
         """The winners; see `Funnel.recommend`."""
+        ...
+
+    def record(self, events: Sequence[LiveEvent]) -> Recorded:
+        """Keep what happened; see `Funnel.record`."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one process takes on: `threads` requests run at once, `waiting` more may wait, of `body_bytes` each."""
+    """What one process takes on: `threads` requests run at once, `waiting` more may wait, of `body_bytes` each.
+
+    Calls with events run one at a time; as many may wait, of `events_bytes` each.
+    """
 
     threads: int = 2
     waiting: int = 64
     body_bytes: int = 65_536
-
-
-class Refused(PrerankError):
-    """A request the server itself turns away, with its HTTP status, the error's type, and headers to add."""
-
-    def __init__(self, status: int, kind: str, message: str, headers: Mapping[str, str] = _NO_HEADERS) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.headers = status, kind, headers
+    events_bytes: int = 524_288
 
 
 def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) -> Starlette:
@@ -90,11 +94,12 @@ def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) ->
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        server.pool.shutdown()
+        server.close()
 
     return Starlette(
         routes=[
             Route("/v1/recommend", server.recommend, methods=["POST"]),
+            Route("/v1/events", server.record, methods=["POST"]),
             Route("/healthz", server.healthz),
             Route("/readyz", server.readyz),
             Route("/metrics", server.metrics_text),
@@ -102,8 +107,8 @@ def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) ->
             Route("/docs", server.docs),
             Route("/", server.home),
         ],
-        middleware=[Middleware(_Envelope, metrics=server.metrics)],
-        exception_handlers={HTTPException: _refused_by_routing},
+        middleware=[Middleware(Envelope, metrics=server.metrics)],
+        exception_handlers={HTTPException: refused_by_routing},
         lifespan=lifespan,
     )
 
@@ -136,6 +141,8 @@ def serve(
     torch.set_num_threads(1)  # two requests that share cores by spinning cost each other more than they gain
     funnel = _open(store, version)
     try:
+        if isinstance(funnel, Funnel):
+            funnel.sweep()
         app = create_app(funnel, limits)
         uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=10)
     finally:
@@ -152,46 +159,75 @@ def _open(store: Path, version: str | None) -> Funnel | PrerankError:
         return error
 
 
+class _Lane:
+    """Work of one kind: `threads` at once, `waiting` more wait their turn, and the rest is turned away."""
+
+    def __init__(self, name: str, threads: int, waiting: int, note: Callable[[int], None]) -> None:
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._most, self._num, self._note = threads + waiting, 0, note
+
+    async def run(self, work: Callable[[], bytes]) -> Response:
+        """What `work` gives, as JSON. Raises Refused where too much waits."""
+        if self._num >= self._most:
+            raise Refused(503, "Overloaded", f"{self._num} requests are waiting already; try again later", _RETRY)
+        self._change(+1)
+        try:
+            encoded = await asyncio.get_running_loop().run_in_executor(self.pool, work)
+        finally:
+            self._change(-1)
+        return Response(encoded, media_type="application/json")
+
+    def _change(self, by: int) -> None:
+        self._num += by
+        self._note(self._num)
+
+
 class _Server:
     """The endpoints and what they share."""
 
     def __init__(self, funnel: Recommender | PrerankError, limits: Limits) -> None:
         self.funnel, self.limits = funnel, limits
         self.metrics = ServeMetrics()
-        self.pool = ThreadPoolExecutor(limits.threads, thread_name_prefix="recommend")
-        self.num_in_flight = 0
+        self.answers = _Lane("recommend", limits.threads, limits.waiting, self.metrics.in_flight)
+        self.records = _Lane("events", 1, limits.waiting, self.metrics.events_in_flight)
         if not isinstance(funnel, PrerankError):
             self.metrics.serves(funnel.version)
 
+    def close(self) -> None:
+        """Finish what is running."""
+        self.answers.pool.shutdown()
+        self.records.pool.shutdown()
+
     async def recommend(self, http: HttpRequest) -> Response:
-        funnel = self.funnel
-        if isinstance(funnel, PrerankError):
+        funnel, content = self._ready(), await read_body(http, self.limits.body_bytes)
+        arrived, request_id = time.perf_counter(), http.state.request_id
+        return await self.answers.run(lambda: self._answer(funnel, content, arrived, request_id))
+
+    async def record(self, http: HttpRequest) -> Response:
+        funnel, content = self._ready(), await read_body(http, self.limits.events_bytes)
+        now_ms = time.time_ns() // 1_000_000
+        return await self.records.run(lambda: self._record(funnel, content, now_ms))
+
+    def _ready(self) -> Recommender:
+        if isinstance(self.funnel, PrerankError):
             raise Refused(503, "NotReady", "no version is loaded; /readyz says why")
-        content = await _read_body(http, self.limits.body_bytes)
-        if self.num_in_flight >= self.limits.threads + self.limits.waiting:
-            raise Refused(
-                503, "Overloaded", f"{self.num_in_flight} requests are waiting already; try again later", _RETRY
-            )
-        arrived = time.perf_counter()
-        self._note_in_flight(+1)
-        try:
-            run = asyncio.get_running_loop().run_in_executor
-            encoded = await run(self.pool, self._answer, funnel, content, arrived, http.state.request_id)
-        finally:
-            self._note_in_flight(-1)
-        return Response(encoded, media_type="application/json")
+        return self.funnel
 
     def _answer(self, funnel: Recommender, content: bytes, arrived: float, request_id: str) -> bytes:
+        # rounded up, so that an event of this very millisecond came before the moment asked about
+        now_ms = -(-time.time_ns() // 1_000_000)
         request = decode_request(content).request(
-            now_ms=time.time_ns() // 1_000_000, deadline_ms=funnel.default_deadline_ms, request_id=request_id
+            now_ms=now_ms, deadline_ms=funnel.default_deadline_ms, request_id=request_id
         )
         answer = funnel.recommend(request, arrived)
         self.metrics.answered(answer)
         return encode_answer(answer)
 
-    def _note_in_flight(self, change: int) -> None:
-        self.num_in_flight += change
-        self.metrics.in_flight(self.num_in_flight)
+    def _record(self, funnel: Recommender, content: bytes, now_ms: int) -> bytes:
+        events = decode_events(content).live(now_ms)
+        recorded = funnel.record(events)
+        self.metrics.recorded(events, recorded)
+        return encode_recorded(recorded)
 
     async def healthz(self, _: HttpRequest) -> Response:
         return PlainTextResponse("alive\n")
@@ -205,11 +241,11 @@ class _Server:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     async def openapi(self, _: HttpRequest) -> Response:
-        return JSONResponse(openapi(self._example()))
+        return JSONResponse(openapi(self._example(), self._events()))
 
     async def docs(self, _: HttpRequest) -> Response:
         version = "" if isinstance(self.funnel, PrerankError) else self.funnel.version
-        return HTMLResponse(docs_page(self._example(), version, self._context()))
+        return HTMLResponse(docs_page(self._example(), self._events(), version, self._context()))
 
     async def home(self, _: HttpRequest) -> Response:
         return RedirectResponse("/docs")
@@ -220,80 +256,6 @@ class _Server:
     def _example(self) -> dict[str, object]:
         return {"user_id": 1, "k": 10, "context": dict(self._context()), "deadline_ms": 1000}
 
-
-class _Envelope:
-    """Around every request: an id in and out, one form for every error, and the time a recommendation took."""
-
-    def __init__(self, app: ASGIApp, metrics: ServeMetrics) -> None:
-        self.app, self.metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        start = time.perf_counter()
-        request_id = _request_id(Headers(scope=scope))
-        scope.setdefault("state", {})["request_id"] = request_id
-        status = 0
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        try:
-            await self.app(scope, receive, send_with_id)
-        except Exception as error:
-            if status:  # the answer is on its way, and a second one would not be HTTP
-                raise
-            await self._failed(error, request_id)(scope, receive, send_with_id)
-        finally:
-            if scope["path"] == "/v1/recommend":
-                self.metrics.took(status, time.perf_counter() - start)
-
-    def _failed(self, error: Exception, request_id: str) -> Response:
-        status, kind, message = _told(error)
-        if status == 500:
-            _log.error("request failed", request_id=request_id, exc_info=error)
-        self.metrics.failed(kind)
-        headers = error.headers if isinstance(error, Refused) else _NO_HEADERS
-        return Response(encode_error(kind, message, request_id), status, headers, "application/json")
-
-
-def _told(error: Exception) -> tuple[int, str, str]:
-    """Status, type and message for the client; of our own mistakes it learns only that there was one."""
-    match error:
-        case Refused():
-            return error.status, error.kind, str(error)
-        case MalformedBody():
-            return 400, "MalformedBody", str(error)
-        case RequestError():
-            return 422, "RequestError", str(error)
-        case DeadlineExceeded():
-            return 504, "DeadlineExceeded", str(error)
-        case _:
-            return 500, "InternalError", "the server made a mistake; its log has this request_id"
-
-
-async def _refused_by_routing(http: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    kind = {404: "NotFound", 405: "MethodNotAllowed"}.get(error.status_code, "HTTPError")
-    message = f"{http.method} {http.url.path}: {error.detail}"
-    raise Refused(error.status_code, kind, message, error.headers or _NO_HEADERS)
-
-
-async def _read_body(http: HttpRequest, limit: int) -> bytes:
-    content = bytearray()
-    async for part in http.stream():
-        content += part
-        if len(content) > limit:
-            raise Refused(413, "BodyTooLarge", f"body: expected at most {limit} bytes, got more")
-    return bytes(content)
-
-
-def _request_id(headers: Headers) -> str:
-    given = headers.get("x-request-id", "")
-    usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
-    return given if usable else uuid.uuid4().hex
+    def _events(self) -> dict[str, object]:
+        events = () if isinstance(self.funnel, PrerankError) else self.funnel.example_events
+        return {"events": [dict(one) for one in events]}

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from prerank.serve.answer import Answer
+from prerank.serve.record import Recorded
+from prerank.stores.events import LiveEvent
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = tuple(n * 10.0**e for e in (-4, -3, -2, -1, 0) for n in (1.0, 2.0, 5.0))
@@ -38,6 +43,27 @@ class ServeMetrics:
             "prerank_requests_in_flight", "Recommend requests waiting or running.", registry=self._registry
         )
 
+        self._calls = Histogram(
+            "prerank_events_seconds",
+            "Time from the arrival of a call with events to its answer, the disk's included.",
+            ["status"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._calls_in_flight = Gauge(
+            "prerank_events_in_flight", "Calls with events waiting or running.", registry=self._registry
+        )
+        self._events = Counter("prerank_events", "Events accepted, by name.", ["event"], registry=self._registry)
+        self._uncounted = Counter(
+            "prerank_events_uncounted",
+            "Events accepted and not counted a second time: repeated, or already in the log.",
+            ["why"],
+            registry=self._registry,
+        )
+        self._unknown_items = Counter(
+            "prerank_events_unknown_items", "Events accepted of items the version lacks.", registry=self._registry
+        )
+
     def serves(self, version: str) -> None:
         """Note the version that serves."""
         self._version.labels(version).set(1)
@@ -51,17 +77,31 @@ class ServeMetrics:
         if answer.degraded:
             self._degraded.inc()
 
+    def recorded(self, events: Sequence[LiveEvent], recorded: Recorded) -> None:
+        """Note the events of one call."""
+        for name, number in Counts(one.event for one in events).items():
+            self._events.labels(name).inc(number)
+        self._uncounted.labels("repeated").inc(recorded.repeated)
+        self._uncounted.labels("already_logged").inc(recorded.already_logged)
+        self._unknown_items.inc(recorded.unknown_items)
+
     def failed(self, kind: str) -> None:
         """Note an error answer of this type."""
         self._errors.labels(kind).inc()
 
-    def took(self, status: int, seconds: float) -> None:
-        """Note a recommend request's whole time, whatever came of it."""
-        self._requests.labels(str(status)).observe(seconds)
+    def took(self, path: str, status: int, seconds: float) -> None:
+        """Note the whole time of a call to one of the endpoints that work, whatever came of it."""
+        times = {"/v1/recommend": self._requests, "/v1/events": self._calls}.get(path)
+        if times is not None:
+            times.labels(str(status)).observe(seconds)
 
     def in_flight(self, num_requests: int) -> None:
         """Note how many recommend requests are here now."""
         self._in_flight.set(num_requests)
+
+    def events_in_flight(self, num_calls: int) -> None:
+        """Note how many calls with events are here now."""
+        self._calls_in_flight.set(num_calls)
 
     def text(self) -> bytes:
         """Everything, as a scraper reads it."""

@@ -8,7 +8,7 @@ import jinja2
 import msgspec
 
 from prerank import __version__
-from prerank.serve.wire import AnswerBody, ErrorBody, ReadyBody, RecommendBody
+from prerank.serve.wire import AnswerBody, ErrorBody, EventsBody, ReadyBody, RecommendBody, RecordedBody
 from prerank.types import Given
 
 ERRORS = {
@@ -21,29 +21,18 @@ ERRORS = {
 }
 
 
-def openapi(example: Mapping[str, object]) -> dict[str, object]:
-    """The OpenAPI 3.1 document; `example` is a body that works for this funnel."""
-    _, schemas = msgspec.json.schema_components(
-        [RecommendBody, AnswerBody, ErrorBody, ReadyBody], ref_template="#/components/schemas/{name}"
-    )
+BODIES = (RecommendBody, AnswerBody, EventsBody, RecordedBody, ErrorBody, ReadyBody)
+
+
+def openapi(example: Mapping[str, object], events: Mapping[str, object]) -> dict[str, object]:
+    """The OpenAPI 3.1 document; `example` and `events` are bodies that work for this funnel."""
+    _, schemas = msgspec.json.schema_components(BODIES, ref_template="#/components/schemas/{name}")
+    recommend = _post("recommend", "The winners for one user.", "RecommendBody", example)
+    record = _post("record", "What users did: the next request knows of it.", "EventsBody", events)
     errors = {str(status): _answer(why, _json("ErrorBody")) for status, why in ERRORS.items()}
-    recommend = {
-        "summary": "The winners for one user.",
-        "operationId": "recommend",
-        "parameters": [
-            {
-                "name": "x-request-id",
-                "in": "header",
-                "description": "Comes back with the answer and stands in the logs; made up if absent.",
-                "schema": {"type": "string", "maxLength": 128},
-            }
-        ],
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {**_ref("RecommendBody"), "example": example}},
-        },
-        "responses": {"200": _answer("Winners, best first.", _json("AnswerBody")), **errors},
-    }
+    recommend["responses"] = {"200": _answer("Winners, best first.", _json("AnswerBody")), **errors}
+    del errors["504"]
+    record["responses"] = {"200": _answer("All of it is on the disk.", _json("RecordedBody")), **errors}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -53,6 +42,7 @@ def openapi(example: Mapping[str, object]) -> dict[str, object]:
         },
         "paths": {
             "/v1/recommend": {"post": recommend},
+            "/v1/events": {"post": record},
             "/healthz": {"get": _get("Is the process alive?", {"200": _answer("It is.", _text())})},
             "/readyz": {
                 "get": _get(
@@ -66,16 +56,19 @@ def openapi(example: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def docs_page(example: Mapping[str, object], version: str, context: Mapping[str, Given]) -> str:
-    """The page at /docs, whole in itself: endpoints, schemas, an example for this funnel and a form to try it."""
+def docs_page(
+    example: Mapping[str, object], events: Mapping[str, object], version: str, context: Mapping[str, Given]
+) -> str:
+    """The page at /docs, whole in itself: endpoints, schemas, examples for this funnel and a form to try it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("prerank.serve", "pages"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    document = openapi(example)
+    document = openapi(example, events)
     return environment.get_template("docs.html").render(
         paths=document["paths"],
         schemas={name: _fields(schema) for name, schema in _schemas(document).items()},
         example=msgspec.json.format(msgspec.json.encode(example), indent=2).decode(),
+        events=msgspec.json.encode(events).decode(),
         version=version,
         context=context,
         package_version=__version__,
@@ -130,6 +123,22 @@ def _text() -> dict[str, object]:
 
 def _answer(description: str, content: Mapping[str, object]) -> dict[str, object]:
     return {"description": description, "content": content}
+
+
+def _post(operation: str, summary: str, body: str, example: Mapping[str, object]) -> dict[str, object]:
+    return {
+        "summary": summary,
+        "operationId": operation,
+        "parameters": [
+            {
+                "name": "x-request-id",
+                "in": "header",
+                "description": "Comes back with the answer and stands in the logs; made up if absent.",
+                "schema": {"type": "string", "maxLength": 128},
+            }
+        ],
+        "requestBody": {"required": True, "content": {"application/json": {**_ref(body), "example": example}}},
+    }
 
 
 def _get(summary: str, responses: Mapping[str, object]) -> dict[str, object]:

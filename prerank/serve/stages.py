@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -11,27 +11,28 @@ import torch
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.scorer import Ranked, Scorer
 from prerank.errors import DataError, RequestError, SchemaMismatch
-from prerank.features.histories import Timeline
 from prerank.features.transforms import Transforms
 from prerank.index.base import Index
 from prerank.models.towers import TwoTower
-from prerank.schema import IMPRESSION, History
+from prerank.schema import IMPRESSION
 from prerank.serve.graph import Values
+from prerank.serve.past import Past
+from prerank.stores.contexts import columns_of, digest
 from prerank.stores.metadata import MetadataTable
-from prerank.stores.users import UserRecord, UserStore
-from prerank.types import Array, CandidateSet, Features, Request, TopK
+from prerank.stores.records import UserRecord, Users
+from prerank.types import Array, CandidateSet, Columns, Features, Request, TopK
 
-_NOBODY = np.zeros(0, np.int64)
+_NEVER = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class ExpandUser:
-    """The request's user as features: profile, context, and histories cut strictly before the request's time.
+    """The request's user as features: profile, context, and histories and counters cut strictly before its time.
 
-    Raises SchemaMismatch at construction if the store lacks a column or a label the features need.
+    Raises SchemaMismatch at construction if the store lacks a column, a label or a context column the features need.
     """
 
-    users: UserStore
+    users: Users
     transforms: Transforms
     items: ItemTable
 
@@ -41,10 +42,11 @@ class ExpandUser:
 
     def __post_init__(self) -> None:
         schema = self.transforms.schema
-        events = [h.events for h in schema.histories().values() if h.events != IMPRESSION]
+        events = [event for event in schema.events() if event != IMPRESSION]
         for what, needed, found in (
             ("column", schema.columns("user"), self.users.columns),
             ("label", events, self.users.labels),
+            ("context column", columns_of(schema).values(), self.users.contexts),
         ):
             for name in needed:
                 if name not in found:
@@ -64,46 +66,57 @@ class ExpandUser:
         return 1, len(written["features"])
 
     def expand(self, record: UserRecord | None, request: Request) -> tuple[Features, tuple[str, ...]]:
-        """User and context features of one request, leading shape [1], and what the caller should be told.
+        """User and context features and counters of one request, leading shape [1], and what the caller should be told.
 
-        No record is a new user: every profile feature unknown, every history empty. An item of the history that
-        this version does not have is the unknown item. Raises RequestError for a missing or mistyped context field.
+        No record is a new user: every profile feature unknown, every history empty, nothing counted. An item of the
+        past that this version does not have is the unknown item. Raises RequestError for a missing or mistyped context
+        field.
         """
         schema, notes = self.transforms.schema, []
         context = schema.columns("context")
         notes += [
             f"context field {name!r} is not used by this version" for name in request.context if name not in context
         ]
-        if record is None:
+        if record is None or not record.profile:
             notes.append(f"unknown user {request.user_id}: served as a new user")
-            record = UserRecord(dict.fromkeys(schema.columns("user")), _NOBODY, _NOBODY, _NOBODY.astype(np.uint32))
-        # the store's arrays are read-only views, which torch does not take
-        rows = self.items.rows_of(torch.tensor(record.item_ids))
-        num_unknown = int(((rows < 0).numpy() & (record.time_ms < request.time_ms)).sum())
-        if num_unknown:
-            notes.append(f"{num_unknown} unknown items in history: each counts as the unknown item")
+            record = self._stranger(record)
+        here = self.transforms.encode_row("context", request.context)
+        past = Past(record, self.users.labels, self.items, request.time_ms, self._same(record, request, here))
+        if past.num_unknown:
+            notes.append(f"{past.num_unknown} unknown items in history: each counts as the unknown item")
         encoded = {
             **self._profile(record, request.user_id),
-            **self.transforms.encode_row("context", request.context),
-            **{name: self._history(h, record, rows, request) for name, h in schema.histories().items()},
+            **here,
+            **{name: past.history(history) for name, history in schema.histories().items()},
+            **{name: past.counter(counter) for name, counter in schema.interaction.items()},
         }
         return {name: torch.from_numpy(array) for name, array in encoded.items()}, tuple(notes)
+
+    def _stranger(self, record: UserRecord | None) -> UserRecord:
+        """A profile of nothing, beside what he did so far, if that is known."""
+        profile = dict.fromkeys(self.transforms.schema.columns("user"))
+        if record is None:
+            contexts = np.zeros((0, len(self.users.contexts)), np.int64)
+            return UserRecord(profile, _NEVER, _NEVER, _NEVER, _NEVER.astype(np.uint32), contexts)
+        return replace(record, profile=profile)
+
+    def _same(self, record: UserRecord, request: Request, here: Columns) -> dict[str, Array]:
+        """bool [E] by context feature that counters are `on`: the events with the request's value, none of an unknown.
+
+        That a version knows the value is asked of the request alone, for the events have the same.
+        """
+        same = {}
+        for name, column in columns_of(self.transforms.schema).items():
+            is_known = bool(here[name][0] > 0)
+            values = record.contexts[:, self.users.contexts.index(column)]
+            same[name] = values == digest(request.context[column]) if is_known else np.zeros(len(values), bool)
+        return same
 
     def _profile(self, record: UserRecord, user_id: int) -> dict[str, Array]:
         try:
             return self.transforms.encode_row("user", record.profile)
         except RequestError as error:  # the store's fault, not the caller's
             raise DataError(f"user store, user {user_id}: {error}; build it from the tables of this version") from None
-
-    def _history(self, history: History, record: UserRecord, rows: torch.Tensor, request: Request) -> Array:
-        known = self.items.gather([history.of], rows.clamp_min(0))[history.of]
-        values = torch.where(rows < 0, torch.zeros_like(known), known).numpy().astype(np.int32)
-        chosen = np.ones(len(values), bool)
-        if history.events != IMPRESSION:
-            chosen = (record.flags >> np.uint32(self.users.labels.index(history.events))) & 1 == 1
-        num_events = int(chosen.sum())
-        timeline = Timeline.build(1, np.zeros(num_events, np.int64), record.time_ms[chosen], values[chosen])
-        return timeline.before(np.zeros(1, np.int64), np.array([request.time_ms]), history.length)
 
 
 @dataclass(frozen=True, slots=True)

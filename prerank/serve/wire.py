@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -12,6 +13,8 @@ from msgspec import Meta
 from prerank._toml import nearest
 from prerank.errors import RequestError
 from prerank.serve.answer import INT64, LAST_TIME_MS, Answer, Winner
+from prerank.serve.record import LONGEST_EVENT_ID, MOST_EVENTS, Recorded
+from prerank.stores.events import LiveEvent
 from prerank.types import Request
 
 # ranges are told here and checked in `answer.check_request`, where the command line passes too
@@ -49,6 +52,56 @@ class RecommendBody(msgspec.Struct, forbid_unknown_fields=True):
             deadline_ms=deadline_ms if self.deadline_ms is None else self.deadline_ms,
             request_id=request_id,
         )
+
+
+class EventBody(msgspec.Struct, forbid_unknown_fields=True):
+    """One thing a user did."""
+
+    user_id: Annotated[_Int64, Meta(description="Who. An id the store does not know has a history from now on.")]
+    item_id: Annotated[_Int64, Meta(description="With what. An item this version does not have is kept for the next.")]
+    event: Annotated[str, Meta(description='"impression", or a label of the funnel that came after one.')]
+    time_ms: Annotated[_Moment, Meta(description="When, UTC milliseconds; null is now.")] | None = None
+    event_id: Annotated[
+        str,
+        Meta(
+            description="A second event of the user with this id is the first one sent again; empty is none.",
+            extra_json_schema={"maxLength": LONGEST_EVENT_ID},
+        ),
+    ] = ""
+    context: Annotated[
+        dict[str, _ContextValue],
+        Meta(description="Of the request that the item was shown for, a label's too: counters `on` a field read it."),
+    ] = {}
+
+    def event_at(self, now_ms: int) -> LiveEvent:
+        """As the store's noun, with what the body left out filled in."""
+        time_ms = now_ms if self.time_ms is None else self.time_ms
+        return LiveEvent(self.user_id, self.item_id, self.event, time_ms, self.event_id, self.context)
+
+
+class EventsBody(msgspec.Struct, forbid_unknown_fields=True):
+    """What `POST /v1/events` takes: all of it or nothing."""
+
+    events: Annotated[list[EventBody], Meta(extra_json_schema={"minItems": 1, "maxItems": MOST_EVENTS})]
+
+    def live(self, now_ms: int) -> list[LiveEvent]:
+        """Every event, as the store's noun."""
+        return [one.event_at(now_ms) for one in self.events]
+
+
+class RecordedBody(msgspec.Struct, forbid_unknown_fields=True):
+    """What `POST /v1/events` gives: every event of the call is on the disk, and the next request knows of it."""
+
+    accepted: Annotated[int, Meta(description="All of the call.")]
+    unknown_items: Annotated[int, Meta(description="Of those, with items that this version does not have.")]
+    repeated: Annotated[int, Meta(description="Of those, sent before by their event_id, and not counted again.")]
+    already_logged: Annotated[int, Meta(description="Of those, from when the log is right: not counted again.")]
+
+
+class _SplitBody(msgspec.Struct, forbid_unknown_fields=True):
+    """An EventsBody whose events are looked at one by one, to say which of them is wrong."""
+
+    events: list[msgspec.Raw]
 
 
 class StageBody(msgspec.Struct, forbid_unknown_fields=True, rename={"num_in": "in", "num_out": "out"}):
@@ -92,19 +145,58 @@ class ReadyBody(msgspec.Struct):
     version: str
 
 
-_body = msgspec.json.Decoder(RecommendBody)
+_request = msgspec.json.Decoder(RecommendBody)
+_events = msgspec.json.Decoder(EventsBody)
+_split = msgspec.json.Decoder(_SplitBody)
+_one_event = msgspec.json.Decoder(EventBody)
+_WHAT: dict[type[msgspec.Struct], str] = {RecommendBody: "request", _SplitBody: "call", EventBody: "event"}
 _MISTYPED = re.compile(r"^Expected (?P<expected>.+), got (?P<came>.+?)(?: - at `\$\.?(?P<path>.*)`)?$")
 _OUT_OF_RANGE = re.compile(r"^Number out of range - at `\$\.?(?P<path>.*)`$")
 
 
 def decode_request(content: bytes) -> RecommendBody:
     """The body as sent. Raises MalformedBody if it is no JSON, RequestError naming the field that is wrong."""
+    with _malformed():
+        try:
+            return _request.decode(content)
+        except msgspec.ValidationError as error:
+            raise RequestError(_sentence(str(error), RecommendBody, content)) from None
+
+
+def decode_events(content: bytes) -> EventsBody:
+    """The same of events; the field is said with the place of its event."""
+    with _malformed():
+        try:
+            return _events.decode(content)
+        except msgspec.ValidationError:
+            _refuse_event(content)
+            raise
+
+
+def _refuse_event(content: bytes) -> None:
     try:
-        return _body.decode(content)
+        split = _split.decode(content)
     except msgspec.ValidationError as error:
-        raise RequestError(_sentence(str(error), content)) from None
+        raise RequestError(_sentence(str(error), _SplitBody, content)) from None
+    except RecursionError:
+        raise RequestError("events: expected objects of plain values, got one that nests too deep") from None
+    for place, one in enumerate(split.events):
+        try:
+            _one_event.decode(one)
+        except msgspec.ValidationError as error:
+            told = _sentence(str(error), EventBody, bytes(one))
+            whole = told.startswith("body: ")
+            raise RequestError(f"events[{place}]{told[4:] if whole else '.' + told}") from None
+
+
+@contextmanager
+def _malformed() -> Iterator[None]:
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise MalformedBody(f"body: expected JSON in UTF-8: {error.reason} (byte {error.start})") from None
+    except msgspec.ValidationError:
+        raise
     except msgspec.DecodeError as error:
         raise MalformedBody(f"body: expected one JSON object: {error}") from None
 
@@ -114,18 +206,23 @@ def encode_answer(answer: Answer) -> bytes:
     return msgspec.json.encode(answer.to_dict())
 
 
+def encode_recorded(recorded: Recorded) -> bytes:
+    """What came of events as JSON, in the form of `RecordedBody`."""
+    return msgspec.json.encode(recorded)
+
+
 def encode_error(kind: str, message: str, request_id: str) -> bytes:
     """The one form of an error."""
     return msgspec.json.encode(ErrorBody(ErrorDetail(kind, message, request_id)))
 
 
-def _sentence(told: str, content: bytes) -> str:
+def _sentence(told: str, body: type[msgspec.Struct], content: bytes) -> str:
     """msgspec's message as field, expected, came."""
     if found := re.search("unknown field `(.*)`", told):
-        fields = [f.name for f in msgspec.structs.fields(RecommendBody)]
+        fields = [f.name for f in msgspec.structs.fields(body)]
         return f"{found[1]}: unknown field, expected one of {fields}{nearest(found[1], fields)}"
     if found := re.search("missing required field `(.*)`", told):
-        return f"{found[1]}: missing, and every request needs it"
+        return f"{found[1]}: missing, and every {_WHAT[body]} needs it"
     if found := _OUT_OF_RANGE.match(told):
         return f"{_field(found['path'], content)}: expected a number a 64-bit float can hold"
     if found := _MISTYPED.match(told):

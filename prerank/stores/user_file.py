@@ -1,8 +1,9 @@
 """The user store's file: its layout, and how it is written beside and swapped in.
 
 The key is the user_id, big-endian with the sign bit flipped, so keys sort as the ids do. The value is two uint32
-(events E, profile bytes), then item_ids int64[E], time_ms int64[E], flags uint32[E], all little-endian, then the
-profile as a msgpack list in the order of the store's columns. Names live once, under the key `meta`.
+(events E, profile bytes), then item_ids, time_ms, known_ms and each context column int64[E], flags uint32[E], all
+little-endian, then the profile as a msgpack list in the order of the store's columns. Names live once, under the key
+`meta`.
 """
 
 from __future__ import annotations
@@ -21,32 +22,47 @@ import numpy as np
 import pyarrow as pa
 
 from prerank.errors import DataError
+from prerank.stores.environments import sync_folder
+from prerank.stores.records import BEFORE_ALL_MS, MOST_LABELS
 from prerank.types import Array
 
-Events: TypeAlias = tuple[int, Array, Array, Array]
-"""user_id, item_ids int64 [E], time_ms int64 [E], flags uint32 [E]."""
+Events: TypeAlias = tuple[int, Array, Array, Array, Array, *tuple[Array, ...]]
+"""user_id, then item_ids, time_ms and known_ms int64 [E], flags uint32 [E], and int64 [E] of each context column of the
+store, as a UserRecord has them."""
 
 Plain: TypeAlias = str | int | float | bool | None
 PROFILE = list[Plain | list[Plain]]
 
-FORMAT = 1
+FORMAT = 2
 META = b"meta"
 HEAD = struct.Struct("<II")
-EVENT_BYTES = 8 + 8 + 4
 _KEY = struct.Struct(">Q")
 _SIGN = 1 << 63
 _USERS_A_COMMIT = 4096
 _FIRST_MAP_BYTES = 1 << 26
 
 
+class Format(msgspec.Struct):
+    """The one thing that every format says of itself."""
+
+    format: int
+
+
 class Meta(msgspec.Struct, forbid_unknown_fields=True):
-    """What holds for every record."""
+    """What holds for every record; `until_ms` is the time of the last event of all, `contexts` are context columns."""
 
     format: int
     user_id: str
     columns: list[str]
     labels: list[str]
     num_users: int
+    until_ms: int
+    contexts: list[str] = []
+
+
+def event_bytes(num_contexts: int) -> int:
+    """Of each event of a record: three int64, flags, and an int64 a context column."""
+    return 3 * 8 + 4 + 8 * num_contexts
 
 
 def key_of(user_id: int) -> bytes:
@@ -59,18 +75,25 @@ def id_of(key: bytes) -> int:
     return int(_KEY.unpack(key)[0]) - _SIGN
 
 
-def write_users(path: Path, users: pa.Table, events: Iterable[Events], labels: Sequence[str], user_id: str) -> None:
+def write_users(
+    path: Path,
+    users: pa.Table,
+    events: Iterable[Events],
+    labels: Sequence[str],
+    contexts: Sequence[str],
+    user_id: str,
+) -> None:
     """See `UserStore.write`."""
     _check_columns(users, user_id, labels)
     if path.is_dir():
         raise DataError(f"{path}: expected a file to replace, found a folder; move it away")
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        _build(beside, users, events, labels, user_id)
+        _build(beside, users, events, labels, contexts, user_id)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _check_columns(users: pa.Table, user_id: str, labels: Sequence[str]) -> None:
@@ -86,8 +109,8 @@ def _check_columns(users: pa.Table, user_id: str, labels: Sequence[str]) -> None
             raise DataError(
                 f"users.{field.name}: expected text, numbers, booleans or lists of these, found {field.type}"
             )
-    if len(labels) > 32:
-        raise DataError(f"labels: expected at most 32, one bit each, found {len(labels)}")
+    if len(labels) > MOST_LABELS:
+        raise DataError(f"labels: expected at most {MOST_LABELS}, one bit each, found {len(labels)}")
 
 
 def _is_plain(kind: pa.DataType) -> bool:
@@ -99,21 +122,42 @@ def _is_plain(kind: pa.DataType) -> bool:
     return bool(is_text or is_number or pa.types.is_boolean(kind) or pa.types.is_null(kind))
 
 
-def _build(path: Path, users: pa.Table, events: Iterable[Events], labels: Sequence[str], user_id: str) -> None:
+def _build(
+    path: Path,
+    users: pa.Table,
+    events: Iterable[Events],
+    labels: Sequence[str],
+    contexts: Sequence[str],
+    user_id: str,
+) -> None:
     columns = [name for name in users.column_names if name != user_id]
-    meta = Meta(format=FORMAT, user_id=user_id, columns=columns, labels=list(labels), num_users=users.num_rows)
+    watched = _Watched(events)
     env = lmdb.open(str(path), subdir=False, lock=False, sync=False, metasync=False, map_size=_FIRST_MAP_BYTES)
     with contextlib.closing(env):
         chunk: list[tuple[bytes, bytes]] = []
-        for pair in _records(users, columns, user_id, events):
+        for pair in _records(users, columns, user_id, watched, contexts):
             chunk.append(pair)
             if len(chunk) == _USERS_A_COMMIT:
                 _append(env, chunk)
                 chunk = []
         _append(env, chunk)
+        meta = Meta(FORMAT, user_id, columns, list(labels), users.num_rows, watched.until_ms, list(contexts))
         with env.begin(write=True) as transaction:
             transaction.put(META, msgspec.msgpack.encode(meta))
         env.sync(True)
+
+
+class _Watched:
+    """The events as they come, and the time of the last of those that came."""
+
+    def __init__(self, events: Iterable[Events]) -> None:
+        self._events = events
+        self.until_ms = BEFORE_ALL_MS
+
+    def __iter__(self) -> Iterator[Events]:
+        for one in self._events:
+            self.until_ms = max(self.until_ms, int(one[2].max(initial=BEFORE_ALL_MS)))
+            yield one
 
 
 def _append(env: lmdb.Environment, chunk: list[tuple[bytes, bytes]]) -> None:
@@ -128,7 +172,7 @@ def _append(env: lmdb.Environment, chunk: list[tuple[bytes, bytes]]) -> None:
 
 
 def _records(
-    users: pa.Table, columns: list[str], user_id: str, events: Iterable[Events]
+    users: pa.Table, columns: list[str], user_id: str, events: Iterable[Events], contexts: Sequence[str]
 ) -> Iterator[tuple[bytes, bytes]]:
     """Key and value of each user by ascending id: the sorted users joined with the sorted events."""
     encode = msgspec.msgpack.Encoder().encode
@@ -143,7 +187,7 @@ def _records(
             before, packed = this, encode(profile)
             mine: Sequence[Array] = ()
             if upcoming is not None and upcoming[0] == this:
-                mine, upcoming = _by_time(upcoming), next(pending, None)
+                mine, upcoming = _by_time(upcoming, contexts), next(pending, None)
             num_events = len(mine[0]) if mine else 0
             head = HEAD.pack(num_events, len(packed))
             yield key_of(this), b"".join([head, *(column.tobytes() for column in mine), packed])
@@ -174,20 +218,20 @@ def _ascending(events: Iterable[Events]) -> Iterator[Events]:
         yield one
 
 
-def _by_time(events: Events) -> list[Array]:
-    user_id, item_ids, time_ms, flags = events
-    if not len(item_ids) == len(time_ms) == len(flags):
+def _by_time(events: Events, contexts: Sequence[str]) -> list[Array]:
+    user_id, item_ids, time_ms, known_ms, flags, *given = events
+    if not len(item_ids) == len(time_ms) == len(known_ms) == len(flags):
         raise DataError(
-            f"events of user {user_id}: expected columns of one length, found "
-            f"{len(item_ids)} item_ids, {len(time_ms)} times and {len(flags)} flags"
+            f"events of user {user_id}: expected columns of one length, found {len(item_ids)} item_ids, "
+            f"{len(time_ms)} times, {len(known_ms)} times of knowing and {len(flags)} flags"
         )
+    if [len(column) for column in given] != [len(item_ids)] * len(contexts):
+        raise DataError(
+            f"events of user {user_id}: expected {len(item_ids)} values of each of the context columns "
+            f"{list(contexts)}, found {[len(column) for column in given]}"
+        )
+    if (known_ms < time_ms).any():
+        raise DataError(f"events of user {user_id}: expected labels known at their event or later, found some before")
     order = np.argsort(time_ms, kind="stable")
-    return [item_ids.astype("<i8")[order], time_ms.astype("<i8")[order], flags.astype("<u4")[order]]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    whole = [column.astype("<i8")[order] for column in (item_ids, time_ms, known_ms, *given)]
+    return [*whole, flags.astype("<u4")[order]]

@@ -1,12 +1,11 @@
-"""One record a user, by key: the profile and every event, in one LMDB file that is replaced whole.
+"""One record a user, by key: the profile and every event of the log, in one LMDB file that is replaced whole.
 
-Not known here: a store that takes single events while it is read.
+Not known here: events that came since; `stores.live` adds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -17,28 +16,18 @@ import pyarrow as pa
 
 from prerank.errors import DataError
 from prerank.stores.environments import SharedEnvironment, share
-from prerank.stores.user_file import EVENT_BYTES, FORMAT, HEAD, META, PROFILE, Meta, id_of, key_of, write_users
+from prerank.stores.records import UserRecord as UserRecord
+from prerank.stores.user_file import FORMAT, HEAD, META, PROFILE, Format, Meta, event_bytes, id_of, key_of, write_users
 from prerank.stores.user_file import Events as Events
-from prerank.types import Array, Given
 
 _AGAIN = "build it again from the tables with `prerank train`"
 
 
-@dataclass(frozen=True, slots=True)
-class UserRecord:
-    """What is known of one user: the profile by column, the user_id's own included, and every impression, oldest first.
-
-    item_ids int64 [E]; time_ms int64 [E]; flags uint32 [E], bit j set where label j of the store holds. Read-only.
-    """
-
-    profile: Mapping[str, Given]
-    item_ids: Array
-    time_ms: Array
-    flags: Array
-
-
 class UserStore:
-    """An open store. Threads may share one; it keeps reading the file it opened when that is replaced."""
+    """An open store. Threads may share one; it keeps reading the file it opened when that is replaced.
+
+    `until_ms` is the time of its last event: what happened until then, it knows.
+    """
 
     def __init__(self, shared: SharedEnvironment, path: Path, meta: Meta) -> None:
         self._shared: SharedEnvironment | None = shared
@@ -49,6 +38,8 @@ class UserStore:
         self._stored = meta.columns
         self.columns: tuple[str, ...] = (meta.user_id, *meta.columns)
         self.labels: tuple[str, ...] = tuple(meta.labels)
+        self.contexts: tuple[str, ...] = tuple(meta.contexts)
+        self.until_ms: int = meta.until_ms
 
     @classmethod
     def open(cls, path: Path) -> UserStore:
@@ -67,15 +58,22 @@ class UserStore:
 
     @staticmethod
     def write(
-        path: Path, users: pa.Table, events: Iterable[Events], *, labels: Sequence[str], user_id: str = "user_id"
+        path: Path,
+        users: pa.Table,
+        events: Iterable[Events],
+        *,
+        labels: Sequence[str],
+        contexts: Sequence[str] = (),
+        user_id: str = "user_id",
     ) -> None:
         """Replace the store at `path` by `users` (column `user_id`, the rest is the profile) and their `events`.
 
         `events` come once a user at most, by ascending user_id; times in any order. Users are taken in any order and
-        need no events. Everything is built in a file beside and renamed, so a reader sees the old store or the new.
+        need no events. Each event has a digest (`stores.contexts`) of every context column of `contexts`. Everything is
+        built in a file beside and renamed, so a reader sees the old store or the new.
         Raises DataError for an event of a user who is not in `users`, a repeated user, or a column of another kind.
         """
-        write_users(path, users, events, labels, user_id)
+        write_users(path, users, events, labels, contexts, user_id)
 
     def get(self, user_id: int) -> UserRecord | None:
         """The user's record, or None for one the store does not have. Raises DataError on a damaged record."""
@@ -87,18 +85,23 @@ class UserStore:
         if value is None:
             return None
         num_events, num_bytes = HEAD.unpack_from(value) if len(value) >= HEAD.size else (0, 0)
-        profile_at = HEAD.size + num_events * EVENT_BYTES
+        num_contexts = len(self.contexts)
+        profile_at = HEAD.size + num_events * event_bytes(num_contexts)
         if len(value) != profile_at + num_bytes:
             raise DataError(f"{self._path}: the record of user {user_id} is damaged; {_AGAIN}")
         try:
             profile = dict(zip(self._stored, self._profile.decode(value[profile_at:]), strict=True))
         except ValueError as error:  # msgspec's DecodeError is one
             raise DataError(f"{self._path}: the profile of user {user_id} is damaged: {error}; {_AGAIN}") from None
+        columns = np.frombuffer(value, "<i8", (3 + num_contexts) * num_events, HEAD.size)
+        columns = columns.reshape(3 + num_contexts, num_events)
         return UserRecord(
             profile={self._user_id: user_id, **profile},
-            item_ids=np.frombuffer(value, "<i8", num_events, HEAD.size),
-            time_ms=np.frombuffer(value, "<i8", num_events, HEAD.size + 8 * num_events),
-            flags=np.frombuffer(value, "<u4", num_events, HEAD.size + 16 * num_events),
+            item_ids=columns[0],
+            time_ms=columns[1],
+            known_ms=columns[2],
+            flags=np.frombuffer(value, "<u4", num_events, HEAD.size + columns.nbytes),
+            contexts=columns[3:].T,
         )
 
     def user_ids(self) -> Iterator[int]:
@@ -134,7 +137,7 @@ class UserStore:
 def _read_meta(shared: SharedEnvironment, path: Path) -> Meta:
     env = shared.env
     # reading a page past the end of a mapped file kills the process, so the length is checked before any page is
-    expected, found = (env.info()["last_pgno"] + 1) * env.stat()["psize"], shared.num_bytes
+    expected, found = shared.promised_bytes, shared.num_bytes
     if found < expected:
         raise DataError(f"{path}: expected {expected} bytes of user store, found {found}: it is cut short; {_AGAIN}")
     try:
@@ -142,9 +145,9 @@ def _read_meta(shared: SharedEnvironment, path: Path) -> Meta:
             plain = transaction.get(META)
         if plain is None:
             raise DataError(f"{path}: an LMDB file, but not a user store: it has no {META.decode()!r}; {_AGAIN}")
-        meta = msgspec.msgpack.decode(plain, type=Meta)
+        found_format = msgspec.msgpack.decode(plain, type=Format).format
+        if found_format != FORMAT:
+            raise DataError(f"{path}: expected user store format {FORMAT}, found {found_format}; {_AGAIN}")
+        return msgspec.msgpack.decode(plain, type=Meta)
     except (lmdb.Error, msgspec.DecodeError) as error:
         raise DataError(f"{path}: the user store is damaged: {error}; {_AGAIN}") from None
-    if meta.format != FORMAT:
-        raise DataError(f"{path}: expected user store format {FORMAT}, found {meta.format}; {_AGAIN}")
-    return meta

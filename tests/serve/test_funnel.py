@@ -19,6 +19,7 @@ from prerank.index.exact import ExactIndex
 from prerank.serve.answer import Answer
 from prerank.serve.funnel import Funnel
 from prerank.serve.stages import ExpandUser
+from prerank.stores.live import LiveUsers
 from prerank.stores.metadata import MetadataTable
 from prerank.stores.users import UserStore
 from prerank.types import CandidateSet, Request, Scalar
@@ -48,7 +49,8 @@ def by_hand(store: Path, request: Request) -> list[tuple[int, float, list[float]
         similarity = (bundle.towers.user_side(features) @ bundle.index.vectors.T)[0]  # type: ignore[attr-defined]
         ranker = bundle.scorer.ranker
         item_side = ranker.item_side({n: c.long() for n, c in items.features().items()})
-        probs = torch.sigmoid(ranker(ranker.user_side(features), item_side[None]))[0].numpy()
+        of_one = {name: column[None] for name, column in item_side.items()}
+        probs = torch.sigmoid(ranker(ranker.user_side(features), of_one))[0].numpy()
     kept = np.argsort(-similarity.numpy(), kind="stable")[: bundle.config.retrieval.keep]
     utility = probs[:, 0] * world.items()["bid_micros"].to_numpy() + probs[:, 1] * 10.0
     best = sorted(kept, key=lambda row: (-utility[row], row))[: request.k]
@@ -139,10 +141,14 @@ def test_the_example_context_works(funnel: Funnel) -> None:
     assert funnel.recommend(ask(context=funnel.example_context)).winners
 
 
+def live_users(store: Path) -> LiveUsers:
+    return LiveUsers.open(store / "users.lmdb", store / "events.lmdb")
+
+
 def with_index(published: Path, index: ExactIndex) -> Funnel:
     path = Registry(published).path(str(Registry(published).live()))
     bundle: Bundle = replace(load(path), index=index)
-    return Funnel(bundle, UserStore.open(published / "users.lmdb"), MetadataTable.open(path / "metadata.arrow"))
+    return Funnel(bundle, live_users(published), MetadataTable.open(path / "metadata.arrow"))
 
 
 class SlowIndex(ExactIndex):
@@ -227,7 +233,7 @@ def test_a_version_with_any_file_damaged_is_never_half_loaded(store: Path, harm:
 def test_metadata_of_other_items_is_refused(published: Path, tmp_path: Path) -> None:
     path = Registry(published).path(str(Registry(published).live()))
     other = MetadataTable(world.items().slice(0, 3), tmp_path)
-    with UserStore.open(published / "users.lmdb") as users, pytest.raises(BundleError, match="3 rows for 8 items"):
+    with live_users(published) as users, pytest.raises(BundleError, match="3 rows for 8 items"):
         Funnel(load(path), users, other)
 
 

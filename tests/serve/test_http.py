@@ -4,7 +4,6 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
 
 import httpx
 import msgspec
@@ -12,36 +11,11 @@ import pytest
 import structlog
 
 from prerank.errors import BundleError, DataError, DeadlineExceeded, RequestError
-from prerank.serve.answer import Answer, Winner, check_request
-from prerank.serve.graph import StageReport
 from prerank.serve.http import Limits, create_app
 from prerank.serve.wire import AnswerBody
 from prerank.types import Request
 from tests.serve.client import Client
-
-MAX_K = 100
-
-
-@dataclass
-class FakeFunnel:
-    """Answers k winners numbered from 0, and keeps every request; `before` may raise or wait."""
-
-    before: Callable[[Request], None] = lambda _: None
-    version: str = "20220501T0000-abc"
-    default_deadline_ms: float = 250.0
-    example_context: dict[str, str | int] = field(default_factory=lambda: {"hour": 1, "page": '<"top">'})
-    degraded: bool = False
-    asked: list[Request] = field(default_factory=list)
-
-    def recommend(self, request: Request, arrived: float | None = None) -> Answer:
-        assert arrived is not None
-        assert 0 <= time.perf_counter() - arrived < 60
-        check_request(request, MAX_K)
-        self.asked.append(request)
-        self.before(request)
-        winners = [Winner(n, 2.5, {"click": 0.25}, {"title": f"item {n}"}) for n in range(request.k)]
-        stages = [StageReport("retrieve", 2.0004, 500, 100), StageReport("rank", 1.0, 100, request.k)]
-        return Answer(request.request_id, self.version, winners, stages, self.degraded, ["a note"])
+from tests.serve.fake import FakeFunnel, error_of
 
 
 @pytest.fixture
@@ -56,16 +30,6 @@ def client(funnel: FakeFunnel) -> Iterator[Client]:
 
 
 GOOD = {"user_id": 7, "k": 2, "context": {"hour": 3}, "deadline_ms": 50}
-
-
-def error_of(response: httpx.Response) -> tuple[int, str, str]:
-    """Status, type and message, once the error has the one form and no stack trace."""
-    body = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"type", "message", "request_id"}
-    assert "Traceback" not in response.text
-    assert body["error"]["request_id"] == response.headers["x-request-id"]
-    return response.status_code, body["error"]["type"], body["error"]["message"]
 
 
 def test_a_request_is_answered_in_the_promised_form(client: Client, funnel: FakeFunnel) -> None:
@@ -98,7 +62,7 @@ def test_what_a_request_leaves_out_is_now_and_the_funnels_default(client: Client
     before = time.time_ns() // 1_000_000
     assert client.post("/v1/recommend", json={"user_id": 7, "k": 1}).status_code == 200
     asked = funnel.asked[0]
-    assert before <= asked.time_ms <= time.time_ns() // 1_000_000
+    assert before < asked.time_ms <= time.time_ns() // 1_000_000 + 1, "now, rounded up: this millisecond's events count"
     assert asked.deadline_ms == 250.0
     assert asked.context == {}
 
@@ -307,7 +271,7 @@ def test_two_apps_in_one_process_count_apart(funnel: FakeFunnel) -> None:
 def test_the_openapi_document_describes_every_endpoint_and_every_reference_resolves(client: Client) -> None:
     document = client.get("/openapi.json").json()
     assert document["openapi"] == "3.1.0"
-    assert set(document["paths"]) == {"/v1/recommend", "/healthz", "/readyz", "/metrics"}
+    assert set(document["paths"]) == {"/v1/recommend", "/v1/events", "/healthz", "/readyz", "/metrics"}
     for ref in re.findall(r'"\$ref": ?"#/components/schemas/(\w+)"', json.dumps(document)):
         assert ref in document["components"]["schemas"]
     recommend = document["paths"]["/v1/recommend"]["post"]
@@ -332,5 +296,5 @@ def test_the_docs_page_is_whole_in_itself_and_escapes_what_it_shows(client: Clie
     assert 'data-context="hour"' in page
     assert '<"top">' not in page
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
-    for path in ("/v1/recommend", "/healthz", "/readyz", "/metrics"):
+    for path in ("/v1/recommend", "/v1/events", "/healthz", "/readyz", "/metrics"):
         assert path in page

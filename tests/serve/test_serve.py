@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -14,7 +16,10 @@ from prerank.bundle.registry import Registry
 from prerank.errors import PrerankError, RegistryError
 from prerank.serve.funnel import Funnel
 from prerank.serve.http import _open, create_app, serve
+from prerank.stores.events import EventStore, LiveEvent
+from prerank.stores.live import LiveUsers
 from tests.serve.client import Client
+from tests.serve.world import UNTIL
 
 BODY = {"user_id": 1, "k": 3, "context": {"hour": 1, "surface": "feed"}}
 
@@ -58,12 +63,14 @@ def test_where_nothing_is_live_the_server_does_not_start(store: Path) -> None:
         serve(store)
 
 
-def test_the_server_starts_answers_and_ends_on_a_signal(published: Path) -> None:
+@contextmanager
+def started(store: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A ready server of its own process, and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = (
-        f"from pathlib import Path; from prerank.serve.http import serve; serve(Path({str(published)!r}), port={port})"
+        f"from pathlib import Path; from prerank.serve.http import serve; serve(Path({str(store)!r}), port={port})"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     try:
@@ -75,11 +82,39 @@ def test_the_server_starts_answers_and_ends_on_a_signal(published: Path) -> None
             except httpx.TransportError:
                 assert process.poll() is None
                 time.sleep(0.1)
+        yield process, address
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_server_starts_answers_and_ends_on_a_signal(published: Path) -> None:
+    with started(published) as (process, address):
         assert len(httpx.post(f"{address}/v1/recommend", json=BODY).json()["winners"]) == 3
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=30)
-    finally:
-        process.kill()
     assert process.returncode in (0, -signal.SIGTERM)
     assert "Traceback" not in said
-    assert f"http://127.0.0.1:{port}" in said
+    assert address in said
+
+
+def test_every_event_that_was_answered_outlives_a_server_that_is_killed(store: Path) -> None:
+    with started(store) as (process, address):
+        for n in range(30):
+            event = {"user_id": 1, "item_id": 100, "event": "is_click", "time_ms": UNTIL + 1 + n}
+            assert httpx.post(f"{address}/v1/events", json={"events": [event]}).status_code == 200
+        process.kill()
+        process.wait(timeout=30)
+    with LiveUsers.open(store / "users.lmdb", store / "events.lmdb") as users:
+        record = users.get(1)
+    assert record is not None
+    assert record.time_ms[-30:].tolist() == [UNTIL + 1 + n for n in range(30)]
+
+
+def test_a_server_sweeps_what_its_log_has_when_it_starts(store: Path) -> None:
+    (store / "events.lmdb").unlink(missing_ok=True)  # another test's, which may have been swept until then
+    events = EventStore.open(store / "events.lmdb", ["impression"])
+    events.append([LiveEvent(1, 100, "impression", UNTIL), LiveEvent(1, 101, "impression", UNTIL + 1)])
+    with started(store):
+        assert events.get(1)["item_id"].tolist() == [101]
+    events.close()

@@ -108,7 +108,7 @@ def test_a_known_user_without_events_is_no_stranger(expand: ExpandUser) -> None:
 
 def test_serving_one_user_gives_what_the_timeline_of_all_users_gives(expand: ExpandUser) -> None:
     rows, times, values, encoded = [], [], [], expand.items.features()["item_id"].numpy()
-    for user_id, item_ids, time_ms, flags in world.events():
+    for user_id, item_ids, time_ms, _, flags in world.events():
         for item_id, moment, flag in zip(item_ids, time_ms, flags, strict=True):
             if flag & 1:
                 rows.append(user_id - 1)

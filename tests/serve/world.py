@@ -10,11 +10,15 @@ import torch
 
 from prerank.config import Config, parse_config
 from prerank.features.transforms import Transforms
+from prerank.stores.records import EXPOSED
 from prerank.stores.users import Events, UserStore
+from prerank.types import Array
 
 NUM_ITEMS = 8
 T0 = 1_650_844_800_000
 """The moment of the first event; one follows every second."""
+UNTIL = T0 + 4000
+"""That of the last."""
 
 
 def config(**changes: object) -> Config:
@@ -57,6 +61,21 @@ def config(**changes: object) -> Config:
     return parse_config(plain | changes, "tiny")
 
 
+def counting() -> Config:
+    """The same with a bag, and counters of every kind: by nothing, a category or a bag; lately by time or exposures."""
+    plain = config().to_dict()["features"]
+    assert isinstance(plain, dict)
+    plain["item"]["topics"] = {"kind": "bag", "dim": 4, "length": 3}
+    lately = [{"window": "2s"}, {"window": "1h"}, {"last": 3}]
+    plain["interaction"] = {
+        f"{count}_{by or 'any'}_{n}": {"count": count, "by": by, "length": 4, **when}
+        for count in ("impression", "is_click")
+        for by in ("", "genre", "topics")
+        for n, when in enumerate(lately)
+    }
+    return config(features=plain)
+
+
 def items() -> pa.Table:
     n = range(NUM_ITEMS)
     return pa.table(
@@ -65,6 +84,7 @@ def items() -> pa.Table:
             "genre": [f"genre {i % 3}" for i in n],
             "bid_micros": [1000 * (i + 1) for i in n],
             "title": [f"title {i}" for i in n],
+            "topics": [[f"topic {j}" for j in range(i % 3)] for i in n],
         }
     )
 
@@ -77,9 +97,14 @@ def events() -> list[Events]:
     """User 1 saw items 100..104, one a second, and clicked 101 and 103; user 2 saw 107, and 999 which is no item."""
     seen = np.arange(100, 105)
     return [
-        (1, seen, T0 + 1000 * np.arange(5), np.array([0, 1, 0, 3, 0], np.uint32)),
-        (2, np.array([107, 999]), np.array([T0, T0 + 1000]), np.array([1, 1], np.uint32)),
+        shown(1, seen, T0 + 1000 * np.arange(5), [0, 1, 0, 3, 0]),
+        shown(2, np.array([107, 999]), np.array([T0, T0 + 1000]), [1, 1]),
     ]
+
+
+def shown(user_id: int, item_ids: Array, time_ms: Array, labels: list[int], late_ms: int = 0) -> Events:
+    """Exposures of one user whose labels, as bits, were known `late_ms` after them."""
+    return user_id, item_ids, time_ms, time_ms + late_ms, np.array(labels, np.uint32) | EXPOSED
 
 
 def transforms(funnel: Config) -> Transforms:

@@ -10,13 +10,15 @@ import pytest
 
 from prerank.errors import DataError
 from prerank.stores import user_file
+from prerank.stores.records import BEFORE_ALL_MS
 from prerank.stores.user_file import Events, key_of
 from prerank.stores.users import UserStore
 
 
-def event(user_id: int, *rows: tuple[int, int, int]) -> Events:
+def event(user_id: int, *rows: tuple[int, int, int], late_ms: int = 0) -> Events:
+    """Item, time and flags of each; labels were known `late_ms` later."""
     columns = np.array(rows, np.int64).reshape(-1, 3).T
-    return user_id, columns[0], columns[1], columns[2].astype(np.uint32)
+    return user_id, columns[0], columns[1], columns[1] + late_ms, columns[2].astype(np.uint32)
 
 
 def world() -> pa.Table:
@@ -36,7 +38,9 @@ def world() -> pa.Table:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "users.lmdb"
-    UserStore.write(path, world(), [event(-3, (11, 500, 1), (10, 400, 3)), event(7)], labels=["click", "buy"])
+    UserStore.write(
+        path, world(), [event(-3, (11, 500, 1), (10, 400, 3), late_ms=30), event(7)], labels=["click", "buy"]
+    )
     return path
 
 
@@ -74,8 +78,18 @@ def test_events_come_back_oldest_first_with_their_types(path: Path) -> None:
     assert record is not None
     assert record.item_ids.tolist() == [10, 11]
     assert record.time_ms.tolist() == [400, 500]
+    assert record.known_ms.tolist() == [430, 530]
     assert record.flags.tolist() == [3, 1]
-    assert (record.item_ids.dtype, record.time_ms.dtype, record.flags.dtype) == (np.int64, np.int64, np.uint32)
+    kinds = [column.dtype for column in (record.item_ids, record.time_ms, record.known_ms, record.flags)]
+    assert kinds == [np.int64, np.int64, np.int64, np.uint32]
+
+
+def test_a_store_says_when_its_last_event_was(path: Path, tmp_path: Path) -> None:
+    with UserStore.open(path) as store:
+        assert store.until_ms == 500
+    UserStore.write(tmp_path / "s", world(), [event(7)], labels=[])
+    with UserStore.open(tmp_path / "s") as store:
+        assert store.until_ms == BEFORE_ALL_MS
 
 
 def test_events_of_one_moment_keep_their_order(tmp_path: Path) -> None:
@@ -110,7 +124,7 @@ def test_the_map_grows_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     table = pa.table({"user_id": range(200)})
     times = np.arange(300)
     UserStore.write(
-        tmp_path / "s", table, ((u, times + u, times, times.astype(np.uint32)) for u in range(200)), labels=[]
+        tmp_path / "s", table, ((u, times + u, times, times, times.astype(np.uint32)) for u in range(200)), labels=[]
     )
     assert (tmp_path / "s").stat().st_size > 1 << 20
     with UserStore.open(tmp_path / "s") as store:
@@ -168,7 +182,11 @@ def test_a_write_that_fails_leaves_the_old_store_and_nothing_beside(path: Path) 
         ([event(2**41)], "events of user 2199023255552: the users table has no such user"),
         ([event(7), event(-3)], "found -3 after 7"),
         ([event(7), event(7)], "found 7 after 7"),
-        ([(7, np.zeros(2), np.zeros(1), np.zeros(2))], "2 item_ids, 1 times and 2 flags"),
+        (
+            [(7, np.zeros(2), np.zeros(1), np.zeros(3), np.zeros(2))],
+            "2 item_ids, 1 times, 3 times of knowing and 2 flags",
+        ),
+        ([event(7, (1, 9, 0), late_ms=-1)], "user 7: expected labels known at their event or later, found some before"),
     ],
 )
 def test_events_that_cannot_be_joined_are_refused(tmp_path: Path, events: list[Events], says: str) -> None:
@@ -195,8 +213,8 @@ def test_tables_that_cannot_be_stored_are_refused(tmp_path: Path, table: dict[st
 
 
 def test_more_labels_than_bits_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected at most 32, one bit each, found 33"):
-        UserStore.write(tmp_path / "s", world(), [], labels=[f"l{n}" for n in range(33)])
+    with pytest.raises(DataError, match="expected at most 31, one bit each, found 32"):
+        UserStore.write(tmp_path / "s", world(), [], labels=[f"l{n}" for n in range(32)])
 
 
 def test_a_folder_in_the_way_is_refused(tmp_path: Path) -> None:
@@ -230,10 +248,12 @@ def test_another_lmdb_file_is_a_clear_error(tmp_path: Path) -> None:
         UserStore.open(tmp_path / "s")
 
 
-def test_another_format_is_a_clear_error(tmp_path: Path) -> None:
-    meta = {"format": 9, "user_id": "u", "columns": [], "labels": [], "num_users": 0}
+@pytest.mark.parametrize("other", [1, 9])
+def test_another_format_is_a_clear_error(tmp_path: Path, other: int) -> None:
+    """The first one too, which had neither `known_ms` nor `until_ms`."""
+    meta = {"format": other, "user_id": "u", "columns": [], "labels": [], "num_users": 0}
     raw(tmp_path / "s", {b"meta": msgspec.msgpack.encode(meta)})
-    with pytest.raises(DataError, match="expected user store format 1, found 9"):
+    with pytest.raises(DataError, match=f"expected user store format 2, found {other}"):
         UserStore.open(tmp_path / "s")
 
 

@@ -1,0 +1,56 @@
+"""A funnel that needs no version, and what every error of its server looks like."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+
+from prerank.serve.answer import Answer, Winner, check_request
+from prerank.serve.graph import StageReport
+from prerank.serve.record import Recorded, check_events
+from prerank.stores.events import LiveEvent
+from prerank.types import Request
+
+MAX_K = 100
+
+
+@dataclass
+class FakeFunnel:
+    """Answers k winners numbered from 0, and keeps every request and event; `before` may raise or wait."""
+
+    before: Callable[[Request], None] = lambda _: None
+    version: str = "20220501T0000-abc"
+    default_deadline_ms: float = 250.0
+    example_context: dict[str, str | int] = field(default_factory=lambda: {"hour": 1, "page": '<"top">'})
+    example_events: tuple[dict[str, str | int], ...] = ({"user_id": 1, "item_id": 5, "event": "impression"},)
+    degraded: bool = False
+    asked: list[Request] = field(default_factory=list)
+    happened: list[LiveEvent] = field(default_factory=list)
+
+    def recommend(self, request: Request, arrived: float | None = None) -> Answer:
+        assert arrived is not None
+        assert 0 <= time.perf_counter() - arrived < 60
+        check_request(request, MAX_K)
+        self.asked.append(request)
+        self.before(request)
+        winners = [Winner(n, 2.5, {"click": 0.25}, {"title": f"item {n}"}) for n in range(request.k)]
+        stages = [StageReport("retrieve", 2.0004, 500, 100), StageReport("rank", 1.0, 100, request.k)]
+        return Answer(request.request_id, self.version, winners, stages, self.degraded, ["a note"])
+
+    def record(self, events: Sequence[LiveEvent]) -> Recorded:
+        check_events(events, ["impression", "is_click"], time.time_ns() // 1_000_000)
+        self.happened += events
+        return Recorded(len(events), unknown_items=1, repeated=2, already_logged=3)
+
+
+def error_of(response: httpx.Response) -> tuple[int, str, str]:
+    """Status, type and message, once the error has the one form and no stack trace."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"type", "message", "request_id"}
+    assert "Traceback" not in response.text
+    assert body["error"]["request_id"] == response.headers["x-request-id"]
+    return response.status_code, body["error"]["type"], body["error"]["message"]
