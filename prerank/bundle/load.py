@@ -23,12 +23,13 @@ from prerank.config import Config, parse_config
 from prerank.errors import BundleError, ConfigError, DataError, SchemaMismatch
 from prerank.features.transforms import Transforms
 from prerank.index.base import INDEXES, Index
+from prerank.models.ranker import Ranker
 from prerank.models.rankers import build_ranker
 from prerank.models.towers import TwoTower, build_towers
 from prerank.stores.metadata import MetadataTable
 
 _DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
-_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE = "items.", "ranker.", "utility.", "item_side"
+_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE = "items.", "ranker.", "utility.", "item_side."
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def load(path: Path) -> Bundle:
         raise BundleError(f"{where}: {fault}")
     utility = Utility(ranker.tasks, {task: term.value for task, term in config.utility.items()})
     _fill(utility, _below(tensors, _UTILITY), where)
-    item_side = _item_side(tensors, items, where)
+    item_side = _item_side(tensors, ranker, items, where)
     try:
         scorer = Scorer(items, ranker, utility, item_side).eval()
     except SchemaMismatch as error:
@@ -142,11 +143,16 @@ def _said(tensor: Tensor | None) -> str:
     return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
 
 
-def _item_side(tensors: Mapping[str, Tensor], items: ItemTable, where: Path) -> Tensor:
-    found = tensors.get(_ITEM_SIDE)
-    if found is None or found.dtype != torch.float32 or found.dim() != 2 or len(found) != items.num_items:
-        raise BundleError(f"{where}: expected {_ITEM_SIDE} float32 [{items.num_items}, W], found {_said(found)}")
-    unknown = [n for n in tensors if not n.startswith((_ITEMS, _RANKER, _UTILITY)) and n != _ITEM_SIDE]
+def _item_side(tensors: Mapping[str, Tensor], ranker: Ranker, items: ItemTable, where: Path) -> dict[str, Tensor]:
+    """What was stored of each item, if it has the names, types and widths the ranker makes."""
+    found = _below(tensors, _ITEM_SIDE)
+    with torch.inference_mode():
+        like = ranker.item_side({name: column[:1] for name, column in items.features().items()})
+    for name in [*like, *(name for name in found if name not in like)]:
+        wanted = _said(like[name].expand(items.num_items, *like[name].shape[1:]) if name in like else None)
+        if wanted != _said(found.get(name)):
+            raise BundleError(f"{where}: expected {_ITEM_SIDE}{name} {wanted}, found {_said(found.get(name))}")
+    unknown = [n for n in tensors if not n.startswith((_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE))]
     if unknown:
         raise BundleError(f"{where}: weights of no part of a scorer: {unknown}")
     return found
@@ -175,7 +181,7 @@ def _check_metadata(where: Path, config: Config, num_items: int) -> None:
 
 def _golden(where: Path, config: Config) -> Golden:
     golden = Golden.from_tensors(read_tensors(where)[0])
-    wanted = {*config.features.user, *config.features.context}
+    wanted = set(config.features.request_features())
     if set(golden.user) != wanted:
         raise BundleError(f"{where}: expected requests of the features {sorted(wanted)}, found {sorted(golden.user)}")
     return golden

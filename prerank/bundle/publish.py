@@ -32,7 +32,7 @@ from prerank.config import Config
 from prerank.errors import BundleError, DataError, SchemaMismatch
 from prerank.features.transforms import Transforms
 from prerank.index.base import INDEXES
-from prerank.models.rankers import Ranker
+from prerank.models.ranker import Ranker
 from prerank.models.towers import TwoTower
 from prerank.stores.metadata import MetadataTable
 from prerank.types import Array, Columns
@@ -47,8 +47,8 @@ class Parts:
     """What a version is made of. Of I items in any order, and of G golden requests:
 
     item_ids int64 [I]; item_columns encoded [I, ...]; item_table raw [I], what answers show; popularity float32 [I, S];
-    golden_user encoded user and context features [G, ...]. `parents` names what it was made from, `metrics` what was
-    measured; neither changes what the version is. Both models are left in eval mode.
+    golden_user encoded user and context features and counters [G, ...]. `parents` names what it was made from,
+    `metrics` what was measured; neither changes what the version is. Both models are left in eval mode.
     """
 
     config: Config
@@ -118,7 +118,7 @@ def _check(parts: Parts) -> None:
         if rows != num_items:
             raise DataError(f"publish: {what} has {rows} rows for {num_items} item_ids")
     schema = parts.config.features
-    wanted, given = [*schema.user, *schema.context], list(parts.golden_user)
+    wanted, given = schema.request_features(), list(parts.golden_user)
     if set(wanted) != set(given):
         raise SchemaMismatch(f"the golden requests have the features {given}, and the user side reads {wanted}")
     if not wanted or not all(len(column) for column in parts.golden_user.values()):
@@ -130,7 +130,7 @@ def _check(parts: Parts) -> None:
 
 
 def _refuse_nonfinite(numbers: Tensor, what: str) -> None:
-    if not numbers.numel() or all(bool(end.isfinite()) for end in numbers.aminmax()):
+    if not numbers.is_floating_point() or not numbers.numel() or all(bool(end.isfinite()) for end in numbers.aminmax()):
         return
     wrong = (~numbers.isfinite()).nonzero()
     raise BundleError(f"{what}: {len(wrong)} are not finite, the first at {wrong[0].tolist()}; train again")
@@ -146,7 +146,8 @@ def _write_files(folder: Path, parts: Parts) -> int:
     index = INDEXES[config.retrieval.index.kind](_vectors(parts, items))
     terms = {task: term.value for task, term in config.utility.items()}
     scorer = Scorer(items, parts.ranker, Utility(parts.ranker.tasks, terms)).eval()
-    _refuse_nonfinite(scorer.item_side, "the ranker's item side")
+    for name, side in scorer.item_side.tensors().items():
+        _refuse_nonfinite(side, f"the ranker's item side {name!r}")
     user = {name: torch.from_numpy(np.array(column)) for name, column in parts.golden_user.items()}
     keep = min(config.retrieval.keep, items.num_items)
     golden = Golden.ask(user, parts.towers, index, scorer, keep, min(config.ranker.keep, keep))

@@ -15,7 +15,7 @@ from prerank.bundle.item_table import ItemTable
 from prerank.business.utility import Utility
 from prerank.errors import SchemaMismatch
 from prerank.index.top_k import NONE, order_keys
-from prerank.models.rankers import Ranker
+from prerank.models.ranker import Ranker
 from prerank.types import CandidateSet, Features, TopK
 
 _ITEMS_AT_ONCE = 1 << 16
@@ -28,17 +28,39 @@ class Ranked(TopK):
     num_nonfinite: Tensor
 
 
+class ItemSide(nn.Module):
+    """A ranker's item side as buffers by name, each [I, ...]."""
+
+    def __init__(self, tensors: Features) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor [I, ...] by name."""
+        return dict(self.named_buffers())
+
+    def gather(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows int64 [B, N] of every tensor -> [B, N, ...]."""
+        return {name: _gathered(tensor, rows) for name, tensor in self.named_buffers()}
+
+
+def _gathered(tensor: Tensor, rows: Tensor) -> Tensor:
+    if tensor.dim() == 2 and tensor.is_floating_point():
+        return embedding(rows, tensor)
+    return tensor.index_select(0, rows.reshape(-1)).reshape(*rows.shape, *tensor.shape[1:])
+
+
 class Scorer(nn.Module):
     """Candidates to winners. Its state_dict is its whole behaviour.
 
-    item_side float32 [I, W] is the ranker's of every item; it is computed unless given.
+    `item_side` is the ranker's of every item; it is computed unless given.
     Raises SchemaMismatch if the items lack a value the utility reads.
     """
 
-    item_side: Tensor
     ranker: Ranker
 
-    def __init__(self, items: ItemTable, ranker: Ranker, utility: Utility, item_side: Tensor | None = None) -> None:
+    def __init__(self, items: ItemTable, ranker: Ranker, utility: Utility, item_side: Features | None = None) -> None:
         super().__init__()
         for name in utility.values:
             if name not in items.names:
@@ -46,19 +68,20 @@ class Scorer(nn.Module):
         self.items = items
         self.ranker = ranker
         self.utility = utility
-        self.register_buffer("item_side", item_side)
-        if item_side is None:
-            self.refresh()
+        self.item_side = ItemSide(self._computed() if item_side is None else item_side)
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Compute `item_side` again; needed when the ranker's weights or the items changed."""
+        self.item_side = ItemSide(self._computed())
+
+    @torch.no_grad()
+    def _computed(self) -> dict[str, Tensor]:
         features = self.items.features()
         pieces = [
             self.ranker.item_side({name: column[start : start + _ITEMS_AT_ONCE] for name, column in features.items()})
             for start in range(0, self.items.num_items, _ITEMS_AT_ONCE)
         ]
-        self.item_side = torch.cat(pieces)
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def forward(self, user: Features, candidates: CandidateSet, k: int) -> Ranked:
         """user [B, ...] and candidates [B, N] -> the k winners [B, k], best first.
@@ -68,7 +91,7 @@ class Scorer(nn.Module):
         """
         valid = candidates.valid
         rows = torch.where(valid, candidates.rows, 0)
-        logits = self.ranker(self.ranker.user_side(user), embedding(rows, self.item_side))
+        logits = self.ranker(self.ranker.user_side(user), self.item_side.gather(rows))
         probs = logits.float().sigmoid()
         utility = self.utility(probs, self.items.gather(self.utility.values, rows))
         # rows ascend with item_id, so the smaller row is the smaller item_id

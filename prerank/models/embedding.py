@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from prerank.schema import Bag, Category, Embedding, Kind, Number
+from prerank.schema import Bag, Category, Embedding, Kind, Number, Rate
 from prerank.types import Features
 
 
@@ -42,7 +42,7 @@ class FeatureSum(nn.Module):
         super().__init__()
         self.categories = [n for n, k in kinds.items() if isinstance(k, Category)]
         self.bags = [n for n, k in kinds.items() if isinstance(k, Bag)]
-        self.numbers = [n for n, k in kinds.items() if isinstance(k, Number)]
+        self.numbers = [n for n, k in kinds.items() if isinstance(k, Number | Rate)]
         self.embeddings = [n for n, k in kinds.items() if isinstance(k, Embedding)]
         self.out = out
         self.dropout = Dropout(dropout)

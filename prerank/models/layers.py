@@ -92,6 +92,10 @@ class TaskHeads(nn.Module):
         return torch.cat([*(o[..., :-1] for o in out), *(o[..., -1:] for o in out)], dim=-1)
 
 
+VECTORS = "vectors"
+"""The one tensor of a side whose ranker is two towers."""
+
+
 def task_logits(user_side: Tensor, item_side: Tensor, num_tasks: int) -> Tensor:
     """logit[t] = u_t . v_t / sqrt(D) + user bias[t] + item bias[t].
 

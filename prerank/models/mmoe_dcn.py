@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prerank.config import Config, RankerConfig
-from prerank.models.layers import CrossExpert, Gate, TaskHeads, task_logits
+from prerank.models.layers import VECTORS, CrossExpert, Gate, TaskHeads, task_logits
 from prerank.models.towers import ItemTower, UserTower
 from prerank.types import Features
 
@@ -49,16 +49,14 @@ class MMoEDCNRanker(nn.Module):
         self.item_tower = CrossTower(options, len(self.tasks))
         self.user_tower = CrossTower(options, len(self.tasks))
 
-    def item_side(self, items: Features) -> Tensor:
-        """Item features [I, ...] -> float32 [I, T (D + 1)]: each task's vector, then each task's bias."""
-        out: Tensor = self.item_tower(self.item_input(items))
-        return out
+    def item_side(self, items: Features) -> dict[str, Tensor]:
+        """Item features [I, ...] -> vectors float32 [I, T (D + 1)]: each task's vector, then each task's bias."""
+        return {VECTORS: self.item_tower(self.item_input(items))}
 
-    def user_side(self, user: Features) -> Tensor:
-        """User and context features [B, ...] -> float32 [B, T (D + 1)], laid out as the item side."""
-        out: Tensor = self.user_tower(self.user_input(user, self.item_input.tables))
-        return out
+    def user_side(self, user: Features) -> dict[str, Tensor]:
+        """User and context features [B, ...] -> vectors float32 [B, T (D + 1)], laid out as the item side."""
+        return {VECTORS: self.user_tower(self.user_input(user, self.item_input.tables))}
 
-    def forward(self, user_side: Tensor, item_side: Tensor) -> Tensor:
-        """[B, T (D + 1)] and [B, N, T (D + 1)] -> logits float32 [B, N, T]."""
-        return task_logits(user_side, item_side, len(self.tasks))
+    def forward(self, user_side: Features, item_side: Features) -> Tensor:
+        """vectors [B, T (D + 1)] and [B, N, T (D + 1)] -> logits float32 [B, N, T]."""
+        return task_logits(user_side[VECTORS], item_side[VECTORS], len(self.tasks))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prerank.config import Config, RankerConfig
 from prerank.models.embedding import MLP
-from prerank.models.layers import Gate, TaskHeads, task_logits
+from prerank.models.layers import VECTORS, Gate, TaskHeads, task_logits
 from prerank.models.towers import ItemTower, UserTower
 from prerank.types import Features
 
@@ -88,17 +88,15 @@ class MTMDRanker(nn.Module):
         self.item_tower = ExpertTower(options, len(self.tasks))
         self.user_tower = ExpertTower(options, len(self.tasks), num_domains)
 
-    def item_side(self, items: Features) -> Tensor:
-        """Item features [I, ...] -> float32 [I, T (D + 1)]: each task's vector, then each task's bias."""
-        out: Tensor = self.item_tower(self.item_input(items))
-        return out
+    def item_side(self, items: Features) -> dict[str, Tensor]:
+        """Item features [I, ...] -> vectors float32 [I, T (D + 1)]: each task's vector, then each task's bias."""
+        return {VECTORS: self.item_tower(self.item_input(items))}
 
-    def user_side(self, user: Features) -> Tensor:
-        """User and context features [B, ...] -> float32 [B, T (D + 1)], laid out as the item side."""
+    def user_side(self, user: Features) -> dict[str, Tensor]:
+        """User and context features [B, ...] -> vectors float32 [B, T (D + 1)], laid out as the item side."""
         x = self.user_input(user, self.item_input.tables)
-        out: Tensor = self.user_tower(x, user[self.domain].long() if self.domain else None)
-        return out
+        return {VECTORS: self.user_tower(x, user[self.domain].long() if self.domain else None)}
 
-    def forward(self, user_side: Tensor, item_side: Tensor) -> Tensor:
-        """[B, T (D + 1)] and [B, N, T (D + 1)] -> logits float32 [B, N, T]."""
-        return task_logits(user_side, item_side, len(self.tasks))
+    def forward(self, user_side: Features, item_side: Features) -> Tensor:
+        """vectors [B, T (D + 1)] and [B, N, T (D + 1)] -> logits float32 [B, N, T]."""
+        return task_logits(user_side[VECTORS], item_side[VECTORS], len(self.tasks))

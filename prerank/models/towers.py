@@ -61,6 +61,7 @@ class UserTower(nn.Module):
 
     A history is looked up in the item tower's own table of the feature it is `of`: one table for input and output.
     Where that table is as wide as the output, the pooled history itself, scaled, is the vector the rest corrects.
+    A counter by no item feature is one more number of the user.
     `hidden` None leaves the MLP out, as in `ItemTower`.
     """
 
@@ -75,6 +76,7 @@ class UserTower(nn.Module):
     ) -> None:
         super().__init__()
         self.histories = schema.histories()
+        self.counters = [name for name, one in schema.interaction.items() if not one.by]
         widths = {name: _width(item_tables, history.of) for name, history in self.histories.items()}
         self.pooling = nn.ModuleDict(
             {name: HistoryPooling(h.length, widths[name], dropout) for name, h in self.histories.items()}
@@ -83,7 +85,7 @@ class UserTower(nn.Module):
         self.scale = nn.Parameter(torch.ones(len(self.direct)))
         kinds = {**schema.user, **schema.context}
         rows = {**owner_sizes(sizes, "user"), **owner_sizes(sizes, "context")}
-        beside = sum(widths.values()) + len(widths)
+        beside = sum(widths.values()) + len(widths) + len(self.counters)
         self.encoder = _encoder(kinds, rows, hidden, out, dropout, beside)
 
     def forward(self, user: Features, item_tables: nn.ModuleDict) -> Tensor:
@@ -93,16 +95,21 @@ class UserTower(nn.Module):
         for name, history in self.histories.items():
             pooled[name] = self.pooling[name](user[name], item_tables[history.of])
             lengths.append((user[name] >= 0).sum(-1).float().log1p() / 2)
+        lengths += [user[name].float().log1p() for name in self.counters]
         start = [self.scale[n] * pooled[name] for n, name in enumerate(self.direct)]
-        beside = torch.cat([*pooled.values(), torch.stack(lengths, dim=-1)], dim=-1) if pooled else None
+        beside = torch.cat([*pooled.values(), torch.stack(lengths, dim=-1)], dim=-1) if lengths else None
         out: Tensor = self.encoder(user, beside, torch.stack(start).sum(0) if start else None)
         return out
 
 
 def _width(item_tables: nn.ModuleDict, name: str) -> int:
-    table = item_tables[name]
+    return _table(item_tables, name).embedding_dim
+
+
+def _table(tables: nn.ModuleDict, name: str) -> nn.Embedding:
+    table = tables[name]
     assert isinstance(table, nn.Embedding)
-    return table.embedding_dim
+    return table
 
 
 class TwoTower(nn.Module):
@@ -152,5 +159,16 @@ class TwoTower(nn.Module):
 
 
 def build_towers(config: Config, sizes: Mapping[str, int]) -> TwoTower:
-    """The towers a funnel file asks for; `sizes` are the fitted transforms' table rows, keyed "owner.name"."""
-    return TwoTower(config.features, sizes, config.retrieval)
+    """The towers a funnel file asks for; they read what lasts a version, no counter and no rate.
+
+    `sizes` are the fitted transforms' table rows, keyed "owner.name".
+    """
+    return TwoTower(config.features.lasting(), sizes, config.retrieval)
+
+
+def adopt_tables(tower: ItemTower, of: ItemTower) -> None:
+    """The item tables of `of` as `tower`'s, which trains them no further; both are of one schema and its sizes."""
+    for name, table in of.tables.items():
+        own = _table(tower.tables, name)
+        own.load_state_dict(table.state_dict())
+        own.weight.requires_grad_(False)

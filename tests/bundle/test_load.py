@@ -16,6 +16,9 @@ from prerank.errors import BundleError
 from prerank.types import CandidateSet
 from tests.bundle import world
 
+SIDE = "item_side.vectors"
+"""The one tensor of a two-tower ranker's item side, as a version's file names it."""
+
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
@@ -168,10 +171,26 @@ def test_weights_of_another_shape_are_named(version, name, change, said):
     ("change", "said"),
     [
         (
-            lambda t: t.update(item_side=t["item_side"][1:]),
-            r"expected item_side float32 \[300, W\], found float32 \[299,",
+            lambda t: t.update({SIDE: t[SIDE][1:]}),
+            r"expected item_side.vectors float32 \[300, 10\], found float32 \[299, 10\]",
         ),
-        (lambda t: t.pop("item_side"), r"expected item_side float32 \[300, W\], found none"),
+        (
+            lambda t: t.update({SIDE: t[SIDE][:, 1:].clone()}),
+            r"expected item_side.vectors float32 \[300, 10\], found float32 \[300, 9\]",
+        ),
+        (
+            lambda t: t.update({SIDE: t[SIDE].double()}),
+            r"expected item_side.vectors float32 \[300, 10\], found float64 \[300, 10\]",
+        ),
+        (lambda t: t.pop(SIDE), r"expected item_side.vectors float32 \[300, 10\], found none"),
+        (
+            lambda t: t.update({"item_side.more": torch.zeros(300)}),
+            r"expected item_side.more none, found float32 \[300\]",
+        ),
+        (
+            lambda t: t.update(item_side=t.pop(SIDE)),  # as it was before a side had tensors by name
+            r"expected item_side.vectors float32 \[300, 10\], found none",
+        ),
         (lambda t: t.update(surplus=torch.zeros(1)), r"weights of no part of a scorer: \['surplus'\]"),
         (lambda t: t.pop("items.item_ids"), "items: expected item_ids and features, found no item_ids"),
         (lambda t: t["items.item_ids"].zero_(), "expected int64 item_ids, strictly ascending"),
@@ -217,7 +236,7 @@ def test_wrong_towers_do_not_reproduce_what_was_retrieved(version):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda t: t["item_side"].mul_(1.05),
+        lambda t: t[SIDE].mul_(1.05),
         lambda t: t["ranker.user_tower.encoder.mlp.0.weight"].mul_(1.05),
         lambda t: t["items.feature_bid"].mul_(2),
         lambda t: t["utility.constants"].mul_(1.01),
@@ -234,7 +253,7 @@ def test_a_wrong_scorer_does_not_reproduce_the_winners(version, change):
 def test_a_task_outside_the_utility_is_checked_too(version):
     # the like task's item bias is the last column
     refused(
-        with_tensors(version, "scorer.safetensors", lambda t: t["item_side"][:, -1].add_(0.5)),
+        with_tensors(version, "scorer.safetensors", lambda t: t[SIDE][:, -1].add_(0.5)),
         r"golden request 0: expected item -?\d+ to have prob \S+ of like, got ",
     )
 
@@ -289,12 +308,17 @@ def test_a_utility_of_what_the_items_lack_is_refused(version):
 
 def test_weights_are_views_of_the_mapped_file(pristine):
     bundle = load(pristine)
-    tensors = [bundle.index.vectors, bundle.scorer.item_side, *bundle.scorer.items.features().values()]
+    tensors = [bundle.index.vectors, *side_of(bundle), *bundle.scorer.items.features().values()]
     with open("/proc/self/maps") as file:
         maps = [line.split() for line in file if str(pristine) in line]
     ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
     for tensor in [*tensors, *bundle.towers.parameters()]:
         assert any(low <= tensor.data_ptr() < high for low, high in ranges)
+
+
+def side_of(bundle):
+    """Each tensor of the ranker's item side."""
+    return bundle.scorer.item_side.tensors().values()
 
 
 def golden_of(bundle):
@@ -305,8 +329,8 @@ def test_rounding_of_another_cpu_is_no_difference(pristine):
     bundle = load(pristine)
     golden = golden_of(bundle)
     generator = torch.Generator().manual_seed(0)
-    bundle.scorer.item_side.mul_(1 + 1e-6 * torch.randn(bundle.scorer.item_side.shape, generator=generator))
-    bundle.index.vectors.mul_(1 + 1e-6 * torch.randn(bundle.index.vectors.shape, generator=generator))
+    for tensor in (*side_of(bundle), bundle.index.vectors):
+        tensor.mul_(1 + 1e-6 * torch.randn(tensor.shape, generator=generator))
     assert golden.first_difference(bundle.towers, bundle.index, bundle.scorer) is None
     assert load(pristine).version, "a mapping is private: writing to it leaves the file alone"
 
@@ -327,7 +351,7 @@ def test_items_that_tie_may_change_places_and_others_not(pristine):
     assert said is not None
     assert said.startswith("golden request 0: expected item")
     first, second = golden.answers.won[0, :2].tolist()
-    for rows in (bundle.scorer.item_side, bundle.scorer.items.features()["bid"]):
+    for rows in (*side_of(bundle), bundle.scorer.items.features()["bid"]):
         rows[first] = rows[second]
     golden = Golden.ask(golden.user, *models, 40, 10)
     place = golden.answers.won[0].tolist().index(min(first, second))
@@ -341,7 +365,7 @@ def test_items_that_tie_may_change_places_and_others_not(pristine):
 def test_a_tie_across_the_last_place_may_keep_either(pristine):
     bundle = load(pristine)
     models = (bundle.towers, bundle.index, bundle.scorer)
-    for rows in (bundle.scorer.item_side, bundle.scorer.items.features()["bid"]):
+    for rows in (*side_of(bundle), bundle.scorer.items.features()["bid"]):
         rows[:] = rows[0].clone()
     golden = Golden.ask(golden_of(bundle).user, *models, 40, 10)
     among = set(golden.answers.retrieved[0].tolist()) - set(golden.answers.won[0].tolist())

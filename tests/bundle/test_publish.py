@@ -77,7 +77,10 @@ def test_row_item_vector_popularity_and_metadata_belong_to_one_item(tmp_path):
         vectors = parts.towers.item_side(features, torch.from_numpy(parts.popularity))
         item_side = parts.ranker.item_side(features)
     assert torch.allclose(bundle.index.vectors[rows], vectors, atol=1e-6)
-    assert torch.allclose(bundle.scorer.item_side[rows], item_side, atol=1e-6)
+    stored = bundle.scorer.item_side.tensors()
+    assert list(stored) == list(item_side)
+    for name, tensor in item_side.items():
+        assert torch.allclose(stored[name][rows], tensor, atol=1e-6), name
     metadata = MetadataTable.open(bundle.path / "metadata.arrow").take(rows.numpy())
     assert [m["title"] for m in metadata] == [f"title {n}" for n in range(len(rows))]
 
@@ -231,11 +234,12 @@ def test_parts_that_do_not_fit_are_refused_and_leave_nothing(tmp_path, change, e
 
 
 def test_the_item_side_must_be_finite_too(tmp_path, monkeypatch):
+    def item_side(items):
+        return {"codes": items["bid"], "x": torch.full((len(items["bid"]), 10), torch.inf)}
+
     parts = world.parts()
-    monkeypatch.setattr(
-        parts.ranker, "item_side", lambda items: torch.full((len(items["bid"]), 10), torch.inf), raising=True
-    )
-    with pytest.raises(BundleError, match="the ranker's item side: 3000 are not finite"):
+    monkeypatch.setattr(parts.ranker, "item_side", item_side)
+    with pytest.raises(BundleError, match="the ranker's item side 'x': 3000 are not finite"):
         publish(tmp_path, parts)
 
 

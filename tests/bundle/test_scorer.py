@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from prerank.bundle.item_table import ItemTable
-from prerank.bundle.scorer import Scorer
+from prerank.bundle.scorer import ItemSide, Scorer
 from prerank.business.utility import Utility
 from prerank.errors import SchemaMismatch
 from prerank.types import CandidateSet
@@ -13,18 +13,18 @@ ALL = 500
 
 
 class ByNumber(nn.Module):
-    """logits = the item's two numbers, plus the user's number."""
+    """logits = the item's two numbers, a side each, plus the user's number."""
 
     tasks = ("click", "like")
 
     def item_side(self, items):
-        return torch.stack([items["a"], items["b"]], dim=-1)
+        return {"a": items["a"], "b": items["b"][:, None]}
 
     def user_side(self, user):
-        return user["u"][:, None]
+        return {"u": user["u"]}
 
     def forward(self, user_side, item_side):
-        return item_side + user_side[:, None]
+        return torch.cat([item_side["a"].unsqueeze(-1), item_side["b"]], dim=-1) + user_side["u"][:, None, None]
 
 
 def scorer(a, b=None, bid=None, terms=None):
@@ -119,6 +119,25 @@ def test_refresh_follows_the_ranker_and_the_state_is_the_behaviour():
     other = scorer(a=[1.0, 2.0, 3.0])
     other.load_state_dict(model.state_dict())
     assert other(user(), candidates([[0, 1, 2]]), 1).rows.tolist() == [[0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.int64])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_a_tensor_of_the_item_side_is_gathered_by_row_whatever_its_type_and_shape(dtype, shape):
+    tensor = torch.randint(0, 100, (7, *shape)).to(dtype)
+    rows = torch.tensor([[6, 0, 6], [2, 2, 5]])
+    gathered = ItemSide({"x": tensor}).gather(rows)["x"]
+    assert gathered.dtype == dtype
+    assert torch.equal(gathered, tensor[rows])
+    assert ItemSide({"x": tensor}).gather(rows[:, :0])["x"].shape == (2, 0, *shape)
+
+
+def test_an_item_side_computed_in_pieces_is_that_of_all_items(monkeypatch):
+    whole = scorer(a=range(10), b=range(10, 20)).item_side.tensors()
+    monkeypatch.setattr("prerank.bundle.scorer._ITEMS_AT_ONCE", 3)
+    pieces = scorer(a=range(10), b=range(10, 20)).item_side.tensors()
+    assert list(pieces) == list(whole) == ["a", "b"]
+    assert all(torch.equal(pieces[name], tensor) for name, tensor in whole.items())
 
 
 def test_it_runs_in_inference_mode():

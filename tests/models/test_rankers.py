@@ -11,6 +11,7 @@ from prerank.bundle.load import load
 from prerank.config import Config, RankerConfig
 from prerank.evaluate.ranking import evaluate_ranking
 from prerank.lifecycle.build import load_users, publish_trained
+from prerank.models.layers import VECTORS
 from prerank.models.mmoe_dcn import MMoEDCNRanker
 from prerank.models.mtmd import DomainExperts, MTMDRanker
 from prerank.models.rankers import RANKERS, build_ranker
@@ -88,7 +89,8 @@ def test_every_weight_of_a_ranker_is_learned(world, trained, model, domain):
     events = np.arange(256)
     user = ranker.user_side(UserExamples(prepared, config.features).at(events))
     items = {n: c[prepared.events["item"][events]] for n, c in item_tensors(prepared).items()}
-    ranker(user, ranker.item_side(items)[:, None]).square().sum().backward()
+    item_side = {n: side[:, None] for n, side in ranker.item_side(items).items()}
+    ranker(user, item_side).square().sum().backward()
     weights = {name: one for name, one in ranker.named_parameters() if one.numel()}
     idle = {name for name, one in weights.items() if one.grad is None or not one.grad.any()}
     absent = set(range(prepared.transforms.sizes()[f"context.{DOMAIN}"])) - set(prepared.events[DOMAIN][events])
@@ -97,11 +99,11 @@ def test_every_weight_of_a_ranker_is_learned(world, trained, model, domain):
 
 
 def test_a_domain_has_experts_of_its_own_and_no_other_user_feels_them(mtmd, users):
-    before = mtmd.user_side(users)
+    before = mtmd.user_side(users)[VECTORS]
     with torch.no_grad():
         for weights in mtmd.user_tower.domains.experts[2].parameters():
             weights.add_(0.5)
-    after = mtmd.user_side(users)
+    after = mtmd.user_side(users)[VECTORS]
     assert torch.equal(after[:4], before[:4])
     assert ((after - before)[4:].abs().sum(-1) > 0).all()
 
@@ -155,7 +157,8 @@ def test_a_task_feels_its_own_expert_and_gate_and_no_other_tasks(world, trained)
     items = {n: c[:5] for n, c in item_tensors(trained.prepared).items()}
 
     def logits() -> torch.Tensor:
-        return ranker(ranker.user_side(user), ranker.item_side(items).expand(3, -1, -1))
+        item_side = {n: side.expand(3, -1, -1) for n, side in ranker.item_side(items).items()}
+        return ranker(ranker.user_side(user), item_side)
 
     before = logits()
     with torch.no_grad():
@@ -192,4 +195,4 @@ def test_an_mmoe_dcn_tower_is_its_formula(world, trained):
     mix = sum(weights[:, [e]] * tower.experts[e](x).detach().numpy() for e in range(SMALL["experts"]))
     head = tower.heads.heads[0]
     expected = mix @ head.weight.detach().numpy().T + head.bias.detach().numpy()
-    np.testing.assert_allclose(ranker.item_side(items).detach(), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(ranker.item_side(items)[VECTORS].detach(), expected, rtol=1e-4, atol=1e-6)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from prerank.models.embedding import FeatureEncoder, HistoryPooling, masked_mean
+from prerank.models.layers import VECTORS
 from prerank.models.rankers import RANKERS, build_ranker
 from prerank.models.towers import build_towers, owner_sizes
 from prerank.schema import Bag, Category, Embedding, Number, Value
@@ -110,12 +111,15 @@ def test_a_ranker_computes_each_side_alone_and_one_logit_a_task(world, trained, 
     user = ranker.user_side(UserExamples(prepared, config.features).at(np.arange(3)))
     every = ranker.item_side(items)
     some = torch.tensor([5, 2, 9, 2])
-    torch.testing.assert_close(ranker.item_side({n: c[some] for n, c in items.items()}), every[some])
-    logits = ranker(user, every[some].expand(3, -1, -1))
+    taken = {n: side[some] for n, side in every.items()}
+    torch.testing.assert_close(ranker.item_side({n: c[some] for n, c in items.items()}), taken)
+    assert all(len(side) == 3 for side in user.values())
+    logits = ranker(user, {n: side.expand(3, *side.shape) for n, side in taken.items()})
     assert logits.shape == (3, 4, len(config.tasks))
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits[:, 1], logits[:, 3])
-    torch.testing.assert_close(ranker(user[1:2], every[some][None])[0], logits[1])
+    alone = ranker({n: side[1:2] for n, side in user.items()}, {n: side[None] for n, side in taken.items()})
+    torch.testing.assert_close(alone[0], logits[1])
 
 
 def test_the_two_tower_ranker_is_a_scaled_dot_product_and_two_biases(world, trained):
@@ -125,6 +129,8 @@ def test_the_two_tower_ranker_is_a_scaled_dot_product_and_two_biases(world, trai
     items = {n: c[:6] for n, c in item_tensors(prepared).items()}
     user = ranker.user_side(UserExamples(prepared, config.features).at(np.arange(2)))
     item = ranker.item_side(items)
-    u, v = user.detach().numpy(), item.detach().numpy()
+    assert set(user) == set(item) == {VECTORS}
+    u, v = user[VECTORS].detach().numpy(), item[VECTORS].detach().numpy()
     expected = u[:, :dim] @ v[:, :dim].T / np.sqrt(dim) + u[:, dim:] + v[:, dim:].T
-    np.testing.assert_allclose(ranker(user, item.expand(2, -1, -1))[..., 0].detach(), expected, rtol=1e-4, atol=1e-6)
+    logits = ranker(user, {VECTORS: item[VECTORS].expand(2, -1, -1)})
+    np.testing.assert_allclose(logits[..., 0].detach(), expected, rtol=1e-4, atol=1e-6)
