@@ -12,7 +12,8 @@ import torch
 
 from prerank.config import Config, parse_config
 from prerank.data.logs import Tables, open_tables
-from prerank.lifecycle.build import Trained, load_users, publish_trained, train
+from prerank.lifecycle.build import load_users, publish_trained
+from prerank.lifecycle.training import Trained, train
 from prerank.market.generate import generate_market
 
 # a loaded machine is slow, not wrong

@@ -22,9 +22,10 @@ from prerank.config import load_config
 from prerank.data.check import check as check_tables
 from prerank.data.logs import Tables, find_tables, open_tables
 from prerank.errors import ConfigError, GateFailed, PrerankError, RequestError
-from prerank.lifecycle.build import Trained, load_users, publish_trained
 from prerank.lifecycle.build import evaluate as evaluate_trained
-from prerank.lifecycle.build import train as train_models
+from prerank.lifecycle.build import load_users, publish_trained
+from prerank.lifecycle.training import Trained
+from prerank.lifecycle.training import train as train_models
 from prerank.lifecycle.validate import validate as validate_version
 from prerank.market.generate import generate_market
 from prerank.types import Given, Request
@@ -45,6 +46,10 @@ ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="The funnel fil
 DataFolder = Annotated[Path, typer.Option("--data", "-d", help="The folder that [data] is relative to.")]
 StoreFolder = Annotated[Path, typer.Option("--store", "-s", help="Where versions, users and work are kept.")]
 FunnelName = Annotated[str, typer.Option("--funnel", "-f", help="Which funnel of the store; needed if it has several.")]
+Teacher = Annotated[
+    Path | None,
+    typer.Option("--teacher", "-t", help="A teacher.safetensors of the same features, instead of training one."),
+]
 Version = Annotated[str, typer.Argument(help="A version id, or an unambiguous beginning of one.")]
 Why = Annotated[str, typer.Option("--why", help="The reason, kept in the history.")]
 
@@ -114,12 +119,14 @@ def check(config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: StoreFo
 
 
 @app.command()
-def train(config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: StoreFolder = _STORE) -> None:
-    """Train the towers and the ranker.
+def train(
+    config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: StoreFolder = _STORE, teacher: Teacher = None
+) -> None:
+    """Train the towers, the heavy ranker if the funnel file has one, and the ranker.
 
     Goes on where it was stopped, and does again only what changed.
     """
-    trained, _ = _trained(config, data, store)
+    trained, _ = _trained(config, data, store, teacher)
     out.print(render.epochs(trained))
 
 
@@ -128,27 +135,38 @@ def evaluate(
     config: ConfigPath = _CONFIG,
     data: DataFolder = _DATA,
     store: StoreFolder = _STORE,
+    teacher: Teacher = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", "-r", help="A folder for an HTML report and its numbers as JSON.")
+    ] = None,
+    segment: Annotated[
+        str | None, typer.Option("--segment", "-g", help="A category to cut the report by; by default the domain.")
+    ] = None,
 ) -> None:
     """Measure quality on the test days, beside floors.
 
     The floors are what anyone can compute; trains first if that is not done.
     """
-    trained, _ = _trained(config, data, store)
+    trained, _ = _trained(config, data, store, teacher)
     quality = evaluate_trained(trained, _home(store, trained.config.name))
     if as_json:
         print(json.dumps(render.plain(quality), indent=1))
     else:
         out.print(render.quality(quality))
+    if report is not None:
+        err.print(f"report: {_write_report(trained, report, segment)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
-def publish(config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: StoreFolder = _STORE) -> None:
+def publish(
+    config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: StoreFolder = _STORE, teacher: Teacher = None
+) -> None:
     """Write one immutable version and measure its gates.
 
     The models (trained first if they are not), the items and the rules; exit code 1 if a gate fails.
     """
-    trained, tables = _trained(config, data, store)
+    trained, tables = _trained(config, data, store, teacher)
     home = _home(store, trained.config.name)
     with progress(err) as report:
         load_users(trained.config, tables, trained.prepared, home, report)
@@ -258,12 +276,23 @@ def demo(
     run_demo(config, data, store, out, err)
 
 
-def _trained(config: Path, data: Path, store: Path) -> tuple[Trained, Tables]:
+def _trained(config: Path, data: Path, store: Path, teacher: Path | None) -> tuple[Trained, Tables]:
     funnel = load_config(config)
     home = _home(store, funnel.name)
     tables = open_tables(funnel, data, home / "work")
     with progress(err) as report:
-        return train_models(funnel, tables, home, report), tables
+        return train_models(funnel, tables, home, report, teacher), tables
+
+
+def _write_report(trained: Trained, folder: Path, segment: str | None) -> Path:
+    from prerank.evaluate.judge import judge
+    from prerank.evaluate.report import write_report  # plots are only needed here
+
+    config = trained.config
+    rankers = {str(config.ranker.model): trained.ranker}
+    days, towers, heavy = config.data.days("test"), trained.towers, trained.heavy
+    told = judge(rankers, trained.prepared, config, days, towers=towers, teacher=heavy, by=segment)
+    return write_report(told, folder)
 
 
 def _home(store: Path, name: str) -> Path:

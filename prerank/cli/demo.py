@@ -28,7 +28,8 @@ from prerank.config import Config, load_config
 from prerank.data.check import check
 from prerank.data.logs import Tables, open_tables
 from prerank.errors import ConfigError, DataError, GateFailed, PrerankError
-from prerank.lifecycle.build import Trained, evaluate, load_users, publish_trained, train
+from prerank.lifecycle.build import evaluate, load_users, publish_trained
+from prerank.lifecycle.training import Trained, train
 from prerank.lifecycle.validate import validate
 from prerank.market.generate import generate_market
 from prerank.types import Given, Request

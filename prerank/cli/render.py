@@ -18,7 +18,8 @@ from rich.text import Text
 from prerank.bundle.load import Bundle
 from prerank.bundle.registry import Gate, Registry
 from prerank.data.check import Problem
-from prerank.lifecycle.build import Quality, Trained
+from prerank.lifecycle.build import Quality
+from prerank.lifecycle.training import Trained
 from prerank.serve.answer import Answer
 from prerank.types import Given
 
@@ -55,8 +56,9 @@ def problems(found: Sequence[Problem]) -> RenderableType:
 def epochs(trained: Trained) -> RenderableType:
     """One row an epoch of each model."""
     tables = []
-    named = (("two towers", trained.retrieval_epochs), (trained.config.ranker.model, trained.ranker_epochs))
-    for title, rows in named:
+    named = [("two towers", trained.retrieval_epochs), ("heavy ranker", list(trained.heavy_epochs))]
+    named += [(trained.config.ranker.model, trained.ranker_epochs)]
+    for title, rows in (pair for pair in named if pair[1]):
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for name in rows[0]:
             table.add_column(name, justify="right")

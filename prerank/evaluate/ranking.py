@@ -15,7 +15,7 @@ from prerank.metrics.classification import (
     log_loss,
     normalised_entropy,
 )
-from prerank.models.rankers import Ranker
+from prerank.models.ranker import Ranker
 from prerank.train.prepare import Prepared
 from prerank.train.ranking import Impressions
 from prerank.types import Array
@@ -33,12 +33,15 @@ class RankingQuality:
     tasks: Mapping[str, Mapping[str, float]]
 
 
-def evaluate_ranking(ranker: Ranker, prepared: Prepared, config: Config, days: Sequence[str]) -> RankingQuality:
-    """Every task's numbers on the impressions of ISO `days`.
+def evaluate_ranking(
+    ranker: Ranker, prepared: Prepared, config: Config, days: Sequence[str], within: Array | None = None
+) -> RankingQuality:
+    """Every task's numbers on the impressions of ISO `days`, or those of them marked in `within` bool [E].
 
     Raises DataError where a task has no positive, or nothing but positives, in those days.
     """
-    impressions = Impressions(prepared, config, np.flatnonzero(prepared.of_days(days)))
+    wanted = prepared.of_days(days)
+    impressions = Impressions(prepared, config, np.flatnonzero(wanted if within is None else wanted & within))
     probs = impressions.predict(ranker)
     labels = impressions.labels.numpy()
     trained_on = prepared.of_days(config.data.days("train"))
@@ -46,7 +49,7 @@ def evaluate_ranking(ranker: Ranker, prepared: Prepared, config: Config, days: S
     for number, (task, options) in enumerate(config.tasks.items()):
         label, prob = labels[:, number], probs[:, number]
         before = prepared.happened(options.label)[trained_on]
-        item_rate = _item_rate(before, prepared.events["item"][trained_on], len(prepared.item_ids))
+        item_rate = item_rates(before, prepared.events["item"][trained_on], len(prepared.item_ids))
         found[task] = {
             "auc": auc(label, prob),
             "log_loss": log_loss(label, prob),
@@ -60,8 +63,11 @@ def evaluate_ranking(ranker: Ranker, prepared: Prepared, config: Config, days: S
     return RankingQuality(days[0], len(impressions.events), rounded)
 
 
-def _item_rate(happened: Array, item: Array, num_items: int, prior: float = 20.0) -> Array:
-    """Each item's rate in training, drawn towards the mean by `prior` impressions -> float64 [I]."""
+def item_rates(happened: Array, item: Array, num_items: int, prior: float = 20.0) -> Array:
+    """Each item's rate, drawn towards the mean by `prior` impressions -> float64 [I].
+
+    happened bool [E] and item int [E], below num_items: whose events these are.
+    """
     shown = np.bincount(item, minlength=num_items)
     hits = np.bincount(item, weights=happened, minlength=num_items)
     rates: Array = (hits + prior * happened.mean()) / (shown + prior)

@@ -1,77 +1,32 @@
-"""A version from tables: prepare, train both models, publish them with the items, and load users into the store.
-
-Every step keeps what it made under the funnel's `work` folder by a key of its inputs, so a second build does again
-only what changed, and an interrupted one goes on.
-"""
+"""A version from trained models: measure them, publish them with the items, and load users into the store."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from prerank.bundle.publish import Parts, publish
 from prerank.config import Config
 from prerank.data.logs import Tables
 from prerank.evaluate.ranking import RankingQuality, evaluate_ranking
 from prerank.evaluate.retrieval import FLOORS, RetrievalQuality, evaluate_retrieval
-from prerank.models.rankers import Ranker
-from prerank.models.towers import TwoTower
+from prerank.lifecycle.training import Trained
+from prerank.stores.contexts import UNKNOWN, columns_of, digest
+from prerank.stores.records import EXPOSED
 from prerank.stores.users import Events, UserStore
 from prerank.train.examples import UserExamples
-from prerank.train.prepare import Prepared, preparation_key, prepare
-from prerank.train.ranking import train_ranker
-from prerank.train.retrieval import ItemPopularity, train_retrieval
-from prerank.types import Report, silent
+from prerank.train.items import DailyItems
+from prerank.train.prepare import Prepared, preparation_key
+from prerank.train.retrieval import ItemPopularity
+from prerank.types import Array, Report, silent
 
 NUM_GOLDEN = 16
 MOST_QUESTIONS = 5_000
 USERS = "users.lmdb"
-_TRAINING_FORM = 1  # raise it when a change to the training code should train again
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """Both trained models with what they were trained on, and one record an epoch of each."""
-
-    config: Config
-    prepared: Prepared
-    towers: TwoTower
-    ranker: Ranker
-    run: str
-    retrieval_epochs: list[dict[str, float]]
-    ranker_epochs: list[dict[str, float]]
-
-
-def train(config: Config, tables: Tables, home: Path, report: Report = silent) -> Trained:
-    """The models of `config` on `tables`; `home` is the funnel's folder of the store."""
-    work = home / "work"
-    prepared = prepare(config, tables, work, report)
-    data = preparation_key(config, tables)
-    plain = config.to_dict()
-    retrieval_key = _key(data, config.seed, plain["retrieval"])
-    ranker_key = _key(data, config.seed, plain["ranker"], plain["tasks"])
-    validate_days = config.data.days("validate")
-
-    def recall(towers: TwoTower) -> Mapping[str, float]:
-        quality = evaluate_retrieval(towers, prepared, config, validate_days, most=1000)
-        return {"recall@100": quality.at("two towers", 100)}
-
-    def log_losses(ranker: Ranker) -> Mapping[str, float]:
-        quality = evaluate_ranking(ranker, prepared, config, validate_days)
-        return {f"{task}.log_loss": numbers["log_loss"] for task, numbers in quality.tasks.items()}
-
-    folder = work / f"retrieval-{retrieval_key}"
-    towers, retrieval_epochs = train_retrieval(prepared, config, folder, retrieval_key, recall, report)
-    folder = work / f"ranker-{ranker_key}"
-    ranker, ranker_epochs = train_ranker(prepared, config, folder, ranker_key, log_losses, report)
-    run = _key(retrieval_key, ranker_key)
-    return Trained(config, prepared, towers, ranker, run, retrieval_epochs, ranker_epochs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +66,7 @@ def publish_trained(trained: Trained, tables: Tables, home: Path, metrics: Mappi
         towers=trained.towers,
         ranker=trained.ranker,
         item_ids=prepared.item_ids,
-        item_columns=prepared.items,
+        item_columns={name: column.numpy() for name, column in DailyItems(prepared, config).latest().items()},
         item_table=items.select(columns),
         popularity=ItemPopularity(prepared, config).latest().numpy(),
         golden_user={name: column.numpy() for name, column in golden.items()},
@@ -130,22 +85,37 @@ def load_users(config: Config, tables: Tables, prepared: Prepared, home: Path, r
     mark.unlink(missing_ok=True)
     user_id = config.data.user_id
     users = tables.users().select([user_id, *(c for c in config.features.columns("user") if c != user_id)])
-    UserStore.write(path, users, _events_by_user(prepared, report), labels=prepared.labels, user_id=user_id)
+    digests = _context_digests(config, prepared)
+    events = _events_by_user(prepared, digests, report)
+    UserStore.write(path, users, events, labels=prepared.labels, contexts=list(digests), user_id=user_id)
     mark.write_text(key)
     return path
 
 
-def _events_by_user(prepared: Prepared, report: Report) -> Iterator[Events]:
+def _context_digests(config: Config, prepared: Prepared) -> dict[str, dict[str, Array]]:
+    """By context column that counters read: for each feature they are `on` there, the digest of every code, int64."""
+    digests: dict[str, dict[str, Array]] = {}
+    columns = columns_of(config.features)
+    for name, column in columns.items():
+        values = prepared.transforms.names("context", name)
+        assert values is not None, "the schema refuses a hashed category"
+        digests.setdefault(column, {})[name] = np.array([UNKNOWN, *map(digest, values)], np.int64)
+    return digests
+
+
+def _events_by_user(prepared: Prepared, digests: Mapping[str, Mapping[str, Array]], report: Report) -> Iterator[Events]:
     log = prepared.events
     users, start = np.unique(log["user"], return_index=True)
     end = np.append(start[1:], len(log["user"]))
     for done, (user, a, b) in enumerate(zip(users, start, end, strict=True), start=1):
         item_ids = prepared.item_ids[log["item"][a:b]]
-        yield int(prepared.user_ids[user]), item_ids, np.asarray(log["time_ms"][a:b]), np.asarray(log["flags"][a:b])
+        time_ms, known_ms = np.asarray(log["time_ms"][a:b]), np.asarray(log["known_ms"][a:b])
+        # features of one column know some of its values each, and agree on the digest of those that several know
+        contexts = [
+            np.bitwise_or.reduce([of_code[log[name][a:b]] for name, of_code in features.items()])
+            for features in digests.values()
+        ]
+        flags = log["flags"][a:b] | EXPOSED
+        yield int(prepared.user_ids[user]), item_ids, time_ms, known_ms, flags, *contexts
         if done % 1000 == 0 or done == len(users):
             report("load users", done, len(users), "users")
-
-
-def _key(*said: object) -> str:
-    code = [_TRAINING_FORM, torch.__version__.partition("+")[0], *said]
-    return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,18 @@ def sampled_softmax_loss(
     own = torch.where(columns[place] == excluded, place, -1)
     in_columns = replace(positives, item=torch.searchsorted(columns, positives.item))
     return softmax_loss(logits - log_q[None, :], in_columns, own)
+
+
+def bernoulli_kl(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(teacher || student) of Bernoulli probabilities, from logits of one shape -> float32 of that shape, nats.
+
+    t log(t / s) + (1 - t) log((1 - t) / (1 - s)) with t, s the sigmoids (Hinton et al. 2015, at temperature 1), from
+    log sigmoids, so that it is finite and has the right gradient, s - t, at any logit.
+    """
+    student, teacher = logits.float(), teacher_logits.float()
+    t = teacher.sigmoid()
+    less = logsigmoid(teacher) - logsigmoid(student)
+    return t * less + (1 - t) * (less + student - teacher)  # log sigmoid(-x) = log sigmoid(x) - x
 
 
 class StreamingFrequency:

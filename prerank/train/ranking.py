@@ -1,21 +1,49 @@
-"""A ranker from logged impressions and their 0/1 labels, one log loss a task."""
+"""A ranker from examples: logged impressions with their 0/1 labels here, lessons of the heavy ranker in `distill`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from prerank.config import Config
-from prerank.models.rankers import Ranker, build_ranker
-from prerank.train.examples import UserExamples, item_tensors
-from prerank.train.loop import Plan, run
+from prerank.config import Config, RankerConfig
+from prerank.models.ranker import Ranker
+from prerank.models.rankers import build_one_ranker
+from prerank.models.towers import ItemTower, TwoTower, adopt_tables
+from prerank.train.examples import UserExamples
+from prerank.train.items import DailyItems
+from prerank.train.loop import run
+from prerank.train.optimisers import lookup_tables
+from prerank.train.plan import Plan
 from prerank.train.prepare import Prepared
-from prerank.types import Array, Report, silent
+from prerank.types import Array, Features, Report, silent
+
+WATCH = "validate.loss"
+"""What an epoch's record says of the validate days, where a training may stop early: the smaller the better."""
+
+
+class Lesson(Protocol):
+    """A batch gathered, ready for a ranker."""
+
+    def loss(self, ranker: Ranker) -> Tensor:
+        """How wrong the ranker is -> scalar."""
+        ...
+
+
+class RankerExamples(Protocol):
+    """What a ranker learns from, `len` of them."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, chosen: Array) -> Lesson:
+        """The examples at positions int64 [B]."""
+        ...
 
 
 def train_ranker(
@@ -25,27 +53,69 @@ def train_ranker(
     identity: str,
     after_epoch: Callable[[Ranker], Mapping[str, float]] = lambda _: {},
     report: Report = silent,
+    *,
+    towers: TwoTower | None = None,
+    examples: RankerExamples | None = None,
+    what: str = "train the ranker",
 ) -> tuple[Ranker, list[dict[str, float]]]:
-    """The trained ranker and one record an epoch; see `loop.run` for how it resumes and what it raises."""
-    torch.manual_seed(config.seed)
-    ranker = build_ranker(config, prepared.transforms.sizes())
-    assert isinstance(ranker, nn.Module)
-    impressions = Impressions(prepared, config, np.flatnonzero(prepared.of_days(config.data.days("train"))))
-    plan = Plan.of(config.ranker, identity, len(impressions.events), config.seed)
+    """One trained ranker and one record an epoch; see `loop.run` for how it resumes and what it raises.
 
-    def loss_of(examples: Tensor) -> Tensor:
-        return binary_cross_entropy_with_logits(*impressions.logits_and_labels(ranker, examples.numpy()))
+    It learns from `examples`, from the impressions of the training days where none are given. `towers` are those whose
+    tables it takes where `[ranker] tables` says so.
+    """
+    torch.manual_seed(config.seed)
+    ranker = build_one_ranker(config, prepared.transforms.sizes())
+    assert isinstance(ranker, nn.Module)
+    if config.ranker.tables == "retrieval":
+        assert towers is not None, "tables of the retrieval towers are asked for"
+        for tower in (module for module in ranker.modules() if isinstance(module, ItemTower)):
+            adopt_tables(tower, towers.item_tower)
+    if examples is None:
+        examples = Impressions(prepared, config, np.flatnonzero(prepared.of_days(config.data.days("train"))))
+    given = examples
+
+    def batch_of(chosen: Array, draw: np.random.Generator) -> Lesson:
+        return given.batch(chosen)
+
+    def loss_of(batch: Lesson) -> Tensor:
+        return batch.loss(ranker)
 
     records = run(
         ranker,
-        plan,
+        _plan(config.ranker, identity, len(given), config.seed),
+        batch_of,
         loss_of,
         folder,
+        lookup_tables=lookup_tables(ranker, config.features),
         after_epoch=lambda _: after_epoch(ranker),
         report=report,
-        what="train the ranker",
+        what=what,
     )
     return ranker, records
+
+
+def _plan(options: RankerConfig, identity: str, num_examples: int, seed: int) -> Plan:
+    plan = Plan.of(options, identity, num_examples, seed)
+    return replace(plan, average=options.average, patience=options.patience, watch=WATCH)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Impressions gathered: user and item features [B, ...], labels float32 [B, T]."""
+
+    user: Features
+    items: Features
+    labels: Tensor
+
+    def logits(self, ranker: Ranker) -> Tensor:
+        """float32 [B, T], also where the model computes in bfloat16: a loss of eight bits learns little."""
+        user_side = ranker.user_side(self.user)
+        item_side = {name: side[:, None] for name, side in ranker.item_side(self.items).items()}
+        return ranker(user_side, item_side).squeeze(1).float()
+
+    def loss(self, ranker: Ranker) -> Tensor:
+        """The log loss, mean over impressions and tasks -> scalar."""
+        return binary_cross_entropy_with_logits(self.logits(ranker), self.labels)
 
 
 class Impressions:
@@ -53,23 +123,25 @@ class Impressions:
 
     def __init__(self, prepared: Prepared, config: Config, events: Array) -> None:
         self.events = events
-        self.item = prepared.events["item"]
+        self.item, self.day = prepared.events["item"], prepared.events["day"]
         self.users = UserExamples(prepared, config.features)
-        self.items = item_tensors(prepared)
+        self.items = DailyItems(prepared, config)
         happened = [prepared.happened(task.label)[events] for task in config.tasks.values()]
         self.labels = torch.from_numpy(np.stack(happened, axis=-1)).float()
 
-    def logits_and_labels(self, ranker: Ranker, chosen: Array) -> tuple[Tensor, Tensor]:
-        """Of positions `chosen` int64 [B] in `events`: logits and labels, both float32 [B, T]."""
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def batch(self, chosen: Array) -> Batch:
+        """Of positions `chosen` int64 [B] in `events`."""
         events = self.events[chosen]
         rows = torch.from_numpy(self.item[events].astype(np.int64))
-        user_side = ranker.user_side(self.users.at(events))
-        item_side = ranker.item_side({name: column[rows] for name, column in self.items.items()})
-        return ranker(user_side, item_side[:, None]).squeeze(1), self.labels[torch.from_numpy(chosen)]
+        items = self.items.at(rows, self.day[events])
+        return Batch(self.users.at(events), items, self.labels[torch.from_numpy(chosen)])
 
     @torch.inference_mode()
     def predict(self, ranker: Ranker, batch: int = 8192) -> Array:
         """Probabilities float32 [P, T] of every impression."""
         parts = torch.arange(len(self.events)).split(batch)  # type: ignore[no-untyped-call]
-        found = [self.logits_and_labels(ranker, part.numpy())[0].sigmoid() for part in parts]
+        found = [self.batch(part.numpy()).logits(ranker).sigmoid() for part in parts]
         return torch.cat(found).numpy()

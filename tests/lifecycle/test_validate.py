@@ -11,7 +11,8 @@ import torch
 from prerank.bundle.registry import Registry
 from prerank.config import GATES, Bound
 from prerank.errors import GateFailed
-from prerank.lifecycle.build import Quality, evaluate, publish_trained, train
+from prerank.lifecycle.build import Quality, evaluate, publish_trained
+from prerank.lifecycle.training import train
 from prerank.lifecycle.validate import MEASURES, validate
 
 
