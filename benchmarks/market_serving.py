@@ -29,7 +29,8 @@ from benchmarks.run import Measured, Options, run
 from prerank.bundle.registry import Registry
 from prerank.config import Config, parse_config
 from prerank.data.logs import open_tables
-from prerank.lifecycle.build import load_users, publish_trained, train
+from prerank.lifecycle.build import load_users, publish_trained
+from prerank.lifecycle.training import train
 from prerank.lifecycle.validate import validate
 from prerank.market.generate import generate_market
 

@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from benchmarks.machine import ceilings as machine_ceilings
 from benchmarks.machine import say, times_ms
@@ -44,6 +43,7 @@ from prerank.bundle.scorer import Scorer
 from prerank.business.utility import Utility
 from prerank.index.exact import ExactIndex
 from prerank.index.top_k import order_keys
+from prerank.models.layers import VECTORS
 from prerank.models.rankers import build_ranker
 from prerank.serve.graph import RequestGraph
 from prerank.serve.stages import ExpandUser
@@ -159,7 +159,7 @@ def _scorer_rows(world: World, sizes: Sizes) -> Iterator[Row]:
     """Weights and item side as drawn: what they are does not change what they cost."""
     ranker = build_ranker(world.config, world.transforms.sizes())
     utility = Utility(ranker.tasks, {"click": "bid_micros"})
-    scorer = Scorer(world.items, ranker, utility, torch.randn(sizes.items, DIM + 1)).eval()
+    scorer = Scorer(world.items, ranker, utility, {VECTORS: torch.randn(sizes.items, DIM + 1)}).eval()
     for num in CANDIDATES:
         yield from _scorer_steps(scorer, world, torch.randperm(sizes.items)[None, :num], sizes.calls // 10)
 
@@ -167,11 +167,11 @@ def _scorer_rows(world: World, sizes: Sizes) -> Iterator[Row]:
 def _scorer_steps(scorer: Scorer, world: World, rows: Tensor, calls: int) -> Iterator[Row]:
     user, worth, num = world.features(), torch.rand(rows.shape), rows.shape[1]
     candidates = CandidateSet(rows, torch.zeros(rows.shape), torch.ones(rows.shape, dtype=torch.bool))
-    user_side, taken = scorer.ranker.user_side(user), embedding(rows, scorer.item_side)
+    user_side, taken = scorer.ranker.user_side(user), scorer.item_side.gather(rows)
     whole, gather, rank, exact, plain = _in_turn(
         calls,
         partial(scorer, user, candidates, WINNERS),
-        partial(embedding, rows, scorer.item_side),
+        partial(scorer.item_side.gather, rows),
         partial(scorer.ranker, user_side, taken),
         lambda: order_keys(worth, rows, None).topk(WINNERS),
         partial(worth.topk, WINNERS),

@@ -6,7 +6,7 @@ import http.client
 import json
 import multiprocessing
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -22,6 +22,9 @@ from prerank.features.transforms import Transforms
 from prerank.serve.answer import Answer, Winner
 from prerank.serve.graph import StageReport, Values
 from prerank.serve.http import create_app
+from prerank.serve.record import Recorded
+from prerank.stores.events import LiveEvent
+from prerank.stores.records import EXPOSED
 from prerank.stores.users import Events
 from prerank.types import Array, Features, Given, Request
 
@@ -94,7 +97,8 @@ class World:
         for user, length in enumerate(draw.poisson(EVENTS, last + 1)):
             n = LONG_HISTORY if user == last else length
             times = T0 + np.sort(draw.integers(DAY_MS, size=n))
-            yield user, draw.integers(self.items.num_items, size=n), times, draw.integers(2, size=n).astype(np.uint32)
+            flags = draw.integers(2, size=n).astype(np.uint32) | EXPOSED
+            yield user, draw.integers(self.items.num_items, size=n), times, times, flags
 
     def features(self) -> Features:
         """Those of one user who has no history."""
@@ -154,6 +158,7 @@ class Ready:
     version: str = "20260105T0000-000000000000"
     default_deadline_ms: float = 1000.0
     example_context: Mapping[str, Given] = field(default_factory=dict)
+    example_events: Sequence[Mapping[str, Given]] = ()
     winners: tuple[Winner, ...] = tuple(
         Winner(n, 2.5 * n, {"click": 0.25}, {"advertiser_id": n, "title": f"title {n}", "format": "image"})
         for n in range(HTTP_WINNERS)
@@ -163,6 +168,10 @@ class Ready:
         """The same for everyone."""
         stages = [StageReport(f"stage {n}", 0.0, 1, 1) for n in range(4)]
         return Answer(request.request_id, self.version, self.winners, stages, False, [])
+
+    def record(self, events: Sequence[LiveEvent]) -> Recorded:
+        """Nothing is kept."""
+        return Recorded(len(events), 0, 0, 0)
 
 
 @contextmanager

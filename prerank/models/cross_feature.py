@@ -57,6 +57,6 @@ class CrossFeatureRanker(nn.Module):
         if self.meeting.width:
             met.append(self.meeting(user_side, item_side))
         x = self.norm(user + item + self.crossed(torch.cat(met, dim=-1)))
-        experts = torch.stack([expert(x) for expert in self.experts], dim=-2)
+        experts = [expert(x) for expert in self.experts]
         pairs = zip(self.gates, self.heads, strict=True)
         return torch.cat([head(gate(x, experts)) for gate, head in pairs], dim=-1)

@@ -84,7 +84,7 @@ class HeavyRanker(nn.Module):
             parts.append(self.meeting(user_side, item_side))
         z = self.norm(torch.cat(parts, dim=-1))
         x = self.linear(self.dropout(z))
-        experts = torch.stack([*(one(x) for one in self.crossing), *(one(z) for one in self.deep)], dim=-2)
+        experts = [*(one(x) for one in self.crossing), *(one(z) for one in self.deep)]
         pairs = zip(self.gates, self.heads, strict=True)
         return torch.cat([head(gate(x, experts)) for gate, head in pairs], dim=-1)
 

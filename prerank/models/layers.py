@@ -74,9 +74,14 @@ class Gate(nn.Module):
         g: Tensor = self.mlp(x).softmax(-1)
         return g
 
-    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
-        """x float [..., W] and what each expert made of it [..., E, W] -> [..., W]."""
-        return torch.einsum("...e,...ew->...w", self.weights(x), experts)
+    def forward(self, x: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        """x float [..., W] and what each of the E experts made of it, [..., W] each -> [..., W]."""
+        # E products and sums: as one batched product they would be many of one row each
+        weights = self.weights(x).unsqueeze(-1).unbind(-2)
+        mix = weights[0] * experts[0]
+        for weight, expert in zip(weights[1:], experts[1:], strict=True):
+            mix = torch.addcmul(mix, weight, expert)
+        return mix
 
 
 class TaskHeads(nn.Module):

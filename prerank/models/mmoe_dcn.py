@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from prerank.config import Config, RankerConfig
@@ -28,7 +27,7 @@ class CrossTower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., W] -> [..., T (D + 1)]."""
-        experts = torch.stack([expert(x) for expert in self.experts], dim=-2)
+        experts = [expert(x) for expert in self.experts]
         out: Tensor = self.heads([gate(x, experts) for gate in self.gates])
         return out
 

@@ -63,7 +63,7 @@ class ExpertTower(nn.Module):
             assert domain is not None
             common.append(self.domains(x, domain))
         pairs = zip(self.gates, self.own, strict=True)
-        out: Tensor = self.heads([gate(x, torch.stack([*common, own(x)], dim=-2)) for gate, own in pairs])
+        out: Tensor = self.heads([gate(x, [*common, own(x)]) for gate, own in pairs])
         return out
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import IO
@@ -49,6 +49,7 @@ class Prepared:
     users: Columns
     items: Columns
     events: Columns
+    _made: dict[str, dict[str, Timeline]] = field(default_factory=dict, repr=False, compare=False)
 
     def happened(self, event: str) -> Array:
         """bool [E]: where the label `event` is 1, or everywhere for "impression"."""
@@ -65,7 +66,16 @@ class Prepared:
         return marks
 
     def timelines(self, schema: FeatureSchema) -> dict[str, Timeline]:
-        """The events of all users that each history and each counter reads, each at the time it became known."""
+        """The events of all users that each history and each counter reads, each at the time it became known.
+
+        Made once: training asks for them again and again.
+        """
+        key = repr((schema.histories(), schema.interaction))
+        if key not in self._made:
+            self._made[key] = self._timelines(schema)
+        return self._made[key]
+
+    def _timelines(self, schema: FeatureSchema) -> dict[str, Timeline]:
         num_users = len(self.user_ids)
         found = {}
         for name, history in schema.histories().items():
