@@ -5,17 +5,17 @@ Used by `ranking_market`. Arrays are in the order of prepared events (by user, t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.market import KNOWS, _fit, _law, _Log, _terms
+from benchmarks.market import KNOWS, _fit, _law, _Log, _ranks, _terms
 from benchmarks.result import Row
 from prerank.evaluate.ranking import item_rates
-from prerank.market.generate import MarketTruth
+from prerank.market.generate import MarketTruth, best_rank_error
 from prerank.market.hash import rows_of_ids
 from prerank.market.marginals import SURFACES
 from prerank.metrics.bootstrap import Interval, Resamples, difference_interval, interval_of
@@ -41,12 +41,15 @@ class View:
 
     def divergence(self, prob: Array) -> Array:
         """KL(truth || prob) of prob [S, R], mean over seeds -> [R]."""
-        return bernoulli_kl(np.broadcast_to(self.truth, prob.shape), prob).mean(0)
+        found: Array = bernoulli_kl(np.broadcast_to(self.truth, prob.shape), prob).mean(0)
+        return found
 
     def loss(self, prob: Array) -> Array:
         """The log loss of prob [S, R], mean over seeds -> [R]."""
         kept = prob.astype(np.float64).clip(_EPS, 1 - _EPS)
-        return -np.where(self.label, np.log(kept), np.log1p(-kept)).mean(0)
+        assert self.label is not None
+        found: Array = -np.where(self.label > 0, np.log(kept), np.log1p(-kept)).mean(0)
+        return found
 
 
 def log_order(market: Path, prepared: Prepared) -> Array:
@@ -95,7 +98,15 @@ def pairs(truth: MarketTruth, prepared: Prepared, log: _Log, asked: Retrieved) -
     each = taken(log, np.repeat(asked.events, asked.rows.shape[1]))
     top = np.zeros_like(each.position)
     return _Log(
-        each.user, ad[asked.rows.ravel()], each.surface, each.hour, top, views.ravel(), clicks.ravel(), each.time_ms, top
+        each.user,
+        ad[asked.rows.ravel()],
+        each.surface,
+        each.hour,
+        top,
+        views.ravel(),
+        clicks.ravel(),
+        each.time_ms,
+        top,
     )
 
 
@@ -158,6 +169,17 @@ def logit_of(prob: Array) -> Array:
     kept = prob.astype(np.float64).clip(_EPS, 1 - _EPS)
     logit: Array = np.log(kept) - np.log1p(-kept)
     return logit
+
+
+def rank_rows(truth: MarketTruth, dim: int, logit: Array, probs: Mapping[str, Sequence[Array]]) -> Iterator[Row]:
+    """What no dot product of the rankers' width can hold, and what each ranker and oracle leaves, of [Q, N] logits."""
+    unit = "of squared error"
+    yield from (row for row in _ranks(truth) if row.name.endswith(f", d = {dim}"))
+    yield Row.of(f"best rank error of the candidates, d = {dim}", best_rank_error(logit, dim), unit, logit.size)
+    for name, both in probs.items():
+        if len(both) > 1:
+            errors = [pair_error(logit, logit_of(prob).reshape(logit.shape)) for prob in both[1]]
+            yield from seed_rows(f"{name}, candidates, error of the pairs", errors, unit, logit.size)
 
 
 def judged_rows(name: str, prob: Array, view: View, in_full: bool) -> Iterator[Row]:

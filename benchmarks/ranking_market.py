@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,19 +26,18 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.machine import REPOSITORY, say
-from benchmarks.market import KNOWS, _Log, _ranks
+from benchmarks.market import _Log
 from benchmarks.market_truth import (
     View,
     interval_rows,
     judged_rows,
     log_order,
     logit_of,
-    pair_error,
     paired_rows,
     pairs,
     parts,
+    rank_rows,
     references,
-    seed_rows,
     taken,
 )
 from benchmarks.ranking_quality import num_weights
@@ -47,11 +46,10 @@ from benchmarks.run import Measured, Options, run
 from prerank.config import Config, Segments, load_config
 from prerank.data.logs import open_tables
 from prerank.evaluate.judge import predict
-from prerank.market.generate import MarketTruth, best_rank_error, generate_market
+from prerank.market.generate import MarketTruth, generate_market
 from prerank.market.marginals import SURFACES
 from prerank.metrics.bootstrap import difference_interval
 from prerank.models.ranker import Ranker
-from prerank.models.segmented import SegmentedRanker
 from prerank.train.candidates import Retrieved, one_event_a_user
 from prerank.train.prepare import Prepared, prepare
 from prerank.train.ranking import Impressions, train_ranker
@@ -70,7 +68,7 @@ ALL, OWN, OVER = "one for all", "its own", "its own over one for all"
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much of everything; `segments` are (training impressions a surface, batch) of part b, the largest first."""
+    """How much of everything; `segments` has the batch by the training impressions a surface of part b."""
 
     num_ads: int = 100_000
     impressions: int = 1_200_000
@@ -78,12 +76,12 @@ class Sizes:
     questions: int = 500
     candidates: int = 200
     split_impressions: int = 21_000_000  # so that the smallest surface has a million in the training days
-    segments: tuple[tuple[int, int], ...] = ((1_000_000, 2048), (150_000, 512), (15_000, 128))
+    segments: Mapping[int, int] = field(default_factory=lambda: {1_000_000: 2048, 150_000: 512, 15_000: 128})
     split_test: int = 200_000
     draws: int = 300
 
 
-QUICK = Sizes(15_000, 40_000, (7, 8), 50, 40, 50_000, ((1_500, 128), (500, 64)), 2_000, 50)
+QUICK = Sizes(15_000, 40_000, (7, 8), 50, 40, 50_000, {1_500: 128, 500: 64}, 2_000, 50)
 
 
 def models(config: Config) -> dict[str, Config]:
@@ -131,9 +129,9 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What one training gave: probabilities by what they are of, its seconds, its weights outside the tables."""
+    """What one training gave: two arrays of probabilities, its seconds, and a ranker's weights outside the tables."""
 
-    probs: Mapping[str, Array]
+    probs: tuple[Array, ...]
     seconds: float
     weights: int
 
@@ -142,25 +140,158 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
     sizes, part = QUICK if options.quick else Sizes(), os.environ.get("PRERANK_BENCHMARK_PART", "ab")
     config = load_config(REPOSITORY / "funnel.toml")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    rows: list[Row] = []
     with TemporaryDirectory() as kept, ProcessPoolExecutor(2, get_context("spawn"), _one_thread) as pool:
         home = Path(os.environ.get("PRERANK_BENCHMARK_STORE", kept))
-        asked: dict[tuple[object, ...], Future[Told]] = {}
-        worlds: dict[str, World] = {}
-        # the longest first, so that no process is left alone with one at the end
-        for one, num in (("b", sizes.split_impressions), ("a", sizes.impressions)):
-            if one in part:
-                say(f"ranking_market: a market of {num:,} impressions for part {one}")
-                worlds[one] = World.make(config, home, sizes.num_ads, num)
-                work = JOBS[one](config, sizes)
-                asked |= {job: pool.submit(WORK[one], worlds[one], sizes, *job) for job in work}
-        told = {}
-        for job, future in asked.items():
-            told[job] = future.result()
-            say(f"ranking_market: {', '.join(str(word) for word in job)}: {told[job].seconds:.0f} s")
-        rows = [row for one, world in sorted(worlds.items()) for row in ROWS[one](world, sizes, told)]
+        several: dict[tuple[str, int], Future[Told]] = {}
+        if "b" in part:  # the longest first, so that no process ends alone with one
+            say(f"ranking_market: a market of {sizes.split_impressions:,} impressions")
+            wide = World.make(config, home, sizes.num_ads, sizes.split_impressions)
+            several |= {(name, num): pool.submit(split, wide, sizes, name, num) for num, name in _splits(sizes)}
+        if "a" in part:
+            say(f"ranking_market: a market of {sizes.impressions:,} impressions")
+            world = World.make(config, home, sizes.num_ads, sizes.impressions)
+            each = [(name, seed) for name in models(config) for seed in sizes.seeds]
+            several |= {job: pool.submit(judged, world, sizes, *job) for job in each}
+        told = {job: _said(job, one) for job, one in several.items()}
+        if "a" in part:
+            rows += truth_rows(world, sizes, {name: [told[name, s] for s in sizes.seeds] for name in models(config)})
+        if "b" in part:
+            rows += split_rows(wide, sizes, told)
     said = {name: one.to_dict()["ranker"] for name, one in models(config).items()}
     return Measured(rows, {**asdict(sizes), "part": part, "seed": config.seed, "rankers": said})
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def _said(job: tuple[str, int], one: Future[Told]) -> Told:
+    told = one.result()
+    say(f"ranking_market: {job[0]}, {job[1]}: {told.seconds:.0f} s")
+    return told
+
+
+def judged(world: World, sizes: Sizes, name: str, seed: int) -> Told:
+    """One ranker of part a, and its probabilities of impressions [P] and of candidates [Q N]."""
+    config, prepared = replace(models(world.config)[name], seed=seed), world.prepared()
+    started = perf_counter()
+    ranker, _ = train_ranker(prepared, config, *world.work(config.to_dict()))
+    seconds = perf_counter() - started
+    test = Impressions(prepared, config, np.flatnonzero(prepared.of_days(config.data.days("test"))))
+    found = predict(ranker, test, ask(world.config, prepared, sizes))
+    assert found.candidates is not None
+    return Told((found.winners[:, 0], found.candidates[..., 0].ravel()), seconds, num_weights(ranker))
+
+
+def ask(config: Config, prepared: Prepared, sizes: Sizes) -> Retrieved:
+    """The first moment on the test day of some users, each asked about the same random ads, eligible or not."""
+    events = one_event_a_user(prepared, config.data.days("test"), sizes.questions, config.seed)
+    draw = np.random.default_rng(config.seed)
+    items = draw.choice(len(prepared.item_ids), sizes.candidates, replace=False).astype(np.int32)
+    rows = np.tile(items, (len(events), 1))
+    return Retrieved(events, rows, rows >= 0)
+
+
+def truth_rows(world: World, sizes: Sizes, told: Mapping[str, Sequence[Told]]) -> Iterator[Row]:
+    """Every row of part a; `told` are the seeds of each ranker."""
+    say("ranking_market: the truth beside them")
+    config, prepared, truth = world.config, world.prepared(), MarketTruth.load(world.folder)
+    log = taken(_Log.read(truth, world.folder), log_order(world.folder, prepared))
+    train, test = (taken(log, np.flatnonzero(prepared.of_days(config.data.days(d)))) for d in ("train", "test"))
+    asked = pairs(truth, prepared, log, ask(config, prepared, sizes))
+    known = references(truth, train, test, asked)
+    shown, drawn = known.pop("truth")
+    views = [
+        View(shown, test.user, parts(truth, test), test.label),
+        View(drawn, asked.user, {"candidates": np.arange(len(drawn))}),
+    ]
+    probs = {name: [np.stack([one.probs[k] for one in runs]) for k in (0, 1)] for name, runs in told.items()}
+    probs |= {name: [prob[None] for prob in both] for name, both in known.items()}
+    for name, runs in told.items():
+        yield Row.of(f"{name}: weights outside the tables", runs[0].weights, "weights")
+        yield Row.of(f"{name}: training, one thread", float(np.mean([one.seconds for one in runs])), "s", len(runs))
+    for name, both in probs.items():
+        for view, prob in zip(views, both, strict=False):
+            yield from judged_rows(name, prob, view, in_full=name in told)
+    for ours, theirs in PAIRS:
+        for view, mine, other in zip(views, probs[ours], probs[theirs], strict=True):
+            yield from paired_rows(f"{ours} over {theirs}", mine, other, view, sizes.draws)
+    yield from rank_rows(truth, config.ranker.dim, logit_of(drawn).reshape(-1, sizes.candidates), probs)
+
+
+def _splits(sizes: Sizes) -> list[tuple[int, str]]:
+    return [(num, name) for num in sizes.segments for name in SPLIT]
+
+
+def split(world: World, sizes: Sizes, name: str, num: int) -> Told:
+    """One ranker for all surfaces and one a surface, by `num` training impressions of each: probabilities [P] of both.
+
+    That for all is the segmented ranker's own common one, of all these impressions together.
+    """
+    options = models(world.config)[name]
+    batch = sizes.segments[num]
+    segments = Segments(by="surface", own=SURFACES, least=1)
+    config = replace(options, segments=segments, ranker=replace(options.ranker, batch=batch))
+    prepared = world.prepared()
+    events = np.concatenate(list(learnt(config, prepared, num).values()))
+    given = Impressions(prepared, config, events)
+    started = perf_counter()
+    ranker, _ = train_segments(
+        prepared, config, *world.work(config.to_dict(), num), events, given, lambda _: lambda _: {}
+    )
+    seconds = perf_counter() - started
+    test = Impressions(prepared, config, tested(config, prepared, sizes))
+    common = cast("Ranker", ranker.rankers[0])
+    return Told(tuple(test.predict(one)[:, 0] for one in (common, ranker)), seconds, num_weights(common))
+
+
+def learnt(config: Config, prepared: Prepared, num: int) -> dict[str, Array]:
+    """`num` random training impressions of each surface, all where there are fewer -> positions int64 by surface."""
+    days = prepared.of_days(config.data.days("train"))
+    found = {}
+    for name, code in codes(prepared).items():
+        rows = np.flatnonzero(days & (prepared.events["surface"] == code))
+        found[name] = np.sort(np.random.default_rng(config.seed).permutation(rows)[:num])
+    return found
+
+
+def tested(config: Config, prepared: Prepared, sizes: Sizes) -> Array:
+    """The impressions of the test day that part b judges on, drawn at random -> positions int64."""
+    rows = np.flatnonzero(prepared.of_days(config.data.days("test")))
+    drawn: Array = np.sort(np.random.default_rng(config.seed).permutation(rows)[: sizes.split_test])
+    return drawn
+
+
+def codes(prepared: Prepared) -> dict[str, int]:
+    """The prepared code of each surface."""
+    return own_codes(prepared, Segments(by="surface", own=SURFACES))
+
+
+def split_rows(world: World, sizes: Sizes, told: Mapping[tuple[str, int], Told]) -> Iterator[Row]:
+    """Every row of part b, by ranker and training impressions a surface; a row's n is that surface's."""
+    say("ranking_market: the truth of the segments")
+    config, prepared = world.config, world.prepared()
+    events = tested(config, prepared, sizes)
+    place = log_order(world.folder, prepared)[events]
+    prob = pq.read_table(world.folder / "truth.parquet", columns=["click_prob"])["click_prob"].to_numpy()[place]
+    label, surface = prepared.happened("is_click")[events].astype(np.int64), prepared.events["surface"][events]
+    where = {"all surfaces": np.arange(len(events))}
+    where |= {name: np.flatnonzero(surface == code) for name, code in codes(prepared).items()}
+    for num, name in _splits(sizes):
+        rows = {surface: len(some) for surface, some in learnt(config, prepared, num).items()}
+        rows["all surfaces"] = sum(rows.values())
+        yield Row.of(f"{name}, {num:,} a surface: training both, one thread", told[name, num].seconds, "s")
+        for part, at in where.items():
+            view = View(prob[at], np.asarray(prepared.events["user"])[events[at]], {}, label[at])
+            common, own = (one[None, at] for one in told[name, num].probs)
+            said = f"{name}, {num:,} a surface, {part}"
+            for metric, of in (("KL", view.divergence), ("log loss", view.loss)):
+                yield Row.of(f"{said}, {ALL}, {metric}", float(of(common).mean()), "nats", rows[part])
+                yield Row.of(f"{said}, {OWN}, {metric}", float(of(own).mean()), "nats", rows[part])
+                found = difference_interval(of(own), of(common), view.user, 0, sizes.draws)
+                yield from interval_rows(f"{said}, {OVER}, {metric}", found, "nats", len(at))
+
+
+if __name__ == "__main__":
+    run("ranking_market", __doc__, measure)

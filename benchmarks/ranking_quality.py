@@ -41,9 +41,10 @@ from prerank.train.ranking import Impressions
 
 FUNNEL = REPOSITORY / "examples" / "kuairand" / "funnel.toml"
 SEEDS, QUICK_SEEDS = (7, 8, 9), (7,)
-NUM_ABLATED = 1  # seeds of the heavy ranker's ablations, and of the student of winners alone
+NUM_ABLATED = 1  # seeds of the heavy ranker's ablations, and of the students of ONCE
 PEER = "LightGBM"
-ALONE = "cross_feature, winners alone"
+ALONE, SEGMENTED = "cross_feature, winners alone", "cross_feature a segment"
+ONCE = (ALONE, SEGMENTED)  # students of one seed
 TEACHER, BASE, FULL, HARD = "heavy ranker", "mmoe_dcn", "cross_feature", "cross_feature on labels"
 BARS = {
     ("auc", "click"): 0.751,
@@ -68,7 +69,7 @@ def students(config: Config) -> dict[str, Config]:
         **without,
         FULL: full,
         ALONE: replace(full, distillation=replace(config.distillation, candidates=0)),
-        "cross_feature a segment": replace(full, segments=Segments(by="tab", own=("1", "0"))),
+        SEGMENTED: replace(full, segments=Segments(by="tab", own=("1", "0"))),
         HARD: replace(full, heavy_ranker=None),
     }
 
@@ -121,9 +122,11 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
         home = Path(os.environ.get("PRERANK_BENCHMARK_STORE", kept))
         jobs = [(seed, BASE) for seed in seeds]
         fewer = seeds[:NUM_ABLATED]
-        later = [(s, name) for name in students(config) if name != BASE for s in (fewer if name == ALONE else seeds)]
+        later = [(s, name) for name in students(config) if name != BASE for s in (fewer if name in ONCE else seeds)]
         later += [(seed, name) for name in ablations(config) for seed in fewer]
         told: dict[tuple[int, str], Told] = {}
+        for one in (config, *ablations(config).values()):  # here, for two processes would be in each other's way
+            prepare(one, open_tables(one, options.data, home / "tables"), home / "work")
         with ProcessPoolExecutor(2, get_context("spawn"), _one_thread) as pool:
             for some in (jobs, [(seed, TEACHER) for seed in seeds] + later):
                 asked = [pool.submit(_train, config, options.data, home, *job) for job in some]

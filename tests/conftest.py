@@ -31,6 +31,9 @@ hidden = [16]
 [ranker]
 epochs = 1
 hidden = [16]
+width = 16
+experts = 2
+low_rank = 4
 dim = 8
 keep = 50
 """
