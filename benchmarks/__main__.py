@@ -9,7 +9,16 @@ from benchmarks.machine import REPOSITORY, say
 from benchmarks.result import Result, Row, table
 from benchmarks.run import arguments
 
-QUESTIONS = ("market", "data", "retrieval_quality", "ranking_quality", "market_serving", "serving_parts")
+QUESTIONS = (
+    "market",
+    "data",
+    "retrieval_quality",
+    "ranking_quality",
+    "ranking_market",
+    "training_throughput",
+    "market_serving",
+    "serving_parts",
+)
 
 
 def main() -> int:

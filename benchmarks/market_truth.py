@@ -18,7 +18,7 @@ from prerank.evaluate.ranking import item_rates
 from prerank.market.generate import MarketTruth, best_rank_error
 from prerank.market.hash import rows_of_ids
 from prerank.market.marginals import SURFACES
-from prerank.metrics.bootstrap import Interval, Resamples, difference_interval, interval_of
+from prerank.metrics.bootstrap import Interval, Resamples, mean_interval
 from prerank.metrics.classification import SortedLabels, auc
 from prerank.metrics.divergence import bernoulli_kl
 from prerank.train.candidates import Retrieved
@@ -50,6 +50,13 @@ class View:
         assert self.label is not None
         found: Array = -np.where(self.label > 0, np.log(kept), np.log1p(-kept)).mean(0)
         return found
+
+    def areas(self, prob: Array, draws: int) -> Array:
+        """The AUC of prob [S, R], mean over seeds, then the same on each resample of users -> float64 [D + 1]."""
+        assert self.label is not None
+        each = [SortedLabels.of(self.label, one) for one in prob]
+        weights = Resamples.of(self.user, 0, draws).weights()
+        return np.array([np.mean([one.auc(weight) for one in each]) for weight in weights])
 
 
 def log_order(market: Path, prepared: Prepared) -> Array:
@@ -207,17 +214,13 @@ def seed_rows(name: str, values: list[float], unit: str, n: int) -> Iterator[Row
 
 def paired_rows(name: str, ours: Array, theirs: Array, view: View, draws: int) -> Iterator[Row]:
     """What ours [S, R] is more than theirs, means over seeds, with the interval over users, 95 %."""
-    nats = {"KL": (view.divergence(ours), view.divergence(theirs))}
-    if view.label is not None:
-        nats["log loss"] = (view.loss(ours), view.loss(theirs))
+    kl = view.divergence(ours) - view.divergence(theirs)
     for part, rows in view.parts.items():
-        for metric, (mine, other) in nats.items():
-            found = difference_interval(mine[rows], other[rows], view.user[rows], 0, draws)
-            yield from interval_rows(f"{name}, {part}, {metric}", found, "nats", len(rows))
+        found = mean_interval(kl[rows], view.user[rows], 0, draws)
+        yield from interval_rows(f"{name}, {part}, KL", found, "nats", len(rows))
     if view.label is not None:
-        resamples = Resamples.of(view.user, 0, draws)
-        more = _areas(view.label, ours, resamples) - _areas(view.label, theirs, resamples)
-        yield from interval_rows(f"{name}, impressions, AUC", interval_of(more), "AUC", len(view.user))
+        found = mean_interval(view.loss(ours) - view.loss(theirs), view.user, 0, draws)
+        yield from interval_rows(f"{name}, impressions, log loss", found, "nats", len(view.user))
 
 
 def interval_rows(name: str, found: Interval, unit: str, n: int) -> Iterator[Row]:
@@ -225,12 +228,6 @@ def interval_rows(name: str, found: Interval, unit: str, n: int) -> Iterator[Row
     yield Row.of(name, found.mean, unit, n)
     yield Row.of(f"{name}: low", found.low, unit)
     yield Row.of(f"{name}: high", found.high, unit)
-
-
-def _areas(label: Array, prob: Array, resamples: Resamples) -> Array:
-    """The AUC on each resample, mean over seeds -> float64 [D + 1]."""
-    each = [SortedLabels.of(label, one) for one in prob]
-    return np.array([np.mean([one.auc(weight) for one in each]) for weight in resamples.weights()])
 
 
 def _sigmoid(logit: Array) -> Array:

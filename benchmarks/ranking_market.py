@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import cast
 
 import numpy as np
@@ -48,7 +47,7 @@ from prerank.data.logs import open_tables
 from prerank.evaluate.judge import predict
 from prerank.market.generate import MarketTruth, generate_market
 from prerank.market.marginals import SURFACES
-from prerank.metrics.bootstrap import difference_interval
+from prerank.metrics.bootstrap import difference_interval, interval_of
 from prerank.models.ranker import Ranker
 from prerank.train.candidates import Retrieved, one_event_a_user
 from prerank.train.prepare import Prepared, prepare
@@ -56,12 +55,12 @@ from prerank.train.ranking import Impressions, train_ranker
 from prerank.train.segments import own_codes, train_segments
 from prerank.types import Array
 
-BASE, EARLY, FULL, TWICE = "mmoe_dcn", "cross_feature, early crossing alone", "cross_feature", "twice the epochs"
+BASE, PLAIN, FULL, TWICE = "mmoe_dcn", "cross_feature, no crossings", "cross_feature", "twice the epochs"
 DOT = "knows context, biases and taste"
 SPLIT = (FULL, BASE)  # the rankers of part b, the dearer one first
 PAIRS = (
     ("two_tower", BASE), ("mtmd", BASE), ("mtmd", "mtmd without domains"), (f"mtmd, {TWICE}", f"{BASE}, {TWICE}"),
-    (f"mtmd, {TWICE}", "mtmd"), (f"{BASE}, {TWICE}", BASE), (EARLY, BASE), (FULL, BASE), (FULL, EARLY), (FULL, DOT),
+    (f"mtmd, {TWICE}", "mtmd"), (f"{BASE}, {TWICE}", BASE), (PLAIN, BASE), (FULL, BASE), (FULL, PLAIN), (FULL, DOT),
 )  # fmt: skip
 ALL, OWN, OVER = "one for all", "its own", "its own over one for all"
 
@@ -76,12 +75,12 @@ class Sizes:
     questions: int = 500
     candidates: int = 200
     split_impressions: int = 21_000_000  # so that the smallest surface has a million in the training days
-    segments: Mapping[int, int] = field(default_factory=lambda: {1_000_000: 2048, 150_000: 512, 15_000: 128})
+    segments: Mapping[int, int] = field(default_factory=lambda: {1_000_000: 1024, 150_000: 512, 15_000: 128})
     split_test: int = 200_000
     draws: int = 300
 
 
-QUICK = Sizes(15_000, 40_000, (7, 8), 50, 40, 50_000, {1_500: 128, 500: 64}, 2_000, 50)
+QUICK = Sizes(15_000, 32_000, (7,), 50, 40, 40_000, {1_000: 256, 300: 128}, 2_000, 20)
 
 
 def models(config: Config) -> dict[str, Config]:
@@ -90,11 +89,11 @@ def models(config: Config) -> dict[str, Config]:
     plain = replace(config.ranker, domain="", tables="own", patience=0)
     rankers = {
         FULL: replace(plain, model="cross_feature"),
-        EARLY: replace(plain, model="cross_feature", crossings=(), hidden=(216,)),
-        BASE: replace(plain, model="mmoe_dcn", experts=2, hidden=(70,)),
-        "mtmd": replace(plain, model="mtmd", domain="surface", hidden=(31,)),
-        "mtmd without domains": replace(plain, model="mtmd", hidden=(46,)),
-        "two_tower": replace(plain, model="two_tower", hidden=(176,)),
+        PLAIN: replace(plain, model="cross_feature", crossings=(), hidden=(174,)),
+        BASE: replace(plain, model="mmoe_dcn", experts=2, hidden=(174,)),
+        "mtmd": replace(plain, model="mtmd", domain="surface", hidden=(37,)),
+        "mtmd without domains": replace(plain, model="mtmd", hidden=(56,)),
+        "two_tower": replace(plain, model="two_tower", hidden=(206,)),
     }
     rankers |= {f"{name}, {TWICE}": replace(rankers[name], epochs=2 * plain.epochs) for name in (BASE, "mtmd")}
     return {name: replace(config, ranker=ranker) for name, ranker in rankers.items()}
@@ -175,13 +174,15 @@ def _said(job: tuple[str, int], one: Future[Told]) -> Told:
 def judged(world: World, sizes: Sizes, name: str, seed: int) -> Told:
     """One ranker of part a, and its probabilities of impressions [P] and of candidates [Q N]."""
     config, prepared = replace(models(world.config)[name], seed=seed), world.prepared()
-    started = perf_counter()
-    ranker, _ = train_ranker(prepared, config, *world.work(config.to_dict()))
-    seconds = perf_counter() - started
+    ranker, epochs = train_ranker(prepared, config, *world.work(config.to_dict()))
     test = Impressions(prepared, config, np.flatnonzero(prepared.of_days(config.data.days("test"))))
     found = predict(ranker, test, ask(world.config, prepared, sizes))
     assert found.candidates is not None
-    return Told((found.winners[:, 0], found.candidates[..., 0].ravel()), seconds, num_weights(ranker))
+    return Told((found.winners[:, 0], found.candidates[..., 0].ravel()), _seconds(epochs), num_weights(ranker))
+
+
+def _seconds(epochs: Sequence[Mapping[str, float]]) -> float:
+    return sum(epoch["seconds"] for epoch in epochs)
 
 
 def ask(config: Config, prepared: Prepared, sizes: Sizes) -> Retrieved:
@@ -214,9 +215,12 @@ def truth_rows(world: World, sizes: Sizes, told: Mapping[str, Sequence[Told]]) -
     for name, both in probs.items():
         for view, prob in zip(views, both, strict=False):
             yield from judged_rows(name, prob, view, in_full=name in told)
+    areas = {name: views[0].areas(probs[name][0], sizes.draws) for name in (*told, DOT)}
     for ours, theirs in PAIRS:
         for view, mine, other in zip(views, probs[ours], probs[theirs], strict=True):
             yield from paired_rows(f"{ours} over {theirs}", mine, other, view, sizes.draws)
+        more = interval_of(areas[ours] - areas[theirs])
+        yield from interval_rows(f"{ours} over {theirs}, impressions, AUC", more, "AUC", len(shown))
     yield from rank_rows(truth, config.ranker.dim, logit_of(drawn).reshape(-1, sizes.candidates), probs)
 
 
@@ -229,21 +233,18 @@ def split(world: World, sizes: Sizes, name: str, num: int) -> Told:
 
     That for all is the segmented ranker's own common one, of all these impressions together.
     """
-    options = models(world.config)[name]
-    batch = sizes.segments[num]
-    segments = Segments(by="surface", own=SURFACES, least=1)
-    config = replace(options, segments=segments, ranker=replace(options.ranker, batch=batch))
-    prepared = world.prepared()
+    prepared, config = world.prepared(), models(world.config)[name]
+    options = replace(config.ranker, batch=sizes.segments[num])
+    config = replace(config, ranker=options, segments=Segments(by="surface", own=SURFACES, least=1))
     events = np.concatenate(list(learnt(config, prepared, num).values()))
-    given = Impressions(prepared, config, events)
-    started = perf_counter()
-    ranker, _ = train_segments(
-        prepared, config, *world.work(config.to_dict(), num), events, given, lambda _: lambda _: {}
+    where = world.work(config.to_dict(), num)
+    # what learns them is gone before the test's are made: either is gigabytes of a large log
+    ranker, epochs = train_segments(
+        prepared, config, *where, events, Impressions(prepared, config, events), lambda _: lambda _: {}
     )
-    seconds = perf_counter() - started
     test = Impressions(prepared, config, tested(config, prepared, sizes))
     common = cast("Ranker", ranker.rankers[0])
-    return Told(tuple(test.predict(one)[:, 0] for one in (common, ranker)), seconds, num_weights(common))
+    return Told(tuple(test.predict(one)[:, 0] for one in (common, ranker)), _seconds(epochs), num_weights(common))
 
 
 def learnt(config: Config, prepared: Prepared, num: int) -> dict[str, Array]:
@@ -279,7 +280,7 @@ def split_rows(world: World, sizes: Sizes, told: Mapping[tuple[str, int], Told])
     where = {"all surfaces": np.arange(len(events))}
     where |= {name: np.flatnonzero(surface == code) for name, code in codes(prepared).items()}
     for num, name in _splits(sizes):
-        rows = {surface: len(some) for surface, some in learnt(config, prepared, num).items()}
+        rows = {part: len(some) for part, some in learnt(config, prepared, num).items()}
         rows["all surfaces"] = sum(rows.values())
         yield Row.of(f"{name}, {num:,} a surface: training both, one thread", told[name, num].seconds, "s")
         for part, at in where.items():
@@ -289,8 +290,8 @@ def split_rows(world: World, sizes: Sizes, told: Mapping[tuple[str, int], Told])
             for metric, of in (("KL", view.divergence), ("log loss", view.loss)):
                 yield Row.of(f"{said}, {ALL}, {metric}", float(of(common).mean()), "nats", rows[part])
                 yield Row.of(f"{said}, {OWN}, {metric}", float(of(own).mean()), "nats", rows[part])
-                found = difference_interval(of(own), of(common), view.user, 0, sizes.draws)
-                yield from interval_rows(f"{said}, {OVER}, {metric}", found, "nats", len(at))
+            found = difference_interval(view.divergence(own), view.divergence(common), view.user, 0, sizes.draws)
+            yield from interval_rows(f"{said}, {OVER}, KL", found, "nats", len(at))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,6 @@ def ablations(config: Config) -> dict[str, Config]:
         return replace(config, features=replace(schema, interaction=kept))  # type: ignore[arg-type]
 
     counted = schema.interaction
-    item = {name: kind for name, kind in schema.item.items() if name not in schema.rates()}
     return {
         "without counters by item feature": counters({n: c for n, c in counted.items() if not c.by}),
         "without user state": counters({n: c for n, c in counted.items() if c.by}),
@@ -100,7 +99,6 @@ def ablations(config: Config) -> dict[str, Config]:
         "without attention": options(crossings=("matches",)),
         "without cross features": options(crossings=()),
         "without cross network": options(cross_layers=1, low_rank=1),
-        "without rates": replace(config, features=replace(schema, item=item)),
     }
 
 
@@ -122,11 +120,12 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
         home = Path(os.environ.get("PRERANK_BENCHMARK_STORE", kept))
         jobs = [(seed, BASE) for seed in seeds]
         fewer = seeds[:NUM_ABLATED]
-        later = [(s, name) for name in students(config) if name != BASE for s in (fewer if name in ONCE else seeds)]
+        later = [(seed, name) for name in students(config) if name not in (BASE, *ONCE) for seed in seeds]
+        later += [(seed, name) for name in ONCE for seed in fewer]
         later += [(seed, name) for name in ablations(config) for seed in fewer]
         told: dict[tuple[int, str], Told] = {}
-        for one in (config, *ablations(config).values()):  # here, for two processes would be in each other's way
-            prepare(one, open_tables(one, options.data, home / "tables"), home / "work")
+        for own in (config, *ablations(config).values()):  # here, for two processes would be in each other's way
+            prepare(own, open_tables(own, options.data, home / "tables"), home / "work")
         with ProcessPoolExecutor(2, get_context("spawn"), _one_thread) as pool:
             for some in (jobs, [(seed, TEACHER) for seed in seeds] + later):
                 asked = [pool.submit(_train, config, options.data, home, *job) for job in some]

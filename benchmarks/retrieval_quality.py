@@ -156,7 +156,7 @@ def ablations(config: Config) -> dict[str, Config]:
     """One changed option a configuration."""
     retrieval, features = config.retrieval, config.features
     popularity = replace(retrieval.popularity, half_life_days=())
-    only_id = replace(features, item={"item_id": features.item["item_id"]})
+    only_id = replace(features, item={"item_id": features.item["item_id"]}, interaction={})
     no_exposures = {name: kind for name, kind in features.user.items() if name != "exposures"}
     return {
         "item features left out": replace(config, features=only_id),

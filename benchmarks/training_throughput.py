@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.machine import REPOSITORY, say
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
-from prerank.config import Config, load_config
+from prerank.config import Config, RankerConfig, load_config
 from prerank.data.logs import open_tables
 from prerank.market.generate import generate_market
 from prerank.models.ranker import Ranker
@@ -125,9 +125,8 @@ class World:
     def build(cls, data: Path | None, folder: Path, sizes: Sizes) -> World:
         """Of KuaiRand in `data`, or of a market made in `folder`."""
         config = load_config(KUAIRAND_FUNNEL if data else MARKET_FUNNEL)
-        # rows with counters would need a plain version of them too, and mmoe_dcn crosses nothing with them
-        features = replace(config.features, interaction={})
-        config = replace(config, features=features, ranker=replace(config.ranker, model="mmoe_dcn"))
+        # counters and rates would need a plain version too, and mmoe_dcn crosses nothing with them
+        config = replace(config, features=config.features.lasting(), ranker=RankerConfig(model="mmoe_dcn"))
         if data is None:
             data = folder / "market"
             generate_market(data, num_ads=sizes.market_ads, num_impressions=10 * sizes.market_ads)

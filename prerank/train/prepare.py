@@ -49,7 +49,7 @@ class Prepared:
     users: Columns
     items: Columns
     events: Columns
-    _made: dict[str, dict[str, Timeline]] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[str, dict[str, Timeline]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def happened(self, event: str) -> Array:
         """bool [E]: where the label `event` is 1, or everywhere for "impression"."""

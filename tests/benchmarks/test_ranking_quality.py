@@ -1,49 +1,106 @@
-"""What the comparison of rankers holds still, and what it counts."""
+"""What is compared is comparable; the rows' arithmetic."""
 
 import numpy as np
 import pytest
-from torch import nn
 
 from benchmarks import ranking_quality
-from benchmarks.retrieval_quality import standard_error
-from benchmarks.run import Options
+from benchmarks.ranking_quality import (
+    BASE,
+    FULL,
+    HARD,
+    LESS_KL,
+    ONCE,
+    PEER,
+    TEACHER,
+    ablations,
+    num_weights,
+    students,
+)
 from prerank.config import load_config
-from prerank.metrics.classification import log_loss
-from prerank.models.rankers import RANKERS
+from prerank.evaluate.compare import Predictions, compare
+from prerank.evaluate.consistency import Candidates
+from prerank.evaluate.estimates import Resampling
+from prerank.evaluate.winners import Winners
+from prerank.models.rankers import build_one_ranker
 
 
-def test_every_ranker_is_compared_under_the_same_training():
-    ranker = load_config(ranking_quality.FUNNEL).ranker
-    compared = ranking_quality.compared(ranker)
-    assert {one.model for one in compared.values()} == set(RANKERS)
-    assert compared[ranking_quality.BASE] == ranker
-    for one in compared.values():
-        assert (one.dim, one.epochs, one.batch, one.learning_rate, one.weight_decay, one.dropout) == (
-            ranker.dim, ranker.epochs, ranker.batch, ranker.learning_rate, ranker.weight_decay, ranker.dropout
-        )  # fmt: skip
+@pytest.fixture(scope="module")
+def config():
+    return load_config(ranking_quality.FUNNEL)
 
 
-def test_weights_are_counted_without_the_tables():
-    model = nn.ModuleDict({"table": nn.Embedding(100, 7), "inner": nn.Sequential(nn.Linear(7, 3), nn.Embedding(9, 2))})
-    assert ranking_quality.num_weights(model) == 7 * 3 + 3  # type: ignore[arg-type]
+def test_every_student_is_trained_alike(config):
+    """Seed, passes, batch and learning rate; teacher and candidates too, but where leaving them out is the question."""
+    for name, one in students(config).items():
+        same = ("epochs", "batch", "learning_rate", "weight_decay", "average", "dropout", "tables", "width", "experts")
+        for option in same:
+            assert getattr(one.ranker, option) == getattr(config.ranker, option), f"{name}.{option}"
+        assert (one.features, one.retrieval, one.seed) == (config.features, config.retrieval, config.seed)
+        assert one.heavy_ranker == (None if name == HARD else config.heavy_ranker)
+        if name not in ONCE:
+            assert one.distillation == config.distillation
 
 
-def test_the_mean_of_the_losses_is_the_log_loss():
-    draw = np.random.default_rng(0)
-    label, prob = draw.integers(0, 2, 50).astype(np.float32), draw.uniform(0.01, 0.99, (3, 50)).astype(np.float32)
-    expected = np.mean([log_loss(label, one) for one in prob])
-    assert ranking_quality.log_losses(label, prob).mean() == pytest.approx(expected, rel=1e-6)
+def test_two_towers_and_the_cross_feature_ranker_have_about_equal_weights(config):
+    sizes = {f"{owner}.{name}": 16 for owner, name, _ in config.features}  # as many as there are tabs
+    found = {name: num_weights(build_one_ranker(one, sizes)) for name, one in students(config).items()}
+    for name in ("mtmd", FULL):
+        assert 0.9 < found[name] / found[BASE] < 1.1, found
 
 
-def test_the_error_over_users_is_that_of_a_mean_and_does_not_shrink_when_a_users_rows_are_doubled():
-    values, user = np.random.default_rng(0).normal(size=400), np.arange(400)
-    once = ranking_quality.standard_error_over_users(values, user, seed=0)
-    assert once == pytest.approx(standard_error(values, seed=0), rel=0.1)
-    twice = ranking_quality.standard_error_over_users(np.tile(values, 2), np.tile(user, 2), seed=0)
-    assert twice == pytest.approx(once, rel=1e-9)
+def test_every_ablation_takes_something_away(config):
+    without = ablations(config)
+    assert len({repr((one.features.to_dict(), one.heavy_ranker)) for one in without.values()}) == len(without)
+    assert all(one != config for one in without.values())
+    state = without["without user state"].features.interaction
+    assert state
+    assert all(counter.by for counter in state.values())
 
 
-def test_without_data_the_row_says_it_was_skipped():
-    [row] = ranking_quality.measure(Options(), {}).rows
-    assert "skipped: no folder of KuaiRand-Pure" in row.name
-    assert row.value is None
+def test_bars_are_set_for_students_there_are(config):
+    assert set(LESS_KL) <= set(students(config))
+
+
+@pytest.fixture
+def told():
+    """One seed: a student that is the teacher, and one whose logits are off; known numbers."""
+    rng = np.random.default_rng(0)
+    label, user = (rng.random((400, 1)) < 0.4).astype(int), np.arange(400) % 50
+    teacher = rng.uniform(0.1, 0.9, (400, 1))
+    on_candidates = rng.uniform(0.1, 0.9, (50, 200, 1))
+    winners = Winners(("click",), label, user, np.zeros(400, dtype=int))
+    candidates = Candidates(("click",), np.ones((50, 200), dtype=bool), np.arange(50), np.zeros(50, dtype=int))
+    off = [1 / (1 + np.exp(-(np.log(p / (1 - p)) + 1))) for p in (teacher, on_candidates)]
+    models = {
+        BASE: Predictions(("click",), off[0], off[1]),
+        FULL: Predictions(("click",), teacher, on_candidates),
+        PEER: Predictions(("click",), teacher),
+    }
+    taught = Predictions(("click",), teacher, on_candidates)
+    return compare(models, winners, candidates, taught, against=BASE, how=Resampling(draws=20))
+
+
+def test_a_student_that_is_the_teacher_has_no_divergence_and_holds_its_bars(told):
+    rows = {row.name: row for row in ranking_quality._divergence_rows([told, told], FULL, ["click"])}
+    assert rows[f"{FULL}, winners, KL over tasks"].value == pytest.approx(0, abs=1e-9)
+    assert rows[f"{FULL}, candidates, KL over tasks"].holds
+    rows = {row.name: row for row in ranking_quality._model_rows([told, told], FULL, ["click"], False)}
+    assert rows[f"{FULL}, candidates, click overlap@100"].value == 1
+    assert rows[f"{FULL}, candidates, click overlap@100"].holds
+    assert rows[f"{FULL}, winners, click auc: deviation over seeds"].value == 0
+
+
+def test_the_heavy_ranker_is_held_to_its_bars_and_the_peer_to_none(told):
+    rows = {row.name: row for row in ranking_quality._model_rows([told], TEACHER, ["click"], False)}
+    assert rows[f"{TEACHER}, winners, click auc"].bar == 0.751
+    assert not rows[f"{TEACHER}, winners, click auc"].holds
+    assert rows[f"{TEACHER}, winners, click log_loss"].bar == 0.584
+    peers = list(ranking_quality._model_rows([told], PEER, ["click"], True))
+    assert peers
+    assert all(row.bar is None for row in peers)
+
+
+def test_a_difference_has_its_interval_around_it(told):
+    rows = {row.name: row for row in ranking_quality._difference_rows(told, FULL, ["click"])}
+    said = f"{FULL}, winners, click kl: over {BASE}, first seed"
+    assert rows[f"{said}: low"].value <= rows[said].value <= rows[f"{said}: high"].value < 0

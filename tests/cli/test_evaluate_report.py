@@ -16,12 +16,12 @@ def where(world, trained, tmp_path_factory):
     return ("--config", world.config_path, "--data", world.data, "--store", store)
 
 
-def test_a_report_is_written_where_asked_and_said(where, tmp_path):
+def test_a_report_is_written_where_asked_and_said(world, where, tmp_path):
     said = run("evaluate", *where, "--report", tmp_path / "report")
     assert f"report: {tmp_path / 'report' / 'index.html'}" in said
     assert (tmp_path / "report" / "index.html").read_text().startswith("<!doctype html>")
     told = json.loads((tmp_path / "report" / "quality.json").read_text())
-    assert told["models"] == ["two_tower", "each item's rate", "the training rate"]
+    assert told["models"] == [world.config.ranker.model, "each item's rate", "the training rate"]
     assert told["about"]["segments"] == "surface"
 
 

@@ -72,7 +72,7 @@ def test_the_published_models_are_the_trained_ones(world, trained, published):
     with torch.inference_mode():
         items = bundle.scorer.items.features()
         stored, made = bundle.scorer.item_side.tensors(), trained.ranker.item_side(items)
-        assert list(stored) == list(made)
+        assert set(stored) == set(made)
         torch.testing.assert_close(stored, made, rtol=1e-5, atol=1e-6)
 
 

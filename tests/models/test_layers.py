@@ -73,7 +73,10 @@ def test_a_gate_sums_to_one_and_mixes_by_it(hidden):
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
     assert (weights > 0).all()
     np.testing.assert_allclose(
-        numbers(gate(x, experts.unbind(-2))), np.einsum("bne,bnew->bnw", weights, numbers(experts)), rtol=1e-4, atol=1e-6
+        numbers(gate(x, experts.unbind(-2))),
+        np.einsum("bne,bnew->bnw", weights, numbers(experts)),
+        rtol=1e-4,
+        atol=1e-6,
     )
 
 

@@ -1,5 +1,7 @@
 """Towers and the first ranker: padding says nothing, order says something, and each side is computed on its own."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -103,9 +105,9 @@ def test_dropout_and_hidden_events_are_for_training_alone(world, trained):
 @pytest.mark.parametrize("name", list(RANKERS))
 def test_a_ranker_computes_each_side_alone_and_one_logit_a_task(world, trained, name):
     """The contract of every ranker: the item side of some rows is those rows of the whole, and B and N are free."""
-    config, prepared = world.config, trained.prepared
+    config, prepared = replace(world.config, ranker=replace(world.config.ranker, model=name)), trained.prepared
     ranker = build_ranker(config, prepared.transforms.sizes())
-    assert isinstance(ranker, torch.nn.Module)
+    assert isinstance(ranker, RANKERS[name])
     ranker.eval()
     items = item_tensors(prepared)
     user = ranker.user_side(UserExamples(prepared, config.features).at(np.arange(3)))
@@ -123,7 +125,8 @@ def test_a_ranker_computes_each_side_alone_and_one_logit_a_task(world, trained, 
 
 
 def test_the_two_tower_ranker_is_a_scaled_dot_product_and_two_biases(world, trained):
-    config, prepared = world.config, trained.prepared
+    prepared, options = trained.prepared, replace(world.config.ranker, model="two_tower")
+    config = replace(world.config, ranker=options)
     ranker = build_ranker(config, prepared.transforms.sizes()).eval()
     dim = config.ranker.dim
     items = {n: c[:6] for n, c in item_tensors(prepared).items()}

@@ -171,6 +171,17 @@ def test_a_missing_labelled_column_is_refused(tmp_path):
         prepare(config, open_tables(config, tmp_path, tmp_path / "work"), tmp_path / "work")
 
 
+def test_timelines_are_made_once_and_not_taken_over_by_other_events(tmp_path):
+    """A label a second late is in one timeline and not in the other."""
+    schema = three_days.config().features
+    schema = replace(schema, interaction={"clicks": Counter("is_click", window="1d")})
+    prepared = known_at(tmp_path, pa.nulls(three_days.ROWS, pa.int64()))
+    made = prepared.timelines(schema)
+    assert prepared.timelines(schema) is made
+    late = replace(prepared, events={**prepared.events, "known_ms": prepared.events["time_ms"] + 1000})
+    np.testing.assert_array_equal(late.timelines(schema)["clicks"].time_ms, made["clicks"].time_ms + 1000)
+
+
 def test_a_label_is_in_histories_and_counters_from_when_it_was_known_and_an_impression_from_its_own_time(tmp_path):
     """Every label is known two hours late."""
     late = 7_200_000
