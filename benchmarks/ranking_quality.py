@@ -4,7 +4,8 @@ KuaiRand-Pure, the development split of examples/kuairand/funnel.toml, three see
 its cross-fitted labels and every student of its own. Students are judged on the test day: on all impressions (winners),
 and on 1,000 candidates that the towers retrieve at the first moment of each of 1,000 users, by KL to the heavy ranker
 and by how much of its top 100 theirs holds. Options were chosen on the validate day. Two processes of one thread each:
-seconds told here say which is dearer, not how fast training is.
+seconds told here say which is dearer, not how fast training is. PRERANK_BENCHMARK_SEEDS=7,8 takes other seeds,
+PRERANK_BENCHMARK_STORE names a folder that keeps trainings.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ class Told:
 def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
     if options.data is None:
         return Measured([Row.skipped("ranking quality", "no folder of KuaiRand-Pure; name one by --data")], {})
-    seeds = QUICK_SEEDS if options.quick else SEEDS
+    named = os.environ.get("PRERANK_BENCHMARK_SEEDS", "")
+    seeds = QUICK_SEEDS if options.quick else tuple(map(int, named.split(","))) if named else SEEDS
     config = _quick(load_config(FUNNEL)) if options.quick else load_config(FUNNEL)
     with TemporaryDirectory() as kept:
         home = Path(os.environ.get("PRERANK_BENCHMARK_STORE", kept))
