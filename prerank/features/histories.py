@@ -45,6 +45,7 @@ class Timeline:
         User -1 is nobody, whose slice is empty.
         """
         if len(self.offsets) == 2:  # one user, as when serving
+            assert user.max(initial=-1) < 1, "a user is a position in this timeline"
             return np.where(user < 0, 0, np.searchsorted(self.time_ms, time_ms, side="left"))
         start, stop = self._slices(user)
         longest = int((stop - start).max(initial=0))

@@ -23,7 +23,7 @@ def count_matches(codes: Tensor, wanted: Tensor) -> Tensor:
     if wanted.dim() == 3:
         return count_matches(codes, wanted.flatten(1)).view(wanted.shape).sum(-1)
     codes = torch.where(codes > 0, codes, -1)
-    wanted = torch.where(wanted > 0, wanted, -2).to(codes.dtype)
+    wanted = torch.where(wanted > 0, wanted, -2)
     rows = max(1, _CELLS_AT_ONCE // max(1, codes.numel()))
     chunks = wanted.split(rows, 1)  # type: ignore[no-untyped-call]
     parts = [(chunk.unsqueeze(-1) == codes.unsqueeze(1)).sum(-1, dtype=torch.float32) for chunk in chunks]
