@@ -8,6 +8,7 @@ from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from prerank.config import Config
 from prerank.data.calendar import FIRST_MS, LAST_MS, iso_day
@@ -43,10 +44,14 @@ class LogCheck:
         self.time = data.time
         self.keys = [c for c in (data.user_id, data.item_id, data.time) if c in columns]
         self.labels = [c for c in config.labels() if c in columns]
+        self.labelled = data.labelled if self.is_log and data.labelled in columns else ""
+        self.known_early, self.early_example = 0, ""
         context = config.features.context if self.is_log else {}
         known = {n: k for n, k in context.items() if not isinstance(k, DERIVED) and column_of(n, k) in columns}
         self.numbers = [column_of(n, k) for n, k in known.items() if isinstance(k, Number | Value | Embedding)]
-        self.columns = list(dict.fromkeys([*self.keys, *self.labels, *(column_of(n, k) for n, k in known.items())]))
+        late = [self.labelled] if self.labelled else []
+        context_columns = [column_of(n, k) for n, k in known.items()]
+        self.columns = list(dict.fromkeys([*self.keys, *self.labels, *late, *context_columns]))
         self.rows = self.implausible = self.backwards = 0
         self.units: dict[str, int] = {}
         self.odd_time: int | None = None
@@ -77,6 +82,8 @@ class LogCheck:
         for name in self.keys:
             self.nulls[name] += batch.column(name).null_count
         self._see_times(batch.column(self.time))
+        if self.labelled:
+            self._see_known(batch.column(self.labelled), batch.column(self.time))
         for name, strange in self.strange.items():
             self._see_ids(batch.column(name), self.ids[name], strange)
         for name in self.labels:
@@ -98,6 +105,14 @@ class LogCheck:
         for unit, factor in _UNITS.items():
             as_ms = odd * factor
             self.units[unit] = self.units.get(unit, 0) + int(((as_ms >= FIRST_MS) & (as_ms < LAST_MS)).sum())
+
+    def _see_known(self, known: pa.Array, time: pa.Array) -> None:
+        known_ms, time_ms = (column.cast(pa.int64()) for column in (known, time))
+        early = pc.less(known_ms, time_ms).fill_null(False).to_numpy(zero_copy_only=False)
+        self.known_early += int(early.sum())
+        if early.any() and not self.early_example:
+            row = int(np.flatnonzero(early)[0])
+            self.early_example = f"{known_ms[row]} of an impression at {time_ms[row]}"
 
     def _see_days(self, column: pa.Array) -> None:
         days = column.fill_null(-1).to_numpy(zero_copy_only=False)
@@ -151,6 +166,10 @@ class LogCheck:
                 what = f"{kind} in the log but not in the table"
                 yield Problem(f"{self.name}.{name}", what, f"every id in the {table} table", found)
         yield from self._label_problems()
+        if self.known_early:
+            found = f"{self._share(self.known_early)} earlier, such as {self.early_example}"
+            expected = "UTC milliseconds, at the impression's time or later"
+            yield Problem(f"{self.name}.{self.labelled}", "labels known before their impression", expected, found)
         for name, count in self.not_finite.items():
             if count:
                 found = f"NaN or infinity in {self._share(count)}; write null where a value is missing"

@@ -542,3 +542,15 @@ def test_a_check_of_a_long_log_holds_a_small_part_of_it(tmp_path):
         assert batch.num_rows <= 10_000
     assert max(held) < num * 4 * 8 / 4
     assert [p.what for p in check(config, tables)] == ["day without rows", "day without rows"]
+
+
+def test_labels_known_before_their_impression_are_told(tmp_path):
+    """Seconds instead of milliseconds look the same: they are far in the past."""
+    log = world.impressions()
+    time_ms = log["time_ms"].to_numpy()
+    known = pa.array(np.where(np.arange(len(time_ms)) == 1, time_ms - 1, time_ms + 5_000))
+    tables = {"impressions": log.append_column("known_ms", known)}
+    problem = one(problems(tmp_path, tables=tables, labelled="known_ms"), "labels known before their impression")
+    assert problem.where == "impressions.known_ms"
+    assert problem.found.startswith("1 of ")
+    assert f"{time_ms[1] - 1} of an impression at {time_ms[1]}" in problem.found
