@@ -67,10 +67,10 @@ class Sizes:
     """Examples of a turn of ours (-1 is all), of the plain loop and with a large table; its rows; and rounds."""
 
     ready_steps: int = 32
-    ours: int = -1
+    ours: int = 65_536
     plain: int = 16_384
     large_table: int = 1_000_000
-    rounds: int = 5
+    rounds: int = 3
     market_ads: int = 20_000
 
 
