@@ -3,8 +3,8 @@
 KuaiRand-Pure, the development split of examples/kuairand/funnel.toml, three seeds. A seed has towers, a heavy ranker,
 its cross-fitted labels and every student of its own. Students are judged on the test day: on all impressions (winners),
 and on 1,000 candidates that the towers retrieve at the first moment of each of 1,000 users, by KL to the heavy ranker
-and by how much of its top 100 theirs holds. Options were chosen on the validate day. Two processes of one thread each. PRERANK_BENCHMARK_SEEDS=7,8 takes other seeds,
-PRERANK_BENCHMARK_STORE names a folder that keeps trainings.
+and by how much of its top 100 theirs holds. Options were chosen on the validate day. Two processes of one thread each.
+PRERANK_BENCHMARK_SEEDS=7,8 takes other seeds, PRERANK_BENCHMARK_STORE names a folder that keeps trainings.
 """
 
 from __future__ import annotations
