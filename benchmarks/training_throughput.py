@@ -70,7 +70,7 @@ class Sizes:
     ours: int = 65_536
     plain: int = 16_384
     large_table: int = 1_000_000
-    rounds: int = 3
+    rounds: int = 2
     market_ads: int = 20_000
 
 
