@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from prerank.config import Config, RankerConfig
+from prerank.config import Config
 from prerank.models.ranker import Ranker
 from prerank.models.rankers import build_one_ranker
 from prerank.models.towers import ItemTower, TwoTower, adopt_tables
@@ -20,7 +21,7 @@ from prerank.train.examples import UserExamples
 from prerank.train.items import DailyItems
 from prerank.train.loop import run
 from prerank.train.optimisers import lookup_tables
-from prerank.train.plan import Plan
+from prerank.train.plan import Options, Plan
 from prerank.train.prepare import Prepared
 from prerank.types import Array, Features, Report, silent
 
@@ -72,31 +73,56 @@ def train_ranker(
             adopt_tables(tower, towers.item_tower)
     if examples is None:
         examples = Impressions(prepared, config, np.flatnonzero(prepared.of_days(config.data.days("train"))))
-    given = examples
+    loss_of, measured = partial(_loss, ranker), partial(after_epoch, ranker)
+    records = fit(ranker, config.ranker, config, examples, loss_of, folder, identity, measured, report, what)
+    return ranker, records
+
+
+def _loss(ranker: Ranker, batch: Lesson) -> Tensor:
+    return batch.loss(ranker)
+
+
+class GuardedOptions(Options, Protocol):
+    """The options of a section whose training is guarded against memorising; see `Plan`."""
+
+    @property
+    def average(self) -> float:
+        """The decay of the weights' moving average."""
+
+    @property
+    def patience(self) -> int:
+        """Epochs without a smaller `WATCH` that end the training."""
+
+
+def fit(
+    ranker: nn.Module,
+    options: GuardedOptions,
+    config: Config,
+    examples: RankerExamples,
+    loss_of: Callable[[Lesson], Tensor],
+    folder: Path,
+    identity: str,
+    after_epoch: Callable[[], Mapping[str, float]],
+    report: Report,
+    what: str,
+) -> list[dict[str, float]]:
+    """Train a light or a heavy ranker on `examples` as `options` say -> one record an epoch; see `loop.run`."""
 
     def batch_of(chosen: Array, draw: np.random.Generator) -> Lesson:
-        return given.batch(chosen)
+        return examples.batch(chosen)
 
-    def loss_of(batch: Lesson) -> Tensor:
-        return batch.loss(ranker)
-
-    records = run(
+    plan = Plan.of(options, identity, len(examples), config.seed)
+    return run(
         ranker,
-        _plan(config.ranker, identity, len(given), config.seed),
+        replace(plan, average=options.average, patience=options.patience, watch=WATCH),
         batch_of,
         loss_of,
         folder,
         lookup_tables=lookup_tables(ranker, config.features),
-        after_epoch=lambda _: after_epoch(ranker),
+        after_epoch=lambda _: after_epoch(),
         report=report,
         what=what,
     )
-    return ranker, records
-
-
-def _plan(options: RankerConfig, identity: str, num_examples: int, seed: int) -> Plan:
-    plan = Plan.of(options, identity, num_examples, seed)
-    return replace(plan, average=options.average, patience=options.patience, watch=WATCH)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from prerank._tensor_files import read_tensors, write_tensors
 from prerank._toml import Problems, structure
@@ -19,11 +18,8 @@ from prerank.errors import BundleError, ConfigError, SchemaMismatch
 from prerank.features.transforms import Transforms
 from prerank.models.heavy import HeavyRanker
 from prerank.models.towers import TwoTower, adopt_tables
-from prerank.train.loop import run
-from prerank.train.optimisers import lookup_tables
-from prerank.train.plan import Plan
 from prerank.train.prepare import Prepared
-from prerank.train.ranking import WATCH, Batch, Impressions
+from prerank.train.ranking import Impressions, Lesson, fit
 from prerank.types import Array, Report, silent
 
 FILE = "teacher.safetensors"
@@ -49,25 +45,12 @@ def train_heavy(
         raise ConfigError("heavy_ranker: missing; add the section [heavy_ranker] to train a teacher")
     torch.manual_seed(config.seed)
     ranker = build_heavy(config, prepared.transforms.sizes(), towers)
-    impressions = Impressions(prepared, config, events)
+    impressions, measured = Impressions(prepared, config, events), partial(after_epoch, ranker)
 
-    def batch_of(examples: Array, draw: np.random.Generator) -> Batch:
-        return impressions.batch(examples)
+    def loss_of(batch: Lesson) -> Tensor:
+        return batch.loss(ranker) * len(ranker.tasks)
 
-    def loss_of(batch: Batch) -> Tensor:
-        return binary_cross_entropy_with_logits(batch.logits(ranker), batch.labels) * len(ranker.tasks)
-
-    records = run(
-        ranker,
-        _plan(options, identity, len(events), config.seed),
-        batch_of,
-        loss_of,
-        folder,
-        lookup_tables=lookup_tables(ranker, config.features),
-        after_epoch=lambda _: after_epoch(ranker),
-        report=report,
-        what=what,
-    )
+    records = fit(ranker, options, config, impressions, loss_of, folder, identity, measured, report, what)
     return ranker, records
 
 
@@ -77,11 +60,6 @@ def build_heavy(config: Config, sizes: Mapping[str, int], towers: TwoTower) -> H
     if config.heavy_ranker is not None and config.heavy_ranker.tables == "retrieval":
         adopt_tables(ranker.item_input, towers.item_tower)
     return ranker
-
-
-def _plan(options: HeavyRankerConfig, identity: str, num_examples: int, seed: int) -> Plan:
-    plan = Plan.of(options, identity, num_examples, seed)
-    return replace(plan, average=options.average, patience=options.patience, watch=WATCH)
 
 
 def save_teacher(path: Path, ranker: HeavyRanker, config: Config, transforms: Transforms) -> None:
