@@ -6,12 +6,24 @@ torch, and one build serves every processor, for each source is compiled for the
 
 from setuptools import Extension, setup
 
+SOURCES = (
+    "processor",
+    "program_engine",
+    *("program_portable", "program_avx2", "program_avx512", "program_amx"),
+)
+HEADERS = ("export.h", "program.h", "program_block.inc")
+FLAGS = (
+    *("-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math"),  # neither is looked at, and both keep loops from becoming vectors
+    *("-Wall", "-Wextra", "-Wno-psabi"),
+)
+
 native = Extension(
     "prerank.kernels._native",
-    sources=[f"prerank/kernels/native/{name}.cpp" for name in ("processor",)],
-    depends=["prerank/kernels/native/export.h"],
+    sources=[f"prerank/kernels/native/{name}.cpp" for name in SOURCES],
+    depends=[f"prerank/kernels/native/{name}" for name in HEADERS],
     language="c++",
-    extra_compile_args=["-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-Wall", "-Wextra"],
+    extra_compile_args=list(FLAGS),
     extra_link_args=["-pthread"],
     optional=True,  # without a compiler the torch path serves, and says so
 )

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from prerank.config import Config
+from prerank.kernels.program import Builder, Gather, Linear, OfUser, Program, Scale
 from prerank.models.embedding import MLP
 from prerank.models.layers import CrossExpert, Gate
 from prerank.models.meeting import Meeting
+from prerank.models.programs import emit_expert, emit_meeting, emit_mixes, emit_mlp, emit_norm
 from prerank.models.towers import ItemTower, UserTower
 from prerank.types import Features
 
@@ -60,3 +62,24 @@ class CrossFeatureRanker(nn.Module):
         experts = [expert(x) for expert in self.experts]
         pairs = zip(self.gates, self.heads, strict=True)
         return torch.cat([head(gate(x, experts)) for gate, head in pairs], dim=-1)
+
+    def program(self) -> Program:
+        """`forward` as steps."""
+        builder, width = Builder(), self.norm.normalized_shape[0]
+        item = builder.add(Gather(builder.register(width), "x"))
+        met = builder.register(width + self.meeting.width)
+        builder.add(Scale(met.columns(0, width), item, OfUser("x")))
+        if self.meeting.width:
+            emit_meeting(builder, self.meeting, met.columns(width, self.meeting.width))
+        summed = Linear(builder.register(width), met, self.crossed.weight.detach(), OfUser("x"), add=item)
+        x = emit_norm(builder, self.norm, builder.add(summed))
+        experts = [emit_expert(builder, expert, x) for expert in self._experts()]
+        mixes = emit_mixes(builder, [gate for gate in self.gates if isinstance(gate, Gate)], x, experts)
+        logits = builder.register(len(self.tasks))
+        for task, (head, mix) in enumerate(zip(self.heads, mixes, strict=True)):
+            assert isinstance(head, MLP)
+            emit_mlp(builder, head, mix, logits.columns(task, 1))
+        return builder.program(logits)
+
+    def _experts(self) -> list[CrossExpert]:
+        return [expert for expert in self.experts if isinstance(expert, CrossExpert)]

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from prerank.config import Config, RankerConfig
+from prerank.kernels.program import Program
 from prerank.models.layers import VECTORS, CrossExpert, Gate, TaskHeads, task_logits
+from prerank.models.programs import dots_program
 from prerank.models.towers import ItemTower, UserTower
 from prerank.types import Features
 
@@ -42,6 +44,7 @@ class MMoEDCNRanker(nn.Module):
         super().__init__()
         options = config.ranker
         self.tasks = tuple(config.tasks)
+        self.dim = options.dim
         self.item_input = ItemTower(config.features, sizes, None, options.width, options.dropout)
         tables = self.item_input.tables
         self.user_input = UserTower(config.features, sizes, tables, None, options.width, options.dropout)
@@ -59,3 +62,7 @@ class MMoEDCNRanker(nn.Module):
     def forward(self, user_side: Features, item_side: Features) -> Tensor:
         """vectors [B, T (D + 1)] and [B, N, T (D + 1)] -> logits float32 [B, N, T]."""
         return task_logits(user_side[VECTORS], item_side[VECTORS], len(self.tasks))
+
+    def program(self) -> Program:
+        """`forward` as steps."""
+        return dots_program(VECTORS, len(self.tasks), self.dim)

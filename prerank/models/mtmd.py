@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from prerank.config import Config, RankerConfig
+from prerank.kernels.program import Program
 from prerank.models.embedding import MLP
 from prerank.models.layers import VECTORS, Gate, TaskHeads, task_logits
+from prerank.models.programs import dots_program
 from prerank.models.towers import ItemTower, UserTower
 from prerank.types import Features
 
@@ -80,6 +82,7 @@ class MTMDRanker(nn.Module):
         super().__init__()
         options = config.ranker
         self.tasks = tuple(config.tasks)
+        self.dim = options.dim
         self.domain = options.domain
         num_domains = sizes[f"context.{options.domain}"] if options.domain else 0
         self.item_input = ItemTower(config.features, sizes, None, options.width, options.dropout)
@@ -100,3 +103,7 @@ class MTMDRanker(nn.Module):
     def forward(self, user_side: Features, item_side: Features) -> Tensor:
         """vectors [B, T (D + 1)] and [B, N, T (D + 1)] -> logits float32 [B, N, T]."""
         return task_logits(user_side[VECTORS], item_side[VECTORS], len(self.tasks))
+
+    def program(self) -> Program:
+        """`forward` as steps."""
+        return dots_program(VECTORS, len(self.tasks), self.dim)

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from prerank.config import Config
+from prerank.kernels.program import Program
 from prerank.models.layers import VECTORS, task_logits
+from prerank.models.programs import dots_program
 from prerank.models.towers import ItemTower, UserTower
 from prerank.types import Features
 
@@ -39,3 +41,7 @@ class TwoTowerRanker(nn.Module):
     def forward(self, user_side: Features, item_side: Features) -> Tensor:
         """vectors [B, T (D + 1)] and [B, N, T (D + 1)] -> logits float32 [B, N, T]."""
         return task_logits(user_side[VECTORS], item_side[VECTORS], len(self.tasks))
+
+    def program(self) -> Program:
+        """`forward` as steps."""
+        return dots_program(VECTORS, len(self.tasks), self.dim)

@@ -1,0 +1,330 @@
+"""Programs run natively: a thread a core, blocks of candidates, every register in the core's own cache.
+
+The torch `program.run` is the same arithmetic and the reference; this one multiplies in bfloat16, adds in float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from prerank.kernels import native
+from prerank.kernels.layout import TILE, Layout, lay_out, padded
+from prerank.kernels.program import (
+    Gather,
+    Linear,
+    Match,
+    Mix,
+    Norm,
+    OfUser,
+    Part,
+    Program,
+    Scale,
+    Softmax,
+    Step,
+)
+from prerank.types import Features
+
+_MOST_EXPERTS = 16
+_CACHE_BYTES = 640 << 10  # of a block's registers; the weights that stream by want room beside them
+_MOST_ROWS = 256
+_OPERATIONS = {Gather: 0, Scale: 1, Linear: 2, Norm: 3, Softmax: 4, Mix: 5, Match: 6}
+_CLEAR, _OUTPUT = 7, 8
+_VECTOR, _MATRIX, _CODES = 0, 1, 2
+
+
+class _Part(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("reg", "start", "width"))
+
+
+class _Register(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("ld", "f32", "bf16"))
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("operation", ctypes.c_int64),
+        *((name, _Part) for name in ("out", "x", "add", "x0", "x1", "extra")),
+        *((name, ctypes.c_int64) for name in ("activation", "table", "weight_slot", "bias_slot")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "scale")),
+        ("eps", ctypes.c_double),
+        ("num_experts", ctypes.c_int64),
+        ("experts", _Part * _MOST_EXPERTS),
+    )
+
+
+class _Table(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("width", "bytes", "is_float")),
+    )
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (
+        ("steps", ctypes.c_void_p),
+        ("num_steps", ctypes.c_int64),
+        ("registers", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row_bytes", "block", "num_tasks")),
+    )
+
+
+class _Asked(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("slots", "lengths", "logits")),
+    )
+
+
+class _Slot(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in ("kind", "source", "offset", "rows", "depth", "row_step", "column_step", "bytes")
+        ),
+        ("factor", ctypes.c_double),
+        ("target", ctypes.c_int64),
+    )
+
+
+class Engine:
+    """`threads` worker threads, each pinned to a core where there are enough; programs and requests share them.
+
+    `level` is one of `native.LEVELS` that this processor has, its best unless given. Raises ValueError for another, and
+    RuntimeError where there is no native library (`native.library` says why).
+    """
+
+    def __init__(self, threads: int, level: str | None = None, is_pinned: bool = True) -> None:
+        library = native.library()
+        if library is None:
+            raise RuntimeError("no native kernels here: program.run is the same in torch")
+        best = native.level()
+        self.level = best if level is None else level
+        if self.level not in native.LEVELS[: native.LEVELS.index(best) + 1] or threads < 1:
+            raise ValueError(f"expected at least one thread and a level up to {best!r}, got {threads} and {level!r}")
+        self.threads = threads
+        library.prerank_engine_make.restype = ctypes.c_void_p
+        made = library.prerank_engine_make(
+            ctypes.c_int64(threads), ctypes.c_int32(is_pinned), ctypes.c_int32(native.LEVELS.index(self.level))
+        )
+        self.handle = ctypes.c_void_p(made)
+        self.library = library
+        self._finalizer = weakref.finalize(self, library.prerank_engine_free, self.handle)
+
+    def close(self) -> None:
+        """End the threads; what they were asked before is finished."""
+        self._finalizer()
+
+
+class NativeProgram:
+    """A program with the item side's tables it reads, [I, ...] each, ready to run; they are used where they are.
+
+    Gathered tables are float32 or bfloat16 [I, W], matched ones whole numbers [I] or [I, M], all contiguous on the CPU.
+    """
+
+    def __init__(self, program: Program, item_side: Features, engine: Engine) -> None:
+        self.engine = engine
+        self.num_tasks = program.logits.width
+        self._kept: list[Tensor] = []
+        self._slots: dict[tuple[int, OfUser], int] = {}
+        self._shapes: list[tuple[int, int]] = []  # rows and depth by slot
+        names = program.tables()
+        self._tables = (_Table * len(names))(*(self._table(item_side[name]) for name in names))
+        self.num_items = len(item_side[names[0]])
+        layout = lay_out(program)
+        steps = self._steps(program, layout, {name: number for number, name in enumerate(names)})
+        self._step_array = (_Step * len(steps))(*steps)
+        self._registers = (_Register * len(layout.places))(
+            *(_Register(place.ld, place.f32, place.bf16) for place in layout.places)
+        )
+        block = min(_MOST_ROWS, max(TILE, _CACHE_BYTES // layout.row_bytes // TILE * TILE))
+        self._program = _Program(
+            ctypes.addressof(self._step_array),
+            len(steps),
+            ctypes.addressof(self._registers),
+            layout.row_bytes,
+            block,
+            self.num_tasks,
+        )
+        self._binding: _Binding | None = None
+
+    def __call__(self, user: Features, rows: Tensor) -> Tensor:
+        """One request's user side (`program.of_request`) and rows int64 [N] -> logits float32 [N, T].
+
+        Raises IndexError for a row that the tables do not have. Threads may call at once; the GIL is not held.
+        """
+        logits = torch.empty(len(rows), self.num_tasks)
+        if not len(rows):
+            return logits
+        low, high = (int(x) for x in rows.aminmax())
+        if low < 0 or high >= self.num_items:
+            raise IndexError(f"rows: expected 0 to {self.num_items - 1}, got {low} to {high}")
+        rows = rows.contiguous()
+        binding = self._binding
+        if binding is None or not binding.fits(user):
+            binding = self._binding = _Binding(self._slots, self._shapes, user)
+        memory, slots, lengths = binding.bind(self.engine.library, user)
+        asked = _Asked(
+            native.pointer(rows, torch.int64, len(rows)),
+            len(rows),
+            ctypes.addressof(slots),
+            ctypes.addressof(lengths),
+            logits.data_ptr(),
+        )
+        self.engine.library.prerank_engine_run(
+            self.engine.handle, ctypes.byref(self._program), self._tables, ctypes.byref(asked)
+        )
+        del memory  # until here the threads read it
+        return logits
+
+    def _table(self, tensor: Tensor) -> _Table:
+        assert tensor.is_contiguous()
+        assert tensor.device.type == "cpu"
+        assert tensor.dim() in (1, 2)
+        assert not tensor.is_floating_point() or tensor.dtype in (torch.float32, torch.bfloat16)
+        self._kept.append(tensor)
+        width = tensor.shape[1] if tensor.dim() == 2 else 1
+        return _Table(tensor.data_ptr(), width, tensor.element_size(), int(tensor.is_floating_point()))
+
+    def _steps(self, program: Program, layout: Layout, tables: Mapping[str, int]) -> list[_Step]:
+        steps = []
+        for number, step in enumerate(program.steps):
+            for past in layout.cleared.get(number, ()):
+                steps.append(_step(_CLEAR, out=past))
+            steps.append(self._step(step, tables))
+        return [*steps, _step(_OUTPUT, x=program.logits)]
+
+    def _step(self, step: Step, tables: Mapping[str, int]) -> _Step:
+        made = _step(_OPERATIONS[type(step)], out=step.out)
+        if isinstance(step, Gather | Match):
+            made.table = tables[step.table]
+        else:
+            made.x = _part(step.x if not isinstance(step, Mix) else None)
+        if isinstance(step, Match):
+            made.weight_slot = self._slot(_CODES, step.codes, 0, 0)
+        elif isinstance(step, Scale):
+            made.weight_slot = self._slot(_VECTOR, step.by, step.out.width, 1)
+        elif isinstance(step, Linear):
+            self._linear(made, step)
+        elif isinstance(step, Norm):
+            made.scale, made.bias, made.eps = self._vector(step.weight), self._vector(step.bias), step.eps
+        elif isinstance(step, Softmax):
+            made.extra = _part(step.log_sum)
+        elif isinstance(step, Mix):
+            assert len(step.experts) <= _MOST_EXPERTS
+            made.extra, made.num_experts = _part(step.weights), len(step.experts)
+            made.experts = (_Part * _MOST_EXPERTS)(*map(_part, step.experts))
+        return made
+
+    def _linear(self, made: _Step, step: Linear) -> None:
+        made.add, made.activation = _part(step.add), int(step.activation == "gelu")
+        if step.cross is not None:
+            made.x0, made.x1 = map(_part, step.cross)
+        if isinstance(step.weight, OfUser):
+            made.weight_slot = self._slot(_MATRIX, step.weight, step.out.width, step.x.width)
+        else:
+            made.weight = self._packed(step.weight)
+        if isinstance(step.bias, OfUser):
+            made.bias_slot = self._slot(_VECTOR, step.bias, step.out.width, 1)
+        elif step.bias is not None:
+            made.bias = self._vector(step.bias)
+
+    def _slot(self, kind: int, asked: OfUser, rows: int, depth: int) -> int:
+        if (kind, asked) not in self._slots:
+            self._slots[kind, asked] = len(self._slots)
+            self._shapes.append((rows, depth))
+        return self._slots[kind, asked]
+
+    def _vector(self, values: Tensor) -> int:
+        kept = torch.zeros(padded(len(values)))
+        kept[: len(values)] = values
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+    def _packed(self, weight: Tensor) -> int:
+        rows, depth = weight.shape
+        packed = torch.empty(padded(rows) * padded(depth), dtype=torch.int16)
+        source = weight.float().contiguous()
+        self.engine.library.prerank_pack(
+            native.pointer(source, torch.float32, rows, depth),
+            *map(ctypes.c_int64, (rows, depth, depth, 1)),
+            ctypes.c_float(1.0),
+            native.pointer(packed, torch.int16, len(packed)),
+        )
+        self._kept.append(packed)
+        return packed.data_ptr()
+
+
+class _Binding:
+    """How a request's tensors become slots, found once for the shapes they have."""
+
+    def __init__(
+        self, slots: Mapping[tuple[int, OfUser], int], shapes: Sequence[tuple[int, int]], user: Features
+    ) -> None:
+        self.names = list(dict.fromkeys(asked.name for _, asked in slots))
+        self.like = {name: _like(user[name]) for name in self.names}
+        self.num = len(slots)
+        self.size = 0
+        made = [self._slot(kind, asked, shapes[number], user) for (kind, asked), number in slots.items()]
+        self.slots = (_Slot * self.num)(*made)
+
+    def fits(self, user: Features) -> bool:
+        """Whether these tensors are laid out as those it was made for."""
+        return all(_like(user[name]) == like for name, like in self.like.items())
+
+    def bind(
+        self, library: ctypes.CDLL, user: Features
+    ) -> tuple[Tensor, ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_int64]]:
+        """The request's memory, the address of each slot in it, and its length."""
+        memory = torch.empty(self.size // 8 + 8, dtype=torch.int64)
+        start = -memory.data_ptr() % 64
+        sources = (ctypes.c_void_p * len(self.names))(*(user[name].data_ptr() for name in self.names))
+        slots, lengths = (ctypes.c_void_p * self.num)(), (ctypes.c_int64 * self.num)()
+        at = ctypes.c_void_p(memory.data_ptr() + start)
+        library.prerank_bind(self.slots, ctypes.c_int64(self.num), sources, at, slots, lengths)
+        return memory, slots, lengths
+
+    def _slot(self, kind: int, asked: OfUser, shape: tuple[int, int], user: Features) -> _Slot:
+        whole, found = user[asked.name], asked.view(user)
+        rows, depth = shape
+        if kind == _CODES:
+            rows, depth = found.numel(), 1
+            assert found.dim() == 1
+            assert not found.is_floating_point()
+        else:
+            assert whole.dtype == torch.float32
+            assert found.numel() == rows * depth, f"{asked}: expected {rows} by {depth}, got {tuple(found.shape)}"
+        row_step, column_step = (found.stride(0), found.stride(1)) if found.dim() == 2 else (depth, 1)
+        if found.dim() == 1 and depth == 1:
+            row_step = found.stride(0)
+        elif found.dim() == 1:
+            assert rows == 1
+            column_step = found.stride(0)
+        offset = found.storage_offset() - whole.storage_offset()
+        target = self.size
+        bytes_of = {_VECTOR: 4 * padded(rows), _MATRIX: 2 * padded(rows) * padded(depth), _CODES: 4 * padded(rows, 16)}
+        self.size += padded(bytes_of[kind], 64)
+        source = self.names.index(asked.name)
+        return _Slot(
+            kind, source, offset, rows, depth, row_step, column_step, whole.element_size(), asked.factor, target
+        )
+
+
+def _like(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device.type
+
+
+def _part(part: Part | None) -> _Part:
+    return _Part(-1, 0, 0) if part is None else _Part(part.register, part.start, part.width)
+
+
+def _step(operation: int, out: Part | None = None, x: Part | None = None) -> _Step:
+    nothing = _part(None)
+    made = _Step(operation, _part(out), _part(x), nothing, nothing, nothing, nothing)
+    made.table = made.weight_slot = made.bias_slot = -1
+    return made

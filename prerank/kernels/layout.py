@@ -1,0 +1,115 @@
+"""Where a program's registers stand in the memory of a block: in which types they are kept, how long, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from prerank.kernels.program import Gather, Linear, Match, Mix, Norm, Part, Program, Scale, Softmax, Step
+
+TILE = 32
+"""Rows and columns that a product is made of; registers are padded to it."""
+
+NOT_KEPT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A register of R rows of `ld` numbers: floats from byte R * `f32`, bfloat16 from R * `bf16`, or NOT_KEPT."""
+
+    ld: int
+    f32: int = NOT_KEPT
+    bf16: int = NOT_KEPT
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Every register's place, the bytes that a row of a block takes, and what must be zero before each step.
+
+    A product reads its input to the next multiple of TILE, against weights of zero: `cleared`, by the number of a
+    step, are the columns past a register's own that no step writes.
+    """
+
+    places: tuple[Place, ...]
+    row_bytes: int
+    cleared: dict[int, tuple[Part, ...]]
+
+
+def padded(width: int, to: int = TILE) -> int:
+    """Rounded up."""
+    return -(-width // to) * to
+
+
+def reads(step: Step) -> Iterator[tuple[Part, bool]]:
+    """The parts a step reads, and whether it multiplies them as bfloat16."""
+    if isinstance(step, Linear):
+        yield step.x, True
+        yield from ((part, False) for part in (step.add, *(step.cross or ())) if part is not None)
+    elif isinstance(step, Mix):
+        yield from ((part, False) for part in (step.weights, *step.experts))
+    elif isinstance(step, Scale | Norm | Softmax):
+        yield step.x, False
+    else:
+        assert isinstance(step, Gather | Match)
+
+
+def writes(step: Step) -> tuple[Part, ...]:
+    """The parts a step writes."""
+    if isinstance(step, Softmax) and step.log_sum is not None:
+        return step.out, step.log_sum
+    return (step.out,)
+
+
+def lay_out(program: Program) -> Layout:
+    """A register is kept from the first step that writes it to the last that reads it; then its memory is another's."""
+    spans = _spans(program)
+    widths, wide, narrow = list(map(padded, program.widths)), set[int](), set[int]()
+    for part, is_narrow in _all_reads(program):
+        (narrow if is_narrow else wide).add(part.register)
+        widths[part.register] = max(widths[part.register], padded(part.start + padded(part.width)))
+    places = [Place(ld) for ld in widths]
+    taken: list[tuple[int, int, int]] = []  # (first byte, the one past the last, last step) of what is kept
+    row_bytes, cleared = 0, dict[int, tuple[Part, ...]]()
+    for number, step in enumerate(program.steps):
+        taken = [one for one in taken if one[2] >= number]
+        for part in writes(step):
+            register = part.register
+            first, last = spans[register]
+            if first != number or places[register] != Place(widths[register]):
+                continue
+            for name, bytes_each, kept in (("f32", 4, wide), ("bf16", 2, narrow)):
+                if register in kept:
+                    size = widths[register] * bytes_each
+                    at = _free(taken, size)
+                    taken.append((at, at + size, last))
+                    row_bytes = max(row_bytes, at + size)
+                    places[register] = replace(places[register], **{name: at})
+            past = Part(register, program.widths[register], widths[register] - program.widths[register])
+            if register in narrow and past.width:
+                cleared[number] = (*cleared.get(number, ()), past)
+    return Layout(tuple(places), row_bytes, cleared)
+
+
+def _all_reads(program: Program) -> Iterator[tuple[Part, bool]]:
+    yield from (one for step in program.steps for one in reads(step))
+    yield program.logits, False
+
+
+def _spans(program: Program) -> dict[int, tuple[int, int]]:
+    spans: dict[int, tuple[int, int]] = {}
+    for number, step in enumerate(program.steps):
+        for part in (*writes(step), *(part for part, _ in reads(step))):
+            first, _ = spans.get(part.register, (number, number))
+            spans[part.register] = (first, number)
+    first, _ = spans[program.logits.register]
+    return spans | {program.logits.register: (first, len(program.steps))}
+
+
+def _free(taken: list[tuple[int, int, int]], size: int) -> int:
+    """The first place with room."""
+    at = 0
+    for first, end, _ in sorted(taken):
+        if at + size <= first:
+            break
+        at = max(at, end)
+    return at
