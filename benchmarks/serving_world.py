@@ -156,6 +156,7 @@ class Ready:
     """A funnel that has its winners ready."""
 
     version: str = "20260105T0000-000000000000"
+    ranks_by: str = "torch"
     default_deadline_ms: float = 1000.0
     example_context: Mapping[str, Given] = field(default_factory=dict)
     example_events: Sequence[Mapping[str, Given]] = ()

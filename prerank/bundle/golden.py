@@ -23,6 +23,8 @@ from prerank.types import CandidateSet, Features
 
 RELATIVE = 1e-4
 TIED = 1e-5
+ROUNDED = 0.02
+"""How far a probability may be off where a ranker runs with bfloat16 products."""
 _SMALL = 1e-3  # utilities below this share of the request's largest are compared as if they were that large
 _USER = "user."
 
@@ -69,6 +71,25 @@ class Golden:
             or _first_other_name(said, scorer.items)
             or _first_other_prob(said, got, scorer)
         )
+
+    def first_far_prob(self, scorer: Scorer) -> str | None:
+        """A sentence naming the first golden winner whose probability this scorer has ROUNDED off or more, or None."""
+        won = self.answers.won
+        for g in range(len(won)):
+            kept = won[g : g + 1, : int((won[g] >= 0).sum())]
+            if not kept.numel():
+                continue
+            one = {name: column[g : g + 1] for name, column in self.user.items()}
+            with torch.inference_mode():
+                got = scorer.probs(one, kept)[0]
+            far = ~((got - self.answers.probs[g, : kept.shape[1]]).abs() < ROUNDED)
+            for place, task in far.nonzero().tolist():
+                said = float(self.answers.probs[g, place, task])
+                return (
+                    f"golden request {g}: expected item {int(self.answers.item_ids[g, place])} to have prob {said:.4g} "
+                    f"of {scorer.ranker.tasks[task]}, got {float(got[place, task]):.4g}"
+                )
+        return None
 
     def to_tensors(self) -> dict[str, Tensor]:
         """By name, for a file."""

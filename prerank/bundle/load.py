@@ -23,6 +23,7 @@ from prerank.config import Config, parse_config
 from prerank.errors import BundleError, ConfigError, DataError, SchemaMismatch
 from prerank.features.transforms import Transforms
 from prerank.index.base import INDEXES, Index
+from prerank.kernels.engine import Engine
 from prerank.models.ranker import Ranker
 from prerank.models.rankers import build_ranker
 from prerank.models.towers import TwoTower, build_towers
@@ -44,6 +45,14 @@ class Bundle:
     index: Index
     scorer: Scorer
     manifest: Mapping[str, object]
+
+    def accelerate(self, engine: Engine) -> None:
+        """Let `engine` rank. Raises BundleError if it is further from the golden answers than rounding explains."""
+        self.scorer.accelerate(engine)
+        difference = _golden(self.path / manifest.GOLDEN, self.config).first_far_prob(self.scorer)
+        if difference:
+            self.scorer.accelerate(None)
+            raise BundleError(f"{self.path}: the native kernels ({engine.level}) are far off: {difference}")
 
 
 def load(path: Path) -> Bundle:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, pad
 
+from prerank.bundle.executor import NativeRanker
 from prerank.bundle.item_table import ItemTable
 from prerank.business.utility import Utility
 from prerank.errors import SchemaMismatch
 from prerank.index.top_k import NONE, order_keys
+from prerank.kernels.engine import Engine
 from prerank.models.ranker import Ranker
 from prerank.types import CandidateSet, Features, TopK
 
@@ -69,10 +71,26 @@ class Scorer(nn.Module):
         self.ranker = ranker
         self.utility = utility
         self.item_side = ItemSide(self._computed() if item_side is None else item_side)
+        self._native: NativeRanker | None = None
 
     def refresh(self) -> None:
-        """Compute `item_side` again; needed when the ranker's weights or the items changed."""
+        """Compute `item_side` again, as new weights or items want; torch ranks from here on."""
         self.item_side = ItemSide(self._computed())
+        self._native = None
+
+    def accelerate(self, engine: Engine | None) -> None:
+        """Let `engine` rank from here on, with the weights of now; torch again if None.
+
+        Its products are bfloat16's, so probabilities change in the third digit.
+        """
+        self._native = None if engine is None else NativeRanker(self.ranker, self.item_side.tensors(), engine)
+
+    def probs(self, user: Features, rows: Tensor) -> Tensor:
+        """user [B, ...] and rows int64 [B, N] -> each task's probability, float32 [B, N, T]."""
+        user_side = self.ranker.user_side(user)
+        if self._native is not None:
+            return self._native(user_side, rows).sigmoid()
+        return self.ranker(user_side, self.item_side.gather(rows)).float().sigmoid()
 
     @torch.no_grad()
     def _computed(self) -> dict[str, Tensor]:
@@ -91,8 +109,7 @@ class Scorer(nn.Module):
         """
         valid = candidates.valid
         rows = torch.where(valid, candidates.rows, 0)
-        logits = self.ranker(self.ranker.user_side(user), self.item_side.gather(rows))
-        probs = logits.float().sigmoid()
+        probs = self.probs(user, rows)
         utility = self.utility(probs, self.items.gather(self.utility.values, rows))
         # rows ascend with item_id, so the smaller row is the smaller item_id
         keys, kept = order_keys(utility, rows, valid).topk(min(k, rows.shape[1]))

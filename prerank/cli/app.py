@@ -230,6 +230,9 @@ def serve(
     funnel: FunnelName = "",
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Native threads that rank; one a core by default, 0 lets torch rank.")
+    ] = None,
 ) -> None:
     """Serve the live version over HTTP.
 
@@ -237,7 +240,7 @@ def serve(
     """
     from prerank.serve.http import serve as serve_http  # the HTTP stack is only needed here
 
-    serve_http(_found(store, funnel), host=host, port=port)
+    serve_http(_found(store, funnel), host=host, port=port, workers=workers)
 
 
 @app.command()

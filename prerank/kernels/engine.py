@@ -15,6 +15,7 @@ from torch import Tensor
 from prerank.kernels import native
 from prerank.kernels.layout import TILE, Layout, lay_out, padded
 from prerank.kernels.program import (
+    Dot,
     Gather,
     Linear,
     Match,
@@ -32,8 +33,8 @@ from prerank.types import Features
 _MOST_EXPERTS = 16
 _CACHE_BYTES = 640 << 10  # of a block's registers; the weights that stream by want room beside them
 _MOST_ROWS = 256
-_OPERATIONS = {Gather: 0, Scale: 1, Linear: 2, Norm: 3, Softmax: 4, Mix: 5, Match: 6}
-_CLEAR, _OUTPUT = 7, 8
+_OPERATIONS = {Gather: 0, Scale: 1, Linear: 2, Norm: 3, Softmax: 4, Mix: 5, Match: 6, Dot: 7}
+_CLEAR, _OUTPUT = 8, 9
 _VECTOR, _MATRIX, _CODES = 0, 1, 2
 
 
@@ -209,6 +210,9 @@ class NativeProgram:
             made.weight_slot = self._slot(_CODES, step.codes, 0, 0)
         elif isinstance(step, Scale):
             made.weight_slot = self._slot(_VECTOR, step.by, step.out.width, 1)
+        elif isinstance(step, Dot):
+            made.weight_slot = self._slot(_VECTOR, step.by, step.x.width, 1)
+            made.bias_slot, made.add = self._slot(_VECTOR, step.bias, 1, 1), _part(step.add)
         elif isinstance(step, Linear):
             self._linear(made, step)
         elif isinstance(step, Norm):

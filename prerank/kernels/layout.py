@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from prerank.kernels.program import Gather, Linear, Match, Mix, Norm, Part, Program, Scale, Softmax, Step
+from prerank.kernels.program import Dot, Gather, Linear, Match, Mix, Norm, Part, Program, Scale, Softmax, Step
 
 TILE = 32
 """Rows and columns that a product is made of; registers are padded to it."""
@@ -45,6 +45,8 @@ def reads(step: Step) -> Iterator[tuple[Part, bool]]:
     if isinstance(step, Linear):
         yield step.x, True
         yield from ((part, False) for part in (step.add, *(step.cross or ())) if part is not None)
+    elif isinstance(step, Dot):
+        yield from ((part, False) for part in (step.x, step.add))
     elif isinstance(step, Mix):
         yield from ((part, False) for part in (step.weights, *step.experts))
     elif isinstance(step, Scale | Norm | Softmax):

@@ -82,6 +82,17 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
+class Dot:
+    """out, one column, = x . by + bias + add, all in float32: `by` is a vector of the user's, `bias` one number."""
+
+    out: Part
+    x: Part
+    by: OfUser
+    bias: OfUser
+    add: Part
+
+
+@dataclass(frozen=True, slots=True)
 class Linear:
     """out = activation(x W^T + bias + add), or x0 * (x W^T + bias) + x1 where `cross` is (x0, x1).
 
@@ -142,7 +153,7 @@ class Match:
     codes: OfUser
 
 
-Step: TypeAlias = Gather | Scale | Linear | Norm | Softmax | Mix | Match
+Step: TypeAlias = Gather | Scale | Dot | Linear | Norm | Softmax | Mix | Match
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +169,8 @@ class Program:
 
     @property
     def flops(self) -> int:
-        """Of matrix products, a candidate: two a weight."""
-        return sum(2 * step.out.width * step.x.width for step in self.steps if isinstance(step, Linear))
+        """Of products, a candidate: two a weight."""
+        return sum(2 * step.out.width * step.x.width for step in self.steps if isinstance(step, Linear | Dot))
 
     def tables(self) -> list[str]:
         """The item side's tensors that are read, each once."""
@@ -224,6 +235,9 @@ def _computed(step: Step, read: _Read, user: Features, items: Features) -> list[
         return [(step.out, items[step.table])]
     if isinstance(step, Scale):
         return [(step.out, read(step.x) * step.by.find(user))]
+    if isinstance(step, Dot):
+        dot = (read(step.x) * step.by.find(user)).sum(-1, keepdim=True)
+        return [(step.out, dot + step.bias.find(user) + read(step.add))]
     if isinstance(step, Linear):
         return [(step.out, _linear(step, read, user))]
     if isinstance(step, Norm):

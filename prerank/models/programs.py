@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from prerank.kernels.program import Builder, Gather, Linear, Match, Mix, Norm, OfUser, Part, Program, Softmax
+from prerank.kernels.program import Builder, Dot, Gather, Linear, Match, Mix, Norm, OfUser, Part, Program, Softmax
 from prerank.models.attention import TargetAttention
 from prerank.models.embedding import MLP
 from prerank.models.layers import CrossExpert, CrossLayer, Gate, LowRankCrossLayer
@@ -92,7 +92,7 @@ def dots_program(table: str, num_tasks: int, dim: int) -> Program:
     for task in range(num_tasks):
         weight = OfUser(table, (), (task * dim, dim), factor=dim**-0.5)
         bias, own = OfUser(table, (), (vectors + task, 1)), item.columns(vectors + task, 1)
-        builder.add(Linear(logits.columns(task, 1), item.columns(task * dim, dim), weight, bias, own))
+        builder.add(Dot(logits.columns(task, 1), item.columns(task * dim, dim), weight, bias, own))
     return builder.program(logits)
 
 

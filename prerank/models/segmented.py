@@ -39,7 +39,7 @@ class SegmentedRanker(nn.Module):
 
     def item_side(self, items: Features) -> dict[str, Tensor]:
         """Item features [I, ...] -> every ranker's item side [I, ...]."""
-        sides = [(number, ranker.item_side(items)) for number, ranker in enumerate(self._each())]
+        sides = [(number, ranker.item_side(items)) for number, ranker in enumerate(self.each())]
         return {f"{number}_{name}": tensor for number, side in sides for name, tensor in side.items()}
 
     def user_side(self, user: Features) -> dict[str, Tensor]:
@@ -49,8 +49,8 @@ class SegmentedRanker(nn.Module):
         for number in sorted({int(one) for one in segment.tolist()}):
             rows = (segment == number).nonzero().squeeze(1)
             if len(rows) == len(segment):
-                return self._each()[number].user_side(user) | {SEGMENT: segment}
-            side = self._each()[number].user_side({name: column[rows] for name, column in user.items()})
+                return self.each()[number].user_side(user) | {SEGMENT: segment}
+            side = self.each()[number].user_side({name: column[rows] for name, column in user.items()})
             for name, tensor in side.items():
                 whole = found.get(name, tensor.new_zeros(len(segment), *tensor.shape[1:]))
                 found[name] = whole.index_copy(0, rows, tensor)
@@ -66,13 +66,14 @@ class SegmentedRanker(nn.Module):
             items = {n.removeprefix(prefix): tensor for n, tensor in item_side.items() if n.startswith(prefix)}
             rows = (segment == number).nonzero().squeeze(1)
             if len(rows) == len(segment):
-                return self._each()[number](user, items)
+                return self.each()[number](user, items)
             mine, theirs = ({n: t[rows] for n, t in side.items()} for side in (user, items))
-            logits = self._each()[number](mine, theirs)
+            logits = self.each()[number](mine, theirs)
             out = logits.new_zeros(len(segment), *logits.shape[1:]) if out is None else out
             out = out.index_copy(0, rows, logits)
         assert out is not None, "a batch has a request"
         return out
 
-    def _each(self) -> list[Ranker]:
+    def each(self) -> list[Ranker]:
+        """The rankers by number, the common one first."""
         return cast("list[Ranker]", list(self.rankers))

@@ -5,6 +5,7 @@ The server and the command line are shells.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -17,6 +18,8 @@ from prerank.bundle.load import Bundle, load
 from prerank.bundle.registry import Registry
 from prerank.errors import BundleError, RegistryError, RequestError
 from prerank.features.transforms import Transforms
+from prerank.kernels.engine import Engine
+from prerank.kernels.native import library
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.graph import Deadline, GraphRun, RequestGraph
 from prerank.serve.record import Recorded, check_contexts, check_events
@@ -30,13 +33,14 @@ from prerank.types import Given, Request, TopK
 class Funnel:
     """A loaded version with its stores. Threads may share one; each `recommend` uses the calling thread."""
 
-    def __init__(self, bundle: Bundle, users: LiveUsers, metadata: MetadataTable) -> None:
+    def __init__(self, bundle: Bundle, users: LiveUsers, metadata: MetadataTable, engine: Engine | None = None) -> None:
         items, config = bundle.scorer.items, bundle.config
         if metadata.columns and metadata.num_rows != items.num_items:
             raise BundleError(
                 f"{bundle.path}: metadata of {metadata.num_rows} rows for {items.num_items} items; publish again"
             )
         self.version = bundle.version
+        self.engine = engine
         self.max_k = min(config.serve.max_k, config.ranker.keep)
         self.default_deadline_ms = config.serve.deadline_ms
         self.example_context = _example_context(bundle.transforms)
@@ -58,9 +62,11 @@ class Funnel:
         )
 
     @classmethod
-    def open(cls, store: Path, version: str | None = None) -> Funnel:
+    def open(cls, store: Path, version: str | None = None, workers: int | None = None) -> Funnel:
         """`version` of the funnel at `store`, the live one unless named.
 
+        `workers` native threads rank, one a core unless told otherwise; with 0, and where there are no native kernels,
+        torch does on the calling thread.
         Raises RegistryError if there is no such version, BundleError for one that is damaged, DataError for a user
         store that is. Nothing half-loaded is ever returned. What happens meanwhile is kept in the store's
         `events.lmdb`, which is made if it is not there.
@@ -71,10 +77,13 @@ class Funnel:
             raise RegistryError(f"{store}: no version is live; promote one, or name one with --version")
         path = registry.path(chosen)
         bundle = load(path)
+        engine = _engine(workers)
+        if engine is not None:
+            bundle.accelerate(engine)
         metadata = MetadataTable.open(path / "metadata.arrow")
         users = LiveUsers.open(store / "users.lmdb", store / "events.lmdb")
         try:
-            funnel = cls(bundle, users, metadata)
+            funnel = cls(bundle, users, metadata, engine)
             # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
             funnel.recommend(Request(user_id=0, k=1, time_ms=0, context=funnel.example_context))
             return funnel
@@ -110,9 +119,16 @@ class Funnel:
         """Forget the recorded events that the log has by now: how many. For the one process that serves a store."""
         return self._users.sweep()
 
+    @property
+    def ranks_by(self) -> str:
+        """What ranks: one of `kernels.native.LEVELS`, or "torch"."""
+        return "torch" if self.engine is None else self.engine.level
+
     def close(self) -> None:
-        """Let go of the stores; the funnel answers no more."""
+        """Let go of the stores and the threads; the funnel answers no more."""
         self._users.close()
+        if self.engine is not None:
+            self.engine.close()
 
     def __enter__(self) -> Funnel:
         return self
@@ -132,6 +148,12 @@ class Funnel:
         ]
         notes = [*run.outputs["user_notes"], *run.outputs["rank_notes"], *run.notes]
         return Answer(request.request_id, self.version, winners, run.reports, run.degraded, notes)
+
+
+def _engine(workers: int | None) -> Engine | None:
+    if workers == 0 or library() is None:
+        return None
+    return Engine(len(os.sched_getaffinity(0)) if workers is None else workers)
 
 
 _EXAMPLES: tuple[Given, ...] = (1, "text", True, [1], ["text"], None)

@@ -51,6 +51,11 @@ class Recommender(Protocol):
         ...
 
     @property
+    def ranks_by(self) -> str:
+        """What ranks: a level of the native kernels, or "torch"."""
+        ...
+
+    @property
     def default_deadline_ms(self) -> float:
         """The deadline of a request that names none."""
         ...
@@ -120,9 +125,11 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     limits: Limits = Limits(),
+    workers: int | None = None,
 ) -> None:
     """Serve `version` of the funnel at `store` (the live one unless named) until a signal ends it.
 
+    `workers` are as `Funnel.open`'s.
     Raises RegistryError at once where there is nothing to serve. A version or store that cannot be loaded is said on
     stderr in one line, and by /readyz for as long as the process lives.
     """
@@ -139,7 +146,7 @@ def serve(
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     torch.set_num_threads(1)  # two requests that share cores by spinning cost each other more than they gain
-    funnel = _open(store, version)
+    funnel = _open(store, version, workers)
     try:
         if isinstance(funnel, Funnel):
             funnel.sweep()
@@ -150,9 +157,9 @@ def serve(
             funnel.close()
 
 
-def _open(store: Path, version: str | None) -> Funnel | PrerankError:
+def _open(store: Path, version: str | None, workers: int | None = None) -> Funnel | PrerankError:
     try:
-        return Funnel.open(store, version)
+        return Funnel.open(store, version, workers)
     except PrerankError as error:
         line = " ".join(str(error).split())
         print(f"prerank serve: not ready: {type(error).__name__}: {line}", file=sys.stderr, flush=True)
@@ -191,7 +198,7 @@ class _Server:
         self.answers = _Lane("recommend", limits.threads, limits.waiting, self.metrics.in_flight)
         self.records = _Lane("events", 1, limits.waiting, self.metrics.events_in_flight)
         if not isinstance(funnel, PrerankError):
-            self.metrics.serves(funnel.version)
+            self.metrics.serves(funnel.version, funnel.ranks_by)
 
     def close(self) -> None:
         """Finish what is running."""

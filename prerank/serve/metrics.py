@@ -21,6 +21,12 @@ class ServeMetrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._version = Gauge("prerank_version", "1 for the version that serves.", ["version"], registry=self._registry)
+        self._ranks_by = Gauge(
+            "prerank_ranks_by",
+            "1 for what ranks: the instructions of the native kernels, or torch where there are none.",
+            ["level"],
+            registry=self._registry,
+        )
         self._requests = Histogram(
             "prerank_request_seconds",
             "Time from a recommend request's arrival to its answer, waiting for a worker included.",
@@ -64,9 +70,10 @@ class ServeMetrics:
             "prerank_events_unknown_items", "Events accepted of items the version lacks.", registry=self._registry
         )
 
-    def serves(self, version: str) -> None:
-        """Note the version that serves."""
+    def serves(self, version: str, ranks_by: str) -> None:
+        """Note the version that serves, and what ranks: a level of the native kernels, or torch."""
         self._version.labels(version).set(1)
+        self._ranks_by.labels(ranks_by).set(1)
 
     def answered(self, answer: Answer) -> None:
         """Note an answer's stages."""

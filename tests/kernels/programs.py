@@ -2,7 +2,7 @@
 
 import torch
 
-from prerank.kernels.program import Builder, Gather, Linear, Match, Mix, Norm, OfUser, Program, Scale, Softmax
+from prerank.kernels.program import Builder, Dot, Gather, Linear, Match, Mix, Norm, OfUser, Program, Scale, Softmax
 
 
 def made_program(width: int, hidden: int, experts: int, dim: int, tasks: int = 2, seed: int = 0) -> Program:
@@ -40,7 +40,9 @@ def made_program(width: int, hidden: int, experts: int, dim: int, tasks: int = 2
     out = builder.register(tasks)
     for task in range(tasks):
         deep = builder.linear(mix, weight(hidden, width), weight(hidden), "gelu")
-        builder.add(Linear(out.columns(task, 1), deep, weight(1, hidden), weight(1)))
+        deep = builder.linear(deep, weight(1, hidden), weight(1))
+        own = OfUser("u", columns=(task, 1), factor=0.1)
+        builder.add(Dot(out.columns(task, 1), item, OfUser("u", factor=0.2), own, deep))
     return builder.program(out)
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from prerank.bundle.executor import NativeRanker
 from prerank.bundle.registry import Registry
-from prerank.errors import PrerankError, RegistryError
+from prerank.errors import BundleError, PrerankError, RegistryError
+from prerank.kernels.native import level
 from prerank.serve.funnel import Funnel
 from prerank.serve.http import _open, create_app, serve
 from prerank.stores.events import EventStore, LiveEvent
@@ -118,3 +120,20 @@ def test_a_server_sweeps_what_its_log_has_when_it_starts(store: Path) -> None:
     with started(store):
         assert events.get(1)["item_id"].tolist() == [101]
     events.close()
+
+
+def test_what_ranks_is_a_metric_and_no_workers_mean_torch(published: Path) -> None:
+    for workers, expected in ((1, level()), (0, "torch")):
+        with Funnel.open(published, workers=workers) as funnel, Client(create_app(funnel)) as client:
+            assert funnel.ranks_by == expected
+            assert f'prerank_ranks_by{{level="{expected}"}} 1.0' in client.get("/metrics").text
+            assert client.post("/v1/recommend", json=BODY).status_code == 200
+
+
+def test_native_kernels_that_are_far_off_do_not_serve(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = NativeRanker.__call__
+    monkeypatch.setattr(NativeRanker, "__call__", lambda self, user, rows: right(self, user, rows) + 1)
+    with pytest.raises(BundleError, match=r"the native kernels .* are far off: golden request 0: expected item"):
+        Funnel.open(published, workers=1)
+    with Funnel.open(published, workers=0) as funnel:
+        assert funnel.ranks_by == "torch"

@@ -5,7 +5,7 @@
 
 namespace prerank {
 
-enum Operation : int64_t { GATHER, SCALE, LINEAR, NORM, SOFTMAX, MIX, MATCH, CLEAR, OUTPUT };
+enum Operation : int64_t { GATHER, SCALE, LINEAR, NORM, SOFTMAX, MIX, MATCH, DOT, CLEAR, OUTPUT };
 enum Activation : int64_t { NONE, GELU };
 constexpr int64_t MOST_EXPERTS = 16;
 
