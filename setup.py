@@ -15,7 +15,7 @@ HEADERS = ("export.h", "program.h", "program_block.inc")
 FLAGS = (
     *("-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math"),  # neither is looked at, and both keep loops from becoming vectors
-    *("-Wall", "-Wextra", "-Wno-psabi"),
+    *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),
 )
 
 native = Extension(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prerank.kernels import native
-from prerank.kernels.layout import TILE, Layout, lay_out, padded
+from prerank.kernels.layout import NOT_KEPT, TILE, Layout, lay_out, padded
 from prerank.kernels.program import (
     Dot,
     Gather,
@@ -123,9 +123,10 @@ class Engine:
 
 
 class NativeProgram:
-    """A program with the item side's tables it reads, [I, ...] each, ready to run; they are used where they are.
+    """A program with the item side's tables it reads, [I, ...] each, ready to run.
 
     Gathered tables are float32 or bfloat16 [I, W], matched ones whole numbers [I] or [I, M], all contiguous on the CPU.
+    They are used where they are, but for float32 ones that no step needs in full: of those a bfloat16 copy is made.
     """
 
     def __init__(self, program: Program, item_side: Features, engine: Engine) -> None:
@@ -134,10 +135,14 @@ class NativeProgram:
         self._kept: list[Tensor] = []
         self._slots: dict[tuple[int, OfUser], int] = {}
         self._shapes: list[tuple[int, int]] = []  # rows and depth by slot
-        names = program.tables()
-        self._tables = (_Table * len(names))(*(self._table(item_side[name]) for name in names))
+        names, layout = program.tables(), lay_out(program)
+        full = {
+            step.table
+            for step in program.steps
+            if isinstance(step, Gather) and layout.places[step.out.register].f32 != NOT_KEPT
+        }
+        self._tables = (_Table * len(names))(*(self._table(item_side[name], name in full) for name in names))
         self.num_items = len(item_side[names[0]])
-        layout = lay_out(program)
         steps = self._steps(program, layout, {name: number for number, name in enumerate(names)})
         self._step_array = (_Step * len(steps))(*steps)
         self._registers = (_Register * len(layout.places))(
@@ -183,7 +188,9 @@ class NativeProgram:
         del memory  # until here the threads read it
         return logits
 
-    def _table(self, tensor: Tensor) -> _Table:
+    def _table(self, tensor: Tensor, is_full: bool) -> _Table:
+        if tensor.dtype == torch.float32 and not is_full:
+            tensor = tensor.bfloat16()
         assert tensor.is_contiguous()
         assert tensor.device.type == "cpu"
         assert tensor.dim() in (1, 2)
@@ -297,21 +304,21 @@ class _Binding:
         whole, found = user[asked.name], asked.view(user)
         rows, depth = shape
         if kind == _CODES:
-            rows, depth = found.numel(), 1
+            rows, depth = found.numel(), max(16, 1 << (2 * found.numel()).bit_length())
             assert found.dim() == 1
             assert not found.is_floating_point()
         else:
             assert whole.dtype == torch.float32
             assert found.numel() == rows * depth, f"{asked}: expected {rows} by {depth}, got {tuple(found.shape)}"
         row_step, column_step = (found.stride(0), found.stride(1)) if found.dim() == 2 else (depth, 1)
-        if found.dim() == 1 and depth == 1:
+        if found.dim() == 1 and (kind == _CODES or depth == 1):
             row_step = found.stride(0)
         elif found.dim() == 1:
             assert rows == 1
             column_step = found.stride(0)
         offset = found.storage_offset() - whole.storage_offset()
         target = self.size
-        bytes_of = {_VECTOR: 4 * padded(rows), _MATRIX: 2 * padded(rows) * padded(depth), _CODES: 4 * padded(rows, 16)}
+        bytes_of = {_VECTOR: 4 * padded(rows), _MATRIX: 2 * padded(rows) * padded(depth), _CODES: 8 * depth}
         self.size += padded(bytes_of[kind], 64)
         source = self.names.index(asked.name)
         return _Slot(

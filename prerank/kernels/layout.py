@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from prerank.kernels.program import Dot, Gather, Linear, Match, Mix, Norm, Part, Program, Scale, Softmax, Step
 
@@ -40,17 +41,28 @@ def padded(width: int, to: int = TILE) -> int:
     return -(-width // to) * to
 
 
-def reads(step: Step) -> Iterator[tuple[Part, bool]]:
-    """The parts a step reads, and whether it multiplies them as bfloat16."""
+class Use(Enum):
+    """How a step reads: as bfloat16, which products multiply; as float32; or as whichever is kept, the latter first."""
+
+    BF16 = 0
+    F32 = 1
+    ANY = 2
+
+
+def reads(step: Step) -> Iterator[tuple[Part, Use]]:
+    """The parts a step reads, and how."""
     if isinstance(step, Linear):
-        yield step.x, True
-        yield from ((part, False) for part in (step.add, *(step.cross or ())) if part is not None)
+        yield step.x, Use.BF16
+        yield from ((part, Use.ANY) for part in (step.add, *(step.cross or ())) if part is not None)
     elif isinstance(step, Dot):
-        yield from ((part, False) for part in (step.x, step.add))
+        yield from ((part, Use.F32) for part in (step.x, step.add))
     elif isinstance(step, Mix):
-        yield from ((part, False) for part in (step.weights, *step.experts))
-    elif isinstance(step, Scale | Norm | Softmax):
-        yield step.x, False
+        yield step.weights, Use.F32
+        yield from ((part, Use.ANY) for part in step.experts)
+    elif isinstance(step, Scale):
+        yield step.x, Use.ANY
+    elif isinstance(step, Norm | Softmax):
+        yield step.x, Use.F32
     else:
         assert isinstance(step, Gather | Match)
 
@@ -62,13 +74,20 @@ def writes(step: Step) -> tuple[Part, ...]:
     return (step.out,)
 
 
-def lay_out(program: Program) -> Layout:
-    """A register is kept from the first step that writes it to the last that reads it; then its memory is another's."""
+def lay_out(program: Program, is_narrow: bool = True) -> Layout:
+    """A register is kept from the first step that writes it to the last that reads it; then its memory is another's.
+
+    What is read as float32 or bfloat16 is kept so. What a step would take as either is kept as bfloat16 if `is_narrow`,
+    half the bytes, and as float32 too if not.
+    """
     spans = _spans(program)
     widths, wide, narrow = list(map(padded, program.widths)), set[int](), set[int]()
-    for part, is_narrow in _all_reads(program):
-        (narrow if is_narrow else wide).add(part.register)
+    for part, use in _all_reads(program):
+        (wide if use is Use.F32 or (use is Use.ANY and not is_narrow) else narrow).add(part.register)
         widths[part.register] = max(widths[part.register], padded(part.start + padded(part.width)))
+    read_to = widths
+    # rows a power of two apart would share few lines of the first cache
+    widths = [ld + TILE if ld % (2 * TILE) == 0 else ld for ld in read_to]
     places = [Place(ld) for ld in widths]
     taken: list[tuple[int, int, int]] = []  # (first byte, the one past the last, last step) of what is kept
     row_bytes, cleared = 0, dict[int, tuple[Part, ...]]()
@@ -86,15 +105,15 @@ def lay_out(program: Program) -> Layout:
                     taken.append((at, at + size, last))
                     row_bytes = max(row_bytes, at + size)
                     places[register] = replace(places[register], **{name: at})
-            past = Part(register, program.widths[register], widths[register] - program.widths[register])
+            past = Part(register, program.widths[register], read_to[register] - program.widths[register])
             if register in narrow and past.width:
                 cleared[number] = (*cleared.get(number, ()), past)
     return Layout(tuple(places), row_bytes, cleared)
 
 
-def _all_reads(program: Program) -> Iterator[tuple[Part, bool]]:
+def _all_reads(program: Program) -> Iterator[tuple[Part, Use]]:
     yield from (one for step in program.steps for one in reads(step))
-    yield program.logits, False
+    yield program.logits, Use.F32
 
 
 def _spans(program: Program) -> dict[int, tuple[int, int]]:

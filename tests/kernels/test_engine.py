@@ -62,10 +62,11 @@ def test_a_candidates_logits_depend_on_nothing_but_its_own_row(engine):
     assert not found[312].isfinite().any()
 
 
-def test_a_table_may_be_bfloat16(engine):
+@pytest.mark.parametrize("name", ["x", "q"])
+def test_a_table_may_be_bfloat16(engine, name):
     program, items, user = made_program(33, 7, 3, 16), made_items(ITEMS, 33, 16), made_user(33, 16)
-    narrow = items | {"x": items["x"].bfloat16()}
-    wide = items | {"x": items["x"].bfloat16().float()}
+    narrow = items | {name: items[name].bfloat16()}
+    wide = items | {name: items[name].bfloat16().float()}
     found, expected = (NativeProgram(program, tables, engine)(user, torch.arange(ITEMS)) for tables in (narrow, wide))
     assert torch.equal(found, expected)
 
@@ -109,10 +110,11 @@ def test_a_level_this_processor_lacks_and_no_threads_are_refused():
             Engine(threads, level)
 
 
+@pytest.mark.parametrize("is_narrow", [True, False])
 @pytest.mark.parametrize("size", SIZES)
-def test_no_two_registers_that_are_kept_at_once_share_memory(size):
+def test_no_two_registers_that_are_kept_at_once_share_memory(size, is_narrow):
     program = made_program(*size)
-    layout = lay_out(program)
+    layout = lay_out(program, is_narrow)
     last = {part.register: n for n, step in enumerate(program.steps) for part, _ in reads(step)}
     last[program.logits.register] = len(program.steps)
     first: dict[int, int] = {}

@@ -48,8 +48,20 @@ struct Program {
     int64_t num_tasks;
 };
 
+// How often a code is among a user's: an entry of a table of a power of two of them, at most half full; 0 is no code.
+struct CodeCount {
+    int32_t code, count;
+};
+
+// Where a code stands, or where it would.
+inline uint32_t code_place(const CodeCount* codes, uint32_t mask, int64_t code) {
+    uint32_t at = (static_cast<uint32_t>(code) * 2654435769u >> 15) & mask;
+    while (codes[at].code != code && codes[at].code != 0) at = (at + 1) & mask;
+    return at;
+}
+
 // What one request brings: its rows of the tables and what its user is, by slot: vectors padded to 32 floats, packed
-// matrices, codes (int32, `lengths` of them, padded to 16 with -1). Answers go to logits [count, num_tasks].
+// matrices, tables of codes of `lengths` entries. Answers go to logits [count, num_tasks].
 struct Asked {
     const int64_t* rows;
     int64_t count;

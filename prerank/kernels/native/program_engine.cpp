@@ -182,7 +182,7 @@ PRERANK_EXPORT void prerank_pack(const float* weight, int64_t rows, int64_t dept
 
 // One slot of what a request brings, found in the tensor `source` of its user side from number `offset` on.
 struct Slot {
-    int64_t kind;  // 0 a vector of `rows`, 1 a matrix [rows, depth], 2 `rows` codes of `bytes` each
+    int64_t kind;  // 0 a vector of `rows`, 1 a matrix [rows, depth], 2 `rows` codes of `bytes` each, a table of `depth`
     int64_t source, offset, rows, depth, row_step, column_step, bytes;
     double factor;
     int64_t target;  // bytes from the start of the request's memory, a multiple of 64
@@ -216,11 +216,15 @@ PRERANK_EXPORT void prerank_bind(const Slot* asked, int64_t count, const void* c
             for (int64_t i = 0; i < (slot.rows + 31) / 32 * 32; i++)
                 out[i] = i < slot.rows ? factor * floats[slot.offset + i * slot.row_step] : 0.0f;
         } else {
-            int32_t* out = reinterpret_cast<int32_t*>(memory + slot.target);
-            for (int64_t i = 0; i < (slot.rows + 15) / 16 * 16; i++) {
-                const int64_t own =
-                    i < slot.rows ? code(sources[slot.source], slot.offset + i * slot.row_step, slot.bytes) : -1;
-                out[i] = own > 0 && own <= INT32_MAX ? static_cast<int32_t>(own) : -1;
+            prerank::CodeCount* out = reinterpret_cast<prerank::CodeCount*>(memory + slot.target);
+            std::memset(out, 0, static_cast<size_t>(slot.depth) * sizeof *out);
+            lengths[n] = slot.depth;
+            for (int64_t i = 0; i < slot.rows; i++) {
+                const int64_t own = code(sources[slot.source], slot.offset + i * slot.row_step, slot.bytes);
+                if (own <= 0 || own > INT32_MAX) continue;
+                prerank::CodeCount& entry = out[prerank::code_place(out, static_cast<uint32_t>(slot.depth - 1), own)];
+                entry.code = static_cast<int32_t>(own);
+                entry.count++;
             }
         }
     }
