@@ -57,7 +57,7 @@ class CrossFeatureRanker(nn.Module):
         user, item = user_side["x"].unsqueeze(1), item_side["x"]
         met = [user * item]
         if self.meeting.width:
-            met.append(self.meeting(user_side, item_side))
+            met.append(self.meeting(user_side, item_side).to(item.dtype))
         x = self.norm(user + item + self.crossed(torch.cat(met, dim=-1)))
         experts = [expert(x) for expert in self.experts]
         pairs = zip(self.gates, self.heads, strict=True)

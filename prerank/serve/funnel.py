@@ -19,7 +19,7 @@ from prerank.bundle.registry import Registry
 from prerank.errors import BundleError, RegistryError, RequestError
 from prerank.features.transforms import Transforms
 from prerank.kernels.engine import Engine
-from prerank.kernels.native import library
+from prerank.kernels.native import level, library
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.graph import Deadline, GraphRun, RequestGraph
 from prerank.serve.record import Recorded, check_contexts, check_events
@@ -151,7 +151,7 @@ class Funnel:
 
 
 def _engine(workers: int | None) -> Engine | None:
-    if workers == 0 or library() is None:
+    if workers == 0 or library() is None or level() == "portable":  # which is right, and slower than torch
         return None
     return Engine(len(os.sched_getaffinity(0)) if workers is None else workers)
 

@@ -9,6 +9,7 @@
 #endif
 #include <immintrin.h>
 
+#define PRERANK_AVX2
 #include "program_block.inc"
 
 namespace prerank {
