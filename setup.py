@@ -10,8 +10,9 @@ SOURCES = (
     "processor",
     "program_engine",
     *("program_portable", "program_avx2", "program_avx512", "program_amx"),
+    *("scan", "scan_portable", "scan_avx2", "scan_avx512"),
 )
-HEADERS = ("export.h", "program.h", "program_block.inc")
+HEADERS = ("export.h", "program.h", "program_block.inc", "scan.h", "scan_rows.inc")
 FLAGS = (
     *("-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math"),  # neither is looked at, and both keep loops from becoming vectors

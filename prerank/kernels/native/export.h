@@ -5,8 +5,9 @@
 
 #define PRERANK_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Raised with every change of a signature; prerank/kernels/native.py asks for the same number before it calls anything.
-constexpr int32_t PRERANK_INTERFACE = 1;
+// Raised with every new function and every change of a signature; prerank/kernels/native.py asks for the same number
+// before it calls anything.
+constexpr int32_t PRERANK_INTERFACE = 2;
 
 namespace prerank {
 
