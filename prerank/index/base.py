@@ -9,6 +9,7 @@ from typing import Protocol, Self
 from torch import Tensor
 
 from prerank.index.exact import ExactIndex
+from prerank.index.storage import Storage
 from prerank.types import CandidateSet
 
 
@@ -22,14 +23,15 @@ class Index(Protocol):
     is_exact: bool
     models: Mapping[str, str]
 
-    def __init__(self, vectors: Tensor) -> None:
-        """Over item vectors float32 [I, D], one a row."""
+    def __init__(self, vectors: Tensor, storage: Storage = "float32") -> None:
+        """Over item vectors float32 [I, D], one a row, kept as `storage`; similarities are those of what is kept."""
 
     def search(self, query: Tensor, k: int, eligible: Tensor | None) -> CandidateSet:
         """query float32 [B, D] -> [B, k], best first; ties are broken by the smaller row.
 
-        `eligible` bool [I] leaves rows out (None: no row). Where fewer than k rows are eligible and of finite
-        similarity the rest is not valid, with row -1.
+        `eligible` says which rows may be found: bool [I], or int64 [N] the rows themselves in strictly rising order,
+        which few are better given as, or None for all. Where fewer than k rows are eligible and of finite similarity
+        the rest is not valid, with row -1. Raises IndexError for rows that do not rise or that there are not.
         """
         ...
 

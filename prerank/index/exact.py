@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from prerank._tensor_files import read_tensors, write_tensors
 from prerank.errors import BundleError
-from prerank.index.top_k import NONE, order_keys, value_and_row
+from prerank.index.storage import STORAGES, Storage, storage_named, store
+from prerank.kernels.scan import scan_top_k
 from prerank.types import CandidateSet
-
-_SIMILARITIES_AT_ONCE = 1 << 19
 
 
 class ExactIndex(nn.Module):
     """Item vectors float32 [I, D], one a row, scanned whole for every query.
+
+    It is exact over what it stores: with `storage` "bfloat16" or "int8" the vectors are rounded to that first, and read
+    in half or a quarter of the bytes. `vectors` is [I, D] as stored, `scales` float32 [I] beside int8 ones.
 
     The two products of one item are rounded the same on one machine, not on two: rows whose similarities differ by
     rounding alone may change places between devices.
@@ -26,53 +28,56 @@ class ExactIndex(nn.Module):
 
     is_exact = True
     vectors: Tensor
+    scales: Tensor | None
 
-    def __init__(self, vectors: Tensor) -> None:
+    def __init__(self, vectors: Tensor, storage: Storage = "float32") -> None:
         super().__init__()
         assert vectors.dim() == 2
         assert vectors.dtype == torch.float32
-        self.register_buffer("vectors", vectors)
-        self.models: Mapping[str, str] = {}
+        self._keep(*store(vectors, storage))
 
     def search(self, query: Tensor, k: int, eligible: Tensor | None) -> CandidateSet:
         """The k rows of largest dot product with each query float32 [B, D]; see `Index.search`."""
-        num_queries, num_items = query.shape[0], self.vectors.shape[0]
-        assert query.shape[1] == self.vectors.shape[1]
-        assert eligible is None or (eligible.dtype == torch.bool and eligible.shape == (num_items,))
-        best = torch.full((num_queries, k), NONE, device=query.device)
-        step = max(1, _SIMILARITIES_AT_ONCE // max(num_queries, 1))
-        for start in range(0, num_items if k else 0, step):
-            similarity = query @ self.vectors[start : start + step].T
-            if eligible is not None:
-                similarity.masked_fill_(~eligible[start : start + step], -torch.inf)
-            similarity.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-            # only what beats the k-th so far can enter, which soon is few; an equal one has a larger row
-            beaten, _ = value_and_row(best[:, -1:])
-            entering = max((similarity > beaten).sum(1).tolist(), default=0)
-            if entering < min(k, similarity.shape[1]):
-                similarity, rows = similarity.topk(entering)
-            else:
-                rows = torch.arange(similarity.shape[1], device=query.device)
-            keys = order_keys(similarity, rows + start, None)
-            best = torch.cat([best, keys.topk(min(k, keys.shape[1])).values], dim=1).topk(k).values
-        similarity, rows = value_and_row(best)
-        return CandidateSet(rows=rows, similarity=similarity, valid=best != NONE)
+        similarity, rows = scan_top_k(self.vectors, self.scales, query, k, eligible)
+        return CandidateSet(rows=rows, similarity=similarity, valid=rows >= 0)
 
     def save(self, path: Path, models: Mapping[str, str]) -> None:
         """Write one safetensors file; `models` is the version of each model the vectors were made with, by name."""
-        write_tensors(path, {"vectors": self.vectors}, {"index": "exact", "models": dict(models)})
+        tensors = {"vectors": self.vectors} if self.scales is None else {"vectors": self.vectors, "scales": self.scales}
+        write_tensors(path, tensors, {"index": "exact", "storage": self.storage, "models": dict(models)})
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """What `save` wrote, memory-mapped, with its `models`. Raises BundleError for anything else."""
         tensors, note = read_tensors(path)
-        models = note.get("models")
-        if note.get("index") != "exact" or not isinstance(models, dict):
+        models, storage = note.get("models"), storage_named(note.get("storage"))
+        if note.get("index") != "exact" or not isinstance(models, dict) or storage is None:
             raise BundleError(f"{path}: expected an exact index with the models it was built with, found {note}")
-        vectors = tensors.get("vectors")
-        if len(tensors) != 1 or vectors is None or vectors.dim() != 2 or vectors.dtype != torch.float32:
+        vectors, scales = tensors.get("vectors"), tensors.get("scales")
+        if vectors is None or not _is_stored(tensors, vectors, scales, storage):
+            wanted = f"one tensor, vectors {storage} [I, D]"
+            if storage == "int8":
+                wanted = "two tensors, vectors int8 [I, D] and scales float32 [I]"
             shapes = {name: f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for name, t in tensors.items()}
-            raise BundleError(f"{path}: expected one tensor, vectors float32 [I, D], found {shapes}")
-        index = cls(vectors)
+            raise BundleError(f"{path}: expected {wanted}, found {shapes}")
+        index = cls(torch.empty(0, 0))
+        index._keep(vectors, scales)
         index.models = {str(name): str(version) for name, version in models.items()}
         return index
+
+    @property
+    def storage(self) -> Storage:
+        """What the vectors are kept as."""
+        return next(name for name, dtype in STORAGES.items() if dtype == self.vectors.dtype)
+
+    def _keep(self, vectors: Tensor, scales: Tensor | None) -> None:
+        self.register_buffer("vectors", vectors)
+        self.register_buffer("scales", scales)
+        self.models: Mapping[str, str] = {}
+
+
+def _is_stored(tensors: Mapping[str, Tensor], vectors: Tensor, scales: Tensor | None, storage: Storage) -> bool:
+    names = {"vectors", "scales"} if storage == "int8" else {"vectors"}
+    if tensors.keys() != names or vectors.dim() != 2 or vectors.dtype != STORAGES[storage]:
+        return False
+    return scales is None or (scales.dtype == torch.float32 and scales.shape == vectors.shape[:1])

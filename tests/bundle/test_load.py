@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 from dataclasses import fields
+from functools import partial
 
 import pyarrow as pa
 import pytest
@@ -13,6 +14,9 @@ from prerank.bundle.golden import Answers, Golden
 from prerank.bundle.load import load, verify
 from prerank.bundle.publish import publish
 from prerank.errors import BundleError
+from prerank.index.exact import ExactIndex
+from prerank.index.storage import STORAGES
+from prerank.kernels import native
 from prerank.types import CandidateSet
 from tests.bundle import world
 
@@ -333,6 +337,19 @@ def test_rounding_of_another_cpu_is_no_difference(pristine):
         tensor.mul_(1 + 1e-6 * torch.randn(tensor.shape, generator=generator))
     assert golden.first_difference(bundle.towers, bundle.index, bundle.scorer) is None
     assert load(pristine).version, "a mapping is private: writing to it leaves the file alone"
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_machine_without_the_native_kernels_gives_the_answers_of_one_with_them(pristine, monkeypatch, storage):
+    bundle = load(pristine)
+    index = ExactIndex(bundle.index.vectors, storage)
+    asked = partial(Golden.ask, golden_of(bundle).user, bundle.towers, index, bundle.scorer, keep=40, k=10)
+    natively = asked()
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert natively.first_difference(bundle.towers, index, bundle.scorer) is None
+    by_torch = asked()
+    monkeypatch.undo()
+    assert by_torch.first_difference(bundle.towers, index, bundle.scorer) is None
 
 
 def retold(golden, **answers):
