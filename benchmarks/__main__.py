@@ -13,6 +13,7 @@ QUESTIONS = (
     "market",
     "data",
     "retrieval_quality",
+    "retrieval_scan",
     "ranking_quality",
     "ranking_market",
     "training_throughput",
