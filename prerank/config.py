@@ -216,6 +216,16 @@ class UtilityTerm:
 
 
 @dataclass(frozen=True, slots=True)
+class DiversityRule:
+    """Of the items that share a value of the column this rule is named after, at most so many win; a null is no group.
+
+    The column is one of the items table, whether or not it is a feature. `at_most = 1` is dedup.
+    """
+
+    at_most: int
+
+
+@dataclass(frozen=True, slots=True)
 class Metadata:
     """The items-table columns an answer carries for each winner; empty means all of them."""
 
@@ -253,6 +263,7 @@ class Config:
     heavy_ranker: HeavyRankerConfig | None = None
     distillation: Distillation = field(default_factory=Distillation)
     ranker: RankerConfig = field(default_factory=RankerConfig)
+    diversity: Mapping[str, DiversityRule] = field(default_factory=dict)
     metadata: Metadata = field(default_factory=Metadata)
     serve: Serve = field(default_factory=Serve)
     validate: Mapping[str, Bound] = field(default_factory=dict)
@@ -317,6 +328,9 @@ def _check_names(config: Config, problems: Problems) -> None:
         problems.known(f"validate.{gate}", gate, list(GATES), "a gate")
         if bound.at_least is None and bound.at_most is None:
             problems.add(f"validate.{gate}", "expected at_least, at_most, or both")
+    for column, rule in config.diversity.items():
+        if rule.at_most < 1:
+            problems.add(f"diversity.{column}.at_most", f"expected 1 or more, got {rule.at_most}")
     _check_domain(config, problems)
     _check_segments(config, problems)
     _check_ranges(config, problems)

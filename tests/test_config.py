@@ -118,6 +118,10 @@ def _drop_none(plain):
           "[utility]"), "ranker.domain: expected a category of [features.context] (there is none), got 'age'"),
         (("[utility]", '[features.context]\ntab = { kind = "category" }\n[ranker]\ndomain = "tab"\n[utility]'),
          'ranker.domain: expected none with model = "two_tower", only "mtmd" has domains; got \'tab\''),
+        (("[validate]", "[diversity]\nbrand = { at_most = 0 }\n[validate]"),
+         "diversity.brand.at_most: expected 1 or more, got 0"),
+        (("[validate]", "[diversity]\nbrand = { most = 1 }\n[validate]"),
+         'diversity.brand.most: unknown key; did you mean "at_most"?'),
         (("[features.item]", "[features.itm]"), 'features.itm: unknown key; did you mean "item"?'),
     ],
 )  # fmt: skip

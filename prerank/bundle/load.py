@@ -18,6 +18,7 @@ from prerank.bundle.golden import Golden
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.manifest import verify as verify
 from prerank.bundle.scorer import Scorer
+from prerank.business.diversity import Diversity
 from prerank.business.utility import Utility
 from prerank.config import Config, parse_config
 from prerank.errors import BundleError, ConfigError, DataError, SchemaMismatch
@@ -30,7 +31,7 @@ from prerank.models.towers import TwoTower, build_towers
 from prerank.stores.metadata import MetadataTable
 
 _DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
-_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE = "items.", "ranker.", "utility.", "item_side."
+_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE, _DIVERSITY = "items.", "ranker.", "utility.", "item_side.", "diversity."
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,8 @@ def load(path: Path) -> Bundle:
     _fill(utility, _below(tensors, _UTILITY), where)
     item_side = _item_side(tensors, ranker, items, where)
     try:
-        scorer = Scorer(items, ranker, utility, item_side).eval()
-    except SchemaMismatch as error:
+        scorer = Scorer(items, ranker, utility, item_side, _diversity(tensors, config)).eval()
+    except (BundleError, SchemaMismatch) as error:
         raise BundleError(f"{where}: {error}") from None
 
     index = _index(path, config, said)
@@ -161,10 +162,24 @@ def _item_side(tensors: Mapping[str, Tensor], ranker: Ranker, items: ItemTable, 
         wanted = _said(like[name].expand(items.num_items, *like[name].shape[1:]) if name in like else None)
         if wanted != _said(found.get(name)):
             raise BundleError(f"{where}: expected {_ITEM_SIDE}{name} {wanted}, found {_said(found.get(name))}")
-    unknown = [n for n in tensors if not n.startswith((_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE))]
+    unknown = [n for n in tensors if not n.startswith((_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE, _DIVERSITY))]
     if unknown:
         raise BundleError(f"{where}: weights of no part of a scorer: {unknown}")
     return found
+
+
+def _diversity(tensors: Mapping[str, Tensor], config: Config) -> Diversity | None:
+    """The rules stored, if they are those of the configuration."""
+    found = _below(tensors, _DIVERSITY)
+    if not config.diversity and not found:
+        return None
+    if set(found) != {"codes", "at_most"}:
+        raise BundleError(f"diversity: expected codes and at_most of {list(config.diversity)}, found {sorted(found)}")
+    diversity = Diversity(found["codes"], found["at_most"])
+    bounds = [rule.at_most for rule in config.diversity.values()]
+    if diversity.at_most.tolist() != bounds:
+        raise BundleError(f"diversity: expected at_most {bounds}, found {diversity.at_most.tolist()}")
+    return diversity
 
 
 def _index(path: Path, config: Config, said: Mapping[str, object]) -> Index:

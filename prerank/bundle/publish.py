@@ -27,6 +27,7 @@ from prerank.bundle.item_table import ItemTable
 from prerank.bundle.manifest import FileEntry
 from prerank.bundle.scorer import Scorer
 from prerank.bundle.toml import to_toml
+from prerank.business.diversity import Diversity
 from prerank.business.utility import Utility
 from prerank.config import Config
 from prerank.errors import BundleError, DataError, SchemaMismatch
@@ -46,7 +47,8 @@ _TEMPORARY = ".tmp-"
 class Parts:
     """What a version is made of. Of I items in any order, and of G golden requests:
 
-    item_ids int64 [I]; item_columns encoded [I, ...]; item_table raw [I], what answers show; popularity float32 [I, S];
+    item_ids int64 [I]; item_columns encoded [I, ...]; item_table raw [I], what answers show and what the rules read;
+    popularity float32 [I, S];
     golden_user encoded user and context features and counters [G, ...]. `parents` names what it was made from,
     `metrics` what was measured; neither changes what the version is. Both models are left in eval mode.
     """
@@ -145,7 +147,9 @@ def _write_files(folder: Path, parts: Parts) -> int:
         raise SchemaMismatch(f"{fault}; encode the items with the transforms published")
     index = INDEXES[config.retrieval.index.kind](_vectors(parts, items))
     terms = {task: term.value for task, term in config.utility.items()}
-    scorer = Scorer(items, parts.ranker, Utility(parts.ranker.tasks, terms)).eval()
+    raw = parts.item_table.take(pa.array(_order(parts.item_ids)))
+    diversity = Diversity.build(config.diversity, raw) if config.diversity else None
+    scorer = Scorer(items, parts.ranker, Utility(parts.ranker.tasks, terms), diversity=diversity).eval()
     for name, side in scorer.item_side.tensors().items():
         _refuse_nonfinite(side, f"the ranker's item side {name!r}")
     user = {name: torch.from_numpy(np.array(column)) for name, column in parts.golden_user.items()}
@@ -159,7 +163,7 @@ def _write_files(folder: Path, parts: Parts) -> int:
     write_tensors(folder / manifest.SCORER, scorer.state_dict(), {})
     write_tensors(folder / manifest.GOLDEN, golden.to_tensors(), {})
     index.save(folder / manifest.INDEX, {"retrieval": FileEntry.of(folder / manifest.RETRIEVAL).model_id})
-    _write_metadata(folder / manifest.METADATA, parts)
+    _write_metadata(folder / manifest.METADATA, raw, config)
     return items.num_items
 
 
@@ -177,11 +181,13 @@ def _vectors(parts: Parts, items: ItemTable) -> Tensor:
     return vectors
 
 
-def _write_metadata(path: Path, parts: Parts) -> None:
-    table = parts.item_table.take(pa.array(_order(parts.item_ids))).combine_chunks().replace_schema_metadata(None)
+def _write_metadata(path: Path, raw: pa.Table, config: Config) -> None:
+    """What answers show of the `raw` items, which may have more: columns that only a rule reads."""
+    shown = [name for name in config.metadata.columns if name in raw.column_names] or raw.column_names
+    table = raw.select(shown).combine_chunks().replace_schema_metadata(None)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=max(table.num_rows, 1))
-    MetadataTable.open(path).check_columns(parts.config.metadata.columns)
+    MetadataTable.open(path).check_columns(config.metadata.columns)
 
 
 def _order(item_ids: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Everything that decides an order, as one module: item rows as buffers, ranker, utility and top-k.
+"""Everything that decides an order, as one module: item rows as buffers, ranker, utility, diversity and top-k.
 
 Candidates come in as rows and winners go out; what a loser was worth never leaves.
 """
@@ -13,10 +13,11 @@ from torch.nn.functional import embedding, pad
 
 from prerank.bundle.executor import NativeRanker
 from prerank.bundle.item_table import ItemTable
+from prerank.business.diversity import Diversity, groups_of
 from prerank.business.utility import Utility
 from prerank.errors import SchemaMismatch
-from prerank.index.top_k import NONE, order_keys
 from prerank.kernels.engine import Engine
+from prerank.kernels.greedy import greedy_top_k
 from prerank.models.ranker import Ranker
 from prerank.types import CandidateSet, Features, TopK
 
@@ -56,20 +57,32 @@ def _gathered(tensor: Tensor, rows: Tensor) -> Tensor:
 class Scorer(nn.Module):
     """Candidates to winners. Its state_dict is its whole behaviour.
 
-    `item_side` is the ranker's of every item; it is computed unless given.
-    Raises SchemaMismatch if the items lack a value the utility reads.
+    `item_side` is the ranker's of every item; it is computed unless given. Without `diversity` no group is ever full.
+    Raises SchemaMismatch if the items lack a value the utility reads, or the groups are those of other items.
     """
 
     ranker: Ranker
 
-    def __init__(self, items: ItemTable, ranker: Ranker, utility: Utility, item_side: Features | None = None) -> None:
+    def __init__(
+        self,
+        items: ItemTable,
+        ranker: Ranker,
+        utility: Utility,
+        item_side: Features | None = None,
+        diversity: Diversity | None = None,
+    ) -> None:
         super().__init__()
         for name in utility.values:
             if name not in items.names:
                 raise SchemaMismatch(f"the utility reads {name!r}, and the items have {list(items.names)}")
+        if diversity is not None and len(diversity.codes) != items.num_items:
+            raise SchemaMismatch(
+                f"diversity has the groups of {len(diversity.codes)} items, expected {items.num_items}"
+            )
         self.items = items
         self.ranker = ranker
         self.utility = utility
+        self.diversity = diversity
         self.item_side = ItemSide(self._computed() if item_side is None else item_side)
         self._native: NativeRanker | None = None
 
@@ -104,16 +117,18 @@ class Scorer(nn.Module):
     def forward(self, user: Features, candidates: CandidateSet, k: int) -> Ranked:
         """user [B, ...] and candidates [B, N] -> the k winners [B, k], best first.
 
-        Only valid candidates of finite utility win; where there are fewer than k the rest is not valid, with row and
-        item_id -1. Equal utilities are ordered by item_id. A row given twice is ranked twice.
+        Only valid candidates of finite utility win, and of a group at most as many as diversity lets; where there are
+        fewer than k the rest is not valid, with row and item_id -1. Equal utilities are ordered by item_id. A row given
+        twice is ranked twice.
         """
         valid = candidates.valid
         rows = torch.where(valid, candidates.rows, 0)
         probs = self.probs(user, rows)
         utility = self.utility(probs, self.items.gather(self.utility.values, rows))
         # rows ascend with item_id, so the smaller row is the smaller item_id
-        keys, kept = order_keys(utility, rows, valid).topk(min(k, rows.shape[1]))
-        won = keys != NONE
+        kept = greedy_top_k(utility, rows, valid, *groups_of(self.diversity, rows), min(k, rows.shape[1]))
+        won = kept >= 0
+        kept = kept.clamp_min(0)
         rows = rows.gather(1, kept)
         missing = (0, k - kept.shape[1])
         return Ranked(

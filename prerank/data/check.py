@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from prerank._toml import nearest
 from prerank.config import Config
 from prerank.data.calendar import spans
-from prerank.data.check_columns import Problem, content_problem, integer, type_problem
+from prerank.data.check_columns import Problem, content_problem, group_problem, integer, type_problem
 from prerank.data.check_log import LogCheck
 from prerank.data.logs import DAY, Tables
 from prerank.data.sources import Source
@@ -77,6 +77,7 @@ class _Check:
                 wanted.setdefault(column_of(feature, kind), f"features.{_OWNERS[name]}.{feature}")
         if name == "items":
             wanted |= {c: "metadata.columns" for c in self.config.metadata.columns if c not in wanted}
+            wanted |= {c: f"diversity.{c}" for c in self.config.diversity if c not in wanted}
         if self.data.computed:
             wanted.setdefault(self.data.computed, "data.computed")
         yield from _missing(name, source, wanted)
@@ -85,6 +86,8 @@ class _Check:
         for feature, kind in features.items():
             if not isinstance(kind, DERIVED):
                 yield from self._feature(name, source, feature, kind)
+        if name == "items":
+            yield from self._groups(source)
         if self.data.computed in source.schema.names:
             yield from self._computed(name, source)
 
@@ -104,6 +107,13 @@ class _Check:
         if not len(column):
             yield Problem(name, "no rows", "at least one row", "none")
         self.ids[key] = ids
+
+    def _groups(self, source: Source) -> Iterator[Problem]:
+        for column in self.config.diversity:
+            if column in source.schema.names:
+                problem = group_problem(f"items.{column}", source.schema.field(column).type)
+                if problem is not None:
+                    yield problem
 
     def _feature(self, name: str, source: Source, feature: str, kind: Kind) -> Iterator[Problem]:
         column = column_of(feature, kind)

@@ -41,6 +41,12 @@ def type_problem(where: str, kind: Kind, given: pa.DataType, file_format: str) -
     return Problem(where, "wrong type", f"{expected} for {article} {name}", f"{given}{inferred}")
 
 
+def group_problem(where: str, given: pa.DataType) -> Problem | None:
+    """What is wrong with a column of type `given` whose values are the groups of a rule, if anything."""
+    plain = given.value_type if pa.types.is_dictionary(given) else given
+    return None if _is_name(plain) else Problem(where, "wrong type", "an integer, string or boolean", str(given))
+
+
 def content_problem(where: str, kind: Kind, batches: Iterable[pa.RecordBatch]) -> Problem | None:
     """What is wrong with the values of a column of the right type, if anything; `batches` have it first."""
     if not isinstance(kind, Number | Value | Embedding):

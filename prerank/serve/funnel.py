@@ -58,7 +58,7 @@ class Funnel:
             inputs=frozenset({"request"}),
             outputs=frozenset({"winners", "described", "user_notes", "rank_notes"}),
             answer="winners",
-            fallbacks={Rank.name: RankBySimilarity(items, len(self._tasks))},
+            fallbacks={Rank.name: RankBySimilarity(items, len(self._tasks), bundle.scorer.diversity)},
         )
 
     @classmethod

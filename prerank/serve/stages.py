@@ -10,9 +10,11 @@ import torch
 
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.scorer import Ranked, Scorer
+from prerank.business.diversity import Diversity, groups_of
 from prerank.errors import DataError, RequestError, SchemaMismatch
 from prerank.features.transforms import Transforms
 from prerank.index.base import Index
+from prerank.kernels.greedy import greedy_top_k
 from prerank.models.towers import TwoTower
 from prerank.schema import IMPRESSION
 from prerank.serve.graph import Values
@@ -166,10 +168,14 @@ class Rank:
 
 @dataclass(frozen=True, slots=True)
 class RankBySimilarity:
-    """The rank stage's fallback: the first `k` candidates in the order retrieval gave; no utility, no probability."""
+    """The rank stage's fallback: the first `k` candidates in the order retrieval gave; no utility, no probability.
+
+    Of a group it takes no more than the scorer's diversity lets.
+    """
 
     items: ItemTable
     num_tasks: int
+    diversity: Diversity | None = None
 
     name: ClassVar[str] = "rank_by_similarity"
     reads: ClassVar[frozenset[str]] = frozenset({"request", "candidates"})
@@ -178,13 +184,17 @@ class RankBySimilarity:
     def run(self, values: Values) -> Values:
         """Utility and probabilities are NaN: they were not computed."""
         candidates: CandidateSet = values["candidates"]
-        first = torch.argsort((~candidates.valid).to(torch.int8), dim=1, stable=True)[:, : values["request"].k]
-        rows, valid = candidates.rows.gather(1, first), candidates.valid.gather(1, first)
+        rows = torch.where(candidates.valid, candidates.rows, 0)
+        as_given = -torch.arange(rows.shape[1], dtype=torch.float32).expand(rows.shape)
+        k = min(values["request"].k, rows.shape[1])
+        first = greedy_top_k(as_given, rows, candidates.valid, *groups_of(self.diversity, rows), k)
+        valid = first >= 0
+        rows = rows.gather(1, first.clamp_min(0))
         unknown = torch.full((*rows.shape, 1 + self.num_tasks), torch.nan)
         return {
             "winners": TopK(
                 rows=rows,
-                item_ids=self.items.item_ids[rows.clamp_min(0)],
+                item_ids=self.items.item_ids[rows],
                 utility=unknown[..., 0],
                 probs=unknown[..., 1:],
                 valid=valid,

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import fields
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -17,6 +18,7 @@ from prerank.errors import BundleError
 from prerank.index.exact import ExactIndex
 from prerank.index.storage import STORAGES
 from prerank.kernels import native
+from prerank.stores.metadata import MetadataTable
 from prerank.types import CandidateSet
 from tests.bundle import world
 
@@ -204,6 +206,57 @@ def test_weights_of_another_shape_are_named(version, name, change, said):
 )
 def test_a_scorer_whose_parts_do_not_fit_is_refused(version, change, said):
     refused(with_tensors(version, "scorer.safetensors", change), said)
+
+
+@pytest.fixture(scope="module")
+def with_diversity(tmp_path_factory):
+    """A version with two rules, one on a column that is shown and one on one that is not."""
+    rules = {"advertiser": {"at_most": 3}, "title": {"at_most": 1}}
+    store = tmp_path_factory.mktemp("diverse")
+    settings = world.config(diversity=rules, metadata={"columns": ["title"]})
+    return store / "versions" / publish(store, world.parts(settings=settings))
+
+
+def test_rules_come_back_as_published_and_only_what_is_shown_is_in_the_metadata(with_diversity):
+    scorer = load(with_diversity).scorer
+    items = world.parts().item_table.take(np.argsort(world.parts().item_ids))
+    for rule, name in enumerate(("advertiser", "title")):
+        codes, values = scorer.diversity.codes[:, rule].tolist(), items.column(name).to_pylist()
+        assert len(set(zip(codes, values, strict=True))) == len(set(codes)) == len(set(values))
+    assert scorer.diversity.at_most.tolist() == [3, 1]
+    assert list(MetadataTable.open(with_diversity / "metadata.arrow").columns) == ["title"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("diversity.codes"), r"expected codes and at_most of \['advertiser', 'title'\], found \['at_"),
+        (lambda t: t.update({"diversity.more": torch.zeros(1)}), "expected codes and at_most of .*, found .*'more'"),
+        (lambda t: t["diversity.at_most"].fill_(2), r"expected at_most \[3, 1\], found \[2, 2\]"),
+        (lambda t: t["diversity.at_most"].fill_(0), r"expected at_most of 1 or more, found \[0, 0\]"),
+        (
+            lambda t: t.update({"diversity.codes": t["diversity.codes"][1:].clone()}),
+            "groups of 299 items, expected 300",
+        ),
+        (
+            lambda t: t.update({"diversity.codes": t["diversity.codes"].long()}),
+            r"found int64 \[300, 2\] and int64 \[2\]",
+        ),
+        (lambda t: t["diversity.codes"].zero_(), "does not reproduce golden request"),
+    ],
+)
+def test_rules_that_do_not_fit_are_refused(with_diversity, tmp_path, change, said):
+    path = tmp_path / with_diversity.name
+    shutil.copytree(with_diversity, path)
+    refused(with_tensors(path, "scorer.safetensors", change), said)
+
+
+def test_rules_nobody_asked_for_are_refused(version):
+    surplus = {"diversity.codes": torch.zeros(300, 1).int(), "diversity.at_most": torch.ones(1).long()}
+    refused(
+        with_tensors(version, "scorer.safetensors", lambda t: t.update(surplus)),
+        r"diversity: expected at_most \[\], found \[1\]",
+    )
 
 
 def scale_one_layer(tensors):

@@ -191,6 +191,11 @@ REFUSED = [
     ),
     (lambda p: replace(p, popularity=p.popularity[:-1]), DataError, "popularity has 299 rows for 300 item_ids"),
     (lambda p: replace(p, item_table=p.item_table[:-1]), DataError, "item_table has 299 rows for 300 item_ids"),
+    (
+        lambda p: replace(p, config=world.config(diversity={"brand": {"at_most": 1}})),
+        DataError,
+        r"diversity: expected the items' column 'brand', found \['title', 'advertiser'\]",
+    ),
     (lambda p: replace(p, item_ids=np.zeros(300, dtype=np.int64)), DataError, "each item_id once, got 0 twice"),
     (
         lambda p: replace(p, item_columns={**p.item_columns, "advertiser": np.full(300, 999)}),

@@ -1,11 +1,16 @@
+from dataclasses import fields
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch import nn
 
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.scorer import ItemSide, Scorer
+from prerank.business.diversity import Diversity
 from prerank.business.utility import Utility
+from prerank.config import DiversityRule
 from prerank.errors import SchemaMismatch
 from prerank.types import CandidateSet
 
@@ -27,7 +32,7 @@ class ByNumber(nn.Module):
         return torch.cat([item_side["a"].unsqueeze(-1), item_side["b"]], dim=-1) + user_side["u"][:, None, None]
 
 
-def scorer(a, b=None, bid=None, terms=None):
+def scorer(a, b=None, bid=None, terms=None, diversity=None):
     num_items = len(a)
     columns = {
         "a": np.array(a, dtype=np.float32),
@@ -35,7 +40,7 @@ def scorer(a, b=None, bid=None, terms=None):
         "bid": np.ones(num_items, dtype=np.int64) if bid is None else np.array(bid),
     }
     items = ItemTable.build(np.arange(num_items) * 10, columns)
-    return Scorer(items, ByNumber(), Utility(("click", "like"), terms or {"click": "bid"})).eval()
+    return Scorer(items, ByNumber(), Utility(("click", "like"), terms or {"click": "bid"}), diversity=diversity).eval()
 
 
 def candidates(rows, valid=None):
@@ -144,6 +149,31 @@ def test_it_runs_in_inference_mode():
     model = scorer(a=[1.0, 2.0])
     with torch.inference_mode():
         assert model(user(), candidates([[0, 1]]), 1).rows.tolist() == [[1]]
+
+
+def test_of_a_group_no_more_win_than_may_and_the_next_best_take_their_places():
+    brands = pa.table({"brand": [1, 1, 1, 2, None, None]})
+    model = scorer(a=[6.0, 5.0, 4.0, 3.0, 2.0, 1.0], diversity=Diversity.build({"brand": DiversityRule(2)}, brands))
+    asked = candidates([[5, 4, 3, 2, 1, 0]], [[True, True, True, True, False, True]])
+    assert model(user(), candidates([[5, 4, 3, 2, 1, 0]]), 9).rows.tolist() == [[0, 1, 3, 4, 5, -1, -1, -1, -1]]
+    assert model(user(), asked, 3).rows.tolist() == [[0, 2, 3]]
+    assert "diversity.codes" in model.state_dict()
+
+
+def test_groups_of_other_items_are_refused():
+    brands = Diversity.build({"brand": DiversityRule(2)}, pa.table({"brand": [1, 1, 2]}))
+    with pytest.raises(SchemaMismatch, match="diversity has the groups of 3 items, expected 2"):
+        scorer(a=[1.0, 2.0], diversity=brands)
+
+
+def test_the_compiler_sees_the_whole_of_it_in_one_graph():
+    brands = Diversity.build({"brand": DiversityRule(1)}, pa.table({"brand": [1, 1, 2, None]}))
+    model = scorer(a=[1.0, 2.0, 3.0, 4.0], diversity=brands)
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    asked = candidates([[3, 2, 1, 0]])
+    for k in (2, 3, 6):
+        found, expected = compiled(user(), asked, k), model(user(), asked, k)
+        assert all(torch.equal(getattr(found, f.name), getattr(expected, f.name)) for f in fields(expected))
 
 
 def test_a_utility_of_a_value_the_items_lack_is_refused():

@@ -67,6 +67,15 @@ def test_a_missing_column_names_its_reader_and_the_nearest(tmp_path):
     assert problem.found == 'no such column; did you mean "bid_micros"?'
 
 
+def test_a_diversity_rule_names_a_column_of_identities_of_the_items_table(tmp_path):
+    config = parse_config(world.plain() | {"diversity": {"tags": {"at_most": 1}, "brand": {"at_most": 2}}}, "tiny.toml")
+    items = world.put(world.items(), "tags", [0.5] * world.items().num_rows)
+    found = check(config, find_tables(config, world.write(tmp_path, items=items), tmp_path / "work"))
+    missing = one(found, "missing column")
+    assert (missing.where, missing.expected) == ("items.brand", "the column diversity.brand reads")
+    assert ("items.tags", "an integer, string or boolean", "double") in [(p.where, p.expected, p.found) for p in found]
+
+
 def test_metadata_columns_must_be_of_the_items_table(tmp_path):
     problem = one(problems(tmp_path, metadata=["tags", "title"]), "missing column")
     assert (problem.where, problem.expected) == ("items.title", "the column metadata.columns reads")

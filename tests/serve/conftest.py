@@ -34,8 +34,11 @@ def golden(transforms: Transforms, config: Config) -> dict[str, Array]:
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store whose one version is live; read-only, so all tests share it."""
-    store = tmp_path_factory.mktemp("store") / "tiny"
-    config = world.config()
+    return publish_world(tmp_path_factory.mktemp("store") / "tiny", world.config())
+
+
+def publish_world(store: Path, config: Config) -> Path:
+    """The tiny world under `config`, live in `store`."""
     transforms = world.transforms(config)
     towers, ranker = build_towers(config, transforms.sizes()), build_ranker(config, transforms.sizes())
     world.seeded(towers, 1)

@@ -9,6 +9,8 @@ import torch
 
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.scorer import Ranked
+from prerank.business.diversity import Diversity
+from prerank.config import DiversityRule
 from prerank.errors import DataError, RequestError, SchemaMismatch
 from prerank.features.histories import Timeline
 from prerank.features.transforms import Transforms
@@ -183,6 +185,17 @@ def test_the_rankers_fallback_keeps_retrievals_order_and_invents_no_numbers(tabl
     assert stage.count(values, written) == (3, 2)
     more = stage.run(values | {"request": Request(1, 9, T0)})["winners"]
     assert more.item_ids[more.valid].tolist() == [105, 103, 102]
+
+
+def test_the_ranks_fallback_keeps_to_the_diversity_rules(table: ItemTable) -> None:
+    genres = Diversity.build({"genre": DiversityRule(1)}, world.items())
+    candidates = CandidateSet(
+        rows=torch.tensor([[6, 3, 1, 4, 2]]),
+        similarity=torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]]),
+        valid=torch.tensor([[True, True, False, True, True]]),
+    )
+    top = RankBySimilarity(table, 2, genres).run({"request": Request(1, 4, T0), "candidates": candidates})["winners"]
+    assert top.item_ids[top.valid].tolist() == [106, 104, 102]
 
 
 class GivenWinners(torch.nn.Module):
