@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
+from math import isfinite
 from pathlib import Path
 from typing import Literal, TypeAlias
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -210,9 +211,22 @@ class RankerConfig:
 
 @dataclass(frozen=True, slots=True)
 class UtilityTerm:
-    """What one expected event of a task is worth in micros: an item `value` feature, or a constant."""
+    """What one expected event of a task is worth in micros: an item `value` feature, or a constant.
+
+    `given` names the tasks that must happen before it, whose probabilities multiply its own: a purchase that is
+    predicted of those who clicked is `given = ["click"]`.
+    """
 
     value: str | float
+    given: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What an item must bring to win: a utility of at least `reserve_micros`, and of each task at least its `floor`."""
+
+    reserve_micros: float | None = None
+    floor: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +277,7 @@ class Config:
     heavy_ranker: HeavyRankerConfig | None = None
     distillation: Distillation = field(default_factory=Distillation)
     ranker: RankerConfig = field(default_factory=RankerConfig)
+    rules: Rules = field(default_factory=Rules)
     diversity: Mapping[str, DiversityRule] = field(default_factory=dict)
     metadata: Metadata = field(default_factory=Metadata)
     serve: Serve = field(default_factory=Serve)
@@ -324,16 +339,33 @@ def _check_names(config: Config, problems: Problems) -> None:
     for task, term in config.utility.items():
         if isinstance(term.value, str):
             problems.known(f"utility.{task}.value", term.value, values, "a value of [features.item] or a number")
+    _check_rules(config, problems)
     for gate, bound in config.validate.items():
         problems.known(f"validate.{gate}", gate, list(GATES), "a gate")
         if bound.at_least is None and bound.at_most is None:
             problems.add(f"validate.{gate}", "expected at_least, at_most, or both")
-    for column, rule in config.diversity.items():
-        if rule.at_most < 1:
-            problems.add(f"diversity.{column}.at_most", f"expected 1 or more, got {rule.at_most}")
     _check_domain(config, problems)
     _check_segments(config, problems)
     _check_ranges(config, problems)
+
+
+def _check_rules(config: Config, problems: Problems) -> None:
+    for task, term in config.utility.items():
+        others = [name for name in config.tasks if name != task]
+        for name in term.given:
+            problems.known(f"utility.{task}.given", name, others, "another task of [tasks]")
+        if len(set(term.given)) != len(term.given):
+            problems.add(f"utility.{task}.given", f"expected each task once, got {list(term.given)}")
+    reserve = config.rules.reserve_micros
+    if reserve is not None and not isfinite(reserve):
+        problems.add("rules.reserve_micros", f"expected a finite number, got {reserve}")
+    for task, floor in config.rules.floor.items():
+        problems.known(f"rules.floor.{task}", task, list(config.tasks), "a task of [tasks]")
+        if not 0 <= floor <= 1:
+            problems.add(f"rules.floor.{task}", f"expected a probability, 0 to 1, got {floor}")
+    for column, rule in config.diversity.items():
+        if rule.at_most < 1:
+            problems.add(f"diversity.{column}.at_most", f"expected 1 or more, got {rule.at_most}")
 
 
 def _check_domain(config: Config, problems: Problems) -> None:

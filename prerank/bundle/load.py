@@ -19,7 +19,7 @@ from prerank.bundle.item_table import ItemTable
 from prerank.bundle.manifest import verify as verify
 from prerank.bundle.scorer import Scorer
 from prerank.business.diversity import Diversity
-from prerank.business.utility import Utility
+from prerank.business.utility import Reserve, Utility
 from prerank.config import Config, parse_config
 from prerank.errors import BundleError, ConfigError, DataError, SchemaMismatch
 from prerank.features.transforms import Transforms
@@ -31,7 +31,8 @@ from prerank.models.towers import TwoTower, build_towers
 from prerank.stores.metadata import MetadataTable
 
 _DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
-_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE, _DIVERSITY = "items.", "ranker.", "utility.", "item_side.", "diversity."
+_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE = "items.", "ranker.", "utility.", "item_side."
+_RESERVE, _DIVERSITY = "reserve.", "diversity."
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +79,12 @@ def load(path: Path) -> Bundle:
     fault = items.first_fault(config.features, sizes)
     if fault:
         raise BundleError(f"{where}: {fault}")
-    utility = Utility(ranker.tasks, {task: term.value for task, term in config.utility.items()})
+    utility, reserve = Utility.build(ranker.tasks, config.utility), Reserve.build(ranker.tasks, config.rules)
     _fill(utility, _below(tensors, _UTILITY), where)
+    _fill(nn.Module() if reserve is None else reserve, _below(tensors, _RESERVE), where)
     item_side = _item_side(tensors, ranker, items, where)
     try:
-        scorer = Scorer(items, ranker, utility, item_side, _diversity(tensors, config)).eval()
+        scorer = Scorer(items, ranker, utility, item_side, _diversity(tensors, config), reserve).eval()
     except (BundleError, SchemaMismatch) as error:
         raise BundleError(f"{where}: {error}") from None
 
@@ -162,7 +164,7 @@ def _item_side(tensors: Mapping[str, Tensor], ranker: Ranker, items: ItemTable, 
         wanted = _said(like[name].expand(items.num_items, *like[name].shape[1:]) if name in like else None)
         if wanted != _said(found.get(name)):
             raise BundleError(f"{where}: expected {_ITEM_SIDE}{name} {wanted}, found {_said(found.get(name))}")
-    unknown = [n for n in tensors if not n.startswith((_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE, _DIVERSITY))]
+    unknown = [n for n in tensors if not n.startswith((_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE, _RESERVE, _DIVERSITY))]
     if unknown:
         raise BundleError(f"{where}: weights of no part of a scorer: {unknown}")
     return found

@@ -28,7 +28,7 @@ from prerank.bundle.manifest import FileEntry
 from prerank.bundle.scorer import Scorer
 from prerank.bundle.toml import to_toml
 from prerank.business.diversity import Diversity
-from prerank.business.utility import Utility
+from prerank.business.utility import Reserve, Utility
 from prerank.config import Config
 from prerank.errors import BundleError, DataError, SchemaMismatch
 from prerank.features.transforms import Transforms
@@ -146,10 +146,11 @@ def _write_files(folder: Path, parts: Parts) -> int:
     if fault:
         raise SchemaMismatch(f"{fault}; encode the items with the transforms published")
     index = INDEXES[config.retrieval.index.kind](_vectors(parts, items))
-    terms = {task: term.value for task, term in config.utility.items()}
     raw = parts.item_table.take(pa.array(_order(parts.item_ids)))
     diversity = Diversity.build(config.diversity, raw) if config.diversity else None
-    scorer = Scorer(items, parts.ranker, Utility(parts.ranker.tasks, terms), diversity=diversity).eval()
+    tasks = parts.ranker.tasks
+    utility, reserve = Utility.build(tasks, config.utility), Reserve.build(tasks, config.rules)
+    scorer = Scorer(items, parts.ranker, utility, diversity=diversity, reserve=reserve).eval()
     for name, side in scorer.item_side.tensors().items():
         _refuse_nonfinite(side, f"the ranker's item side {name!r}")
     user = {name: torch.from_numpy(np.array(column)) for name, column in parts.golden_user.items()}

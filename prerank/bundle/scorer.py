@@ -14,7 +14,7 @@ from torch.nn.functional import embedding, pad
 from prerank.bundle.executor import NativeRanker
 from prerank.bundle.item_table import ItemTable
 from prerank.business.diversity import Diversity, groups_of
-from prerank.business.utility import Utility
+from prerank.business.utility import Reserve, Utility
 from prerank.errors import SchemaMismatch
 from prerank.kernels.engine import Engine
 from prerank.kernels.greedy import greedy_top_k
@@ -26,9 +26,14 @@ _ITEMS_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Ranked(TopK):
-    """The winners, and how many valid candidates could not win: num_nonfinite int64 [B] had no finite utility."""
+    """The winners, and how many valid candidates could not win.
+
+    num_nonfinite int64 [B] had no finite utility; num_below int64 [B] had, and less of it than the reserve, or less of
+    a probability than its floor.
+    """
 
     num_nonfinite: Tensor
+    num_below: Tensor
 
 
 class ItemSide(nn.Module):
@@ -57,7 +62,8 @@ def _gathered(tensor: Tensor, rows: Tensor) -> Tensor:
 class Scorer(nn.Module):
     """Candidates to winners. Its state_dict is its whole behaviour.
 
-    `item_side` is the ranker's of every item; it is computed unless given. Without `diversity` no group is ever full.
+    `item_side` is the ranker's of every item; it is computed unless given. Without `diversity` no group is ever full,
+    and without `reserve` every finite utility may win.
     Raises SchemaMismatch if the items lack a value the utility reads, or the groups are those of other items.
     """
 
@@ -70,6 +76,7 @@ class Scorer(nn.Module):
         utility: Utility,
         item_side: Features | None = None,
         diversity: Diversity | None = None,
+        reserve: Reserve | None = None,
     ) -> None:
         super().__init__()
         for name in utility.values:
@@ -82,6 +89,7 @@ class Scorer(nn.Module):
         self.items = items
         self.ranker = ranker
         self.utility = utility
+        self.reserve = reserve
         self.diversity = diversity
         self.item_side = ItemSide(self._computed() if item_side is None else item_side)
         self._native: NativeRanker | None = None
@@ -117,16 +125,18 @@ class Scorer(nn.Module):
     def forward(self, user: Features, candidates: CandidateSet, k: int) -> Ranked:
         """user [B, ...] and candidates [B, N] -> the k winners [B, k], best first.
 
-        Only valid candidates of finite utility win, and of a group at most as many as diversity lets; where there are
-        fewer than k the rest is not valid, with row and item_id -1. Equal utilities are ordered by item_id. A row given
-        twice is ranked twice.
+        Only valid candidates of finite utility win, if it is enough for the reserve, and of a group at most as many as
+        diversity lets; where there are fewer than k the rest is not valid, with row and item_id -1. Equal utilities are
+        ordered by item_id. A row given twice is ranked twice.
         """
         valid = candidates.valid
         rows = torch.where(valid, candidates.rows, 0)
         probs = self.probs(user, rows)
         utility = self.utility(probs, self.items.gather(self.utility.values, rows))
         # rows ascend with item_id, so the smaller row is the smaller item_id
-        kept = greedy_top_k(utility, rows, valid, *groups_of(self.diversity, rows), min(k, rows.shape[1]))
+        is_finite = valid & utility.isfinite()
+        is_enough = is_finite if self.reserve is None else is_finite & self.reserve(probs, utility)
+        kept = greedy_top_k(utility, rows, is_enough, *groups_of(self.diversity, rows), min(k, rows.shape[1]))
         won = kept >= 0
         kept = kept.clamp_min(0)
         rows = rows.gather(1, kept)
@@ -137,5 +147,6 @@ class Scorer(nn.Module):
             utility=pad(utility.gather(1, kept), missing),
             probs=pad(probs.gather(1, kept.unsqueeze(-1).expand(-1, -1, probs.shape[-1])), (0, 0, *missing)),
             valid=pad(won, missing),
-            num_nonfinite=(valid & ~utility.isfinite()).sum(1),
+            num_nonfinite=(valid & ~is_finite).sum(1),
+            num_below=(is_finite & ~is_enough).sum(1),
         )

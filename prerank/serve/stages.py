@@ -157,8 +157,11 @@ class Rank:
     def run(self, values: Values) -> Values:
         """Ranker, utility and top-k in one module."""
         winners: Ranked = self.scorer(values["features"], values["candidates"], values["request"].k)
-        num_lost = int(winners.num_nonfinite.sum())
-        notes = (f"{num_lost} candidates had no finite utility and could not win",) if num_lost else ()
+        lost = {
+            "had no finite utility": int(winners.num_nonfinite.sum()),
+            "were below the reserve or a floor": int(winners.num_below.sum()),
+        }
+        notes = tuple(f"{num} candidates {why} and could not win" for why, num in lost.items() if num)
         return {"winners": winners, "rank_notes": notes}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:

@@ -251,6 +251,26 @@ def test_rules_that_do_not_fit_are_refused(with_diversity, tmp_path, change, sai
     refused(with_tensors(path, "scorer.safetensors", change), said)
 
 
+def test_reserve_and_floors_come_back_as_published_and_a_version_without_them_has_none(tmp_path, version):
+    rules = {"reserve_micros": 2.0**38, "floor": {"like": 0.3}}
+    path = tmp_path / "versions" / publish(tmp_path, world.parts(settings=world.config(rules=rules)))
+    scorer = load(path).scorer
+    assert float(scorer.reserve.reserve_micros) == 2.0**38
+    assert scorer.reserve.floors.tolist() == [torch.tensor(0.3).item()]
+    assert load(version).scorer.reserve is None
+    refused(
+        with_tensors(path, "scorer.safetensors", lambda t: t.pop("reserve.floors")),
+        r"weights 'floors': expected float32 \[1\], found none",
+    )
+
+
+def test_a_reserve_nobody_asked_for_is_refused(version):
+    refused(
+        with_tensors(version, "scorer.safetensors", lambda t: t.update({"reserve.reserve_micros": torch.ones(())})),
+        r"weights 'reserve_micros': expected none, found float32 \[\]",
+    )
+
+
 def test_rules_nobody_asked_for_are_refused(version):
     surplus = {"diversity.codes": torch.zeros(300, 1).int(), "diversity.at_most": torch.ones(1).long()}
     refused(
@@ -359,7 +379,7 @@ def test_metadata_of_other_items_is_refused(version):
 def test_a_utility_of_what_the_items_lack_is_refused(version):
     path = version / "funnel.toml"
     said = path.read_text()
-    path.write_text(said.replace('click = { value = "bid" }', 'click = { value = "prize" }'))
+    path.write_text(said.replace('click = { value = "bid"', 'click = { value = "prize"'))
     refused(world.sign_again(version), "funnel.toml: .*utility.click.value: expected a value of")
 
 

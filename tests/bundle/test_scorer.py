@@ -9,8 +9,8 @@ from torch import nn
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.scorer import ItemSide, Scorer
 from prerank.business.diversity import Diversity
-from prerank.business.utility import Utility
-from prerank.config import DiversityRule
+from prerank.business.utility import Reserve, Utility
+from prerank.config import DiversityRule, Rules
 from prerank.errors import SchemaMismatch
 from prerank.types import CandidateSet
 
@@ -32,7 +32,7 @@ class ByNumber(nn.Module):
         return torch.cat([item_side["a"].unsqueeze(-1), item_side["b"]], dim=-1) + user_side["u"][:, None, None]
 
 
-def scorer(a, b=None, bid=None, terms=None, diversity=None):
+def scorer(a, b=None, bid=None, terms=None, **rules):
     num_items = len(a)
     columns = {
         "a": np.array(a, dtype=np.float32),
@@ -40,7 +40,7 @@ def scorer(a, b=None, bid=None, terms=None, diversity=None):
         "bid": np.ones(num_items, dtype=np.int64) if bid is None else np.array(bid),
     }
     items = ItemTable.build(np.arange(num_items) * 10, columns)
-    return Scorer(items, ByNumber(), Utility(("click", "like"), terms or {"click": "bid"}), diversity=diversity).eval()
+    return Scorer(items, ByNumber(), Utility(("click", "like"), terms or {"click": "bid"}), **rules).eval()
 
 
 def candidates(rows, valid=None):
@@ -158,6 +158,20 @@ def test_of_a_group_no_more_win_than_may_and_the_next_best_take_their_places():
     assert model(user(), candidates([[5, 4, 3, 2, 1, 0]]), 9).rows.tolist() == [[0, 1, 3, 4, 5, -1, -1, -1, -1]]
     assert model(user(), asked, 3).rows.tolist() == [[0, 2, 3]]
     assert "diversity.codes" in model.state_dict()
+
+
+def test_what_is_below_the_reserve_or_a_floor_never_wins_takes_no_place_and_is_counted():
+    reserve = Reserve(("click", "like"), Rules(reserve_micros=0.9, floor={"like": 0.25}))
+    one = Diversity.build({"brand": DiversityRule(1)}, pa.table({"brand": [1, 1, 2, 3, 4, 5]}))
+    # item 0 is the best and liked too little, 3 is worth too little, 4 is not valid, 5 is worth nothing finite
+    model = scorer(
+        a=[9.0, 8.0, 7.0, 1.0, 0.0, np.nan], b=[-3.0, 0.0, 0.0, 0.0, -3.0, 0.0], diversity=one, reserve=reserve
+    )
+    top = model(user(), candidates([[0, 1, 2, 3, 4, 5]], [[True, True, True, True, False, True]]), 6)
+    assert top.rows[top.valid].tolist() == [1, 2]
+    assert top.num_below.tolist() == [2]
+    assert top.num_nonfinite.tolist() == [1]
+    assert scorer(a=[1.0])(user(), candidates([[0]]), 1).num_below.tolist() == [0]
 
 
 def test_groups_of_other_items_are_refused():

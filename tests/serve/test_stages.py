@@ -199,21 +199,26 @@ def test_the_ranks_fallback_keeps_to_the_diversity_rules(table: ItemTable) -> No
 
 
 class GivenWinners(torch.nn.Module):
-    """A scorer that says three candidates had no finite utility."""
+    """A scorer that says three candidates had no finite utility, and two too little of it."""
 
     def forward(self, user: Features, candidates: CandidateSet, k: int) -> Ranked:
         rows = candidates.rows[:, :k]
         return Ranked(
-            rows, rows + 100, torch.ones(rows.shape), torch.ones(*rows.shape, 2), rows >= 0, torch.tensor([3])
+            *(rows, rows + 100, torch.ones(rows.shape), torch.ones(*rows.shape, 2), rows >= 0),
+            num_nonfinite=torch.tensor([3]),
+            num_below=torch.tensor([2]),
         )
 
 
-def test_candidates_without_a_finite_utility_are_said() -> None:
+def test_candidates_that_could_not_win_are_said_and_why() -> None:
     candidates = CandidateSet(torch.tensor([[2, 1]]), torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))
     stage = Rank(GivenWinners())  # type: ignore[arg-type]
     values = {"request": Request(1, 1, T0), "features": {}, "candidates": candidates}
     written = stage.run(values)
-    assert written["rank_notes"] == ("3 candidates had no finite utility and could not win",)
+    assert written["rank_notes"] == (
+        "3 candidates had no finite utility and could not win",
+        "2 candidates were below the reserve or a floor and could not win",
+    )
     assert stage.count(values, written) == (2, 1)
 
 
