@@ -40,9 +40,10 @@ from benchmarks.serving_world import (
     ready_server,
 )
 from prerank.bundle.scorer import Scorer
+from prerank.business.diversity import groups_of
 from prerank.business.utility import Utility
 from prerank.index.exact import ExactIndex
-from prerank.index.top_k import order_keys
+from prerank.kernels.greedy import greedy_top_k
 from prerank.models.layers import VECTORS
 from prerank.models.rankers import build_ranker
 from prerank.serve.graph import RequestGraph
@@ -173,7 +174,7 @@ def _scorer_steps(scorer: Scorer, world: World, rows: Tensor, calls: int) -> Ite
         partial(scorer, user, candidates, WINNERS),
         partial(scorer.item_side.gather, rows),
         partial(scorer.ranker, user_side, taken),
-        lambda: order_keys(worth, rows, None).topk(WINNERS),
+        partial(greedy_top_k, worth, rows, candidates.valid, *groups_of(None, rows), WINNERS),
         partial(worth.topk, WINNERS),
     )
     what = f"Scorer, {num:,} candidates"

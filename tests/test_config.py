@@ -1,11 +1,12 @@
 """A funnel file that exists as a Config has names that meet; one that does not says everything that is wrong."""
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from prerank.config import load_config, parse_config
+from prerank.config import DiversityRule, Rules, UtilityTerm, load_config, parse_config
 from prerank.errors import ConfigError
 from prerank.schema import Counter, FeatureSchema
 
@@ -143,6 +144,18 @@ def _drop_none(plain):
 def test_each_mistake_is_told_with_its_key(change, expected):
     assert GOOD.count(change[0]) == 1
     assert expected in problems_of(GOOD.replace(*change))
+
+
+def test_the_rules_of_the_docs_are_rules():
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "rules.md").read_text(), flags=re.DOTALL)
+    buy = 'purchase = { label = "is_bought" }\n[retrieval]'
+    value = 'purchase_value = { kind = "value" }\nbid_micros = { kind = "value" }\n[tasks]'
+    text = GOOD.replace('[utility]\nclick = { value = "bid" }', block)
+    text = text.replace("[retrieval]", buy).replace("[tasks]", value)
+    config = parse_config(tomllib.loads(text), where="docs")
+    assert config.utility["purchase"] == UtilityTerm("purchase_value", given=("click",))
+    assert config.rules == Rules(100.0, {"click": 0.01})
+    assert list(config.diversity.items()) == [("advertiser_id", DiversityRule(5)), ("creative_id", DiversityRule(1))]
 
 
 COUNTING = GOOD.replace(

@@ -4,6 +4,9 @@ Both halves are asked on their own: the towers and the index must retrieve the s
 rows retrieved at publishing, must name the same winners. Another CPU rounds otherwise, by about 1e-6 of a number: so
 numbers may be RELATIVE off, and items whose expected numbers are within TIED may change places. Both are shares of
 the number itself, or for similarities, in which large terms cancel, of the request's largest.
+
+Where at most so many of a group win, one of two tied items may turn the other away, and then others after it: what
+follows in that request is not compared.
 """
 
 from __future__ import annotations
@@ -63,8 +66,8 @@ class Golden:
         said = self.answers
         keep, k = said.retrieved.shape[1], said.won.shape[1]
         got = _answers(self.user, towers, index, scorer, keep, k, said.retrieved)
-        similar = _Numbers("similarity", "among those retrieved", 1.0, scorer.items)
-        useful = _Numbers("utility", "among the winners", _SMALL, scorer.items)
+        similar = _Numbers("similarity", "among those retrieved", 1.0, scorer.items, False)
+        useful = _Numbers("utility", "among the winners", _SMALL, scorer.items, scorer.diversity is not None)
         return (
             similar.first_difference(said.retrieved, said.similarity, got.retrieved, got.similarity)
             or useful.first_difference(said.won, said.utility, got.won, got.utility)
@@ -131,19 +134,31 @@ def _answers(
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """How one column of answers is compared: its name, its list, and the share of the largest that counts as small."""
+    """How one column of answers is compared: its name, its list, and the share of the largest that counts as small.
+
+    `has_groups`: whether an item that was not among the K may have been turned away, by one that ties with it.
+    """
 
     name: str
     of: str
     small: float
     items: ItemTable
+    has_groups: bool
 
     def first_difference(self, rows: Tensor, numbers: Tensor, got_rows: Tensor, got: Tensor) -> str | None:
         """Expected rows int64 and numbers float32 [G, K] and what came -> the first place they differ, or None."""
         scale = numbers.abs().maximum(self.small * numbers.abs().amax(1, keepdim=True))
         far = ~((got - numbers).abs() <= RELATIVE * scale)
+        parted: set[int] = set()
         for g, place in (far | (rows != got_rows)).nonzero().tolist():
-            ties = _tied(rows[g], numbers[g], place, got_rows[g, place], TIED * scale[g, place])
+            if g in parted:
+                continue
+            row, within = got_rows[g, place], TIED * scale[g, place]
+            is_other = self.has_groups and row >= 0 and not bool((rows[g] == row).any())
+            if is_other and bool((got[g, place] - numbers[g, place]).abs() <= within):
+                parted.add(g)
+                continue
+            ties = _tied(rows[g], numbers[g], place, row, within)
             if bool(far[g, place]) or not ties:
                 wanted = self._said(rows[g, place], numbers[g, place])
                 found = self._said(got_rows[g, place], got[g, place])

@@ -466,6 +466,30 @@ def test_a_tie_across_the_last_place_may_keep_either(pristine):
     assert retold(golden, won=other, item_ids=names).first_difference(*models) is None
 
 
+@pytest.mark.parametrize(("more", "is_same"), [(1e-6, True), (0.05, False)])
+def test_of_two_that_tie_in_one_group_either_may_win_and_turn_others_away(with_diversity, more, is_same):
+    bundle = load(with_diversity)
+    models = (bundle.towers, bundle.index, bundle.scorer)
+    codes, bids = bundle.scorer.diversity.codes, bundle.scorer.items.features()["bid"]
+    bundle.scorer.diversity.at_most.fill_(1)
+    codes.copy_(torch.arange(len(codes))[:, None].expand(-1, 2))
+    golden = Golden.ask(golden_of(bundle).user, *models, 40, 10)
+    low, high = sorted(golden.answers.won[0, :2].tolist())
+    third = int(golden.answers.won[0, 2])
+    for rows in (*side_of(bundle), bids):
+        rows[high] = rows[low]
+    codes[high] = torch.tensor([int(codes[low, 0]), int(codes[third, 1])])
+    golden = Golden.ask(golden.user, *models, 40, 10)
+    assert low in golden.answers.won[0]
+    assert high not in golden.answers.won[0]
+    bids[high] += int(more * int(bids[high]))
+    found = Golden.ask(golden.user, *models, 40, 10).answers.won[0]
+    assert high in found
+    assert low not in found
+    said = golden.first_difference(*models)
+    assert said is None if is_same else str(said).startswith("golden request 0: expected item")
+
+
 def test_a_row_that_became_another_item_is_a_difference(version):
     refused(
         with_tensors(version, "scorer.safetensors", lambda t: t["items.item_ids"].add_(1)),
