@@ -13,6 +13,7 @@ namespace {
 
 constexpr uint32_t NEVER = UINT32_MAX;  // the key of what can never win; no finite float has it
 constexpr int BIN_BITS = 16;
+constexpr size_t NUM_BINS = size_t{1} << BIN_BITS;
 constexpr int64_t LEAST_AT_ONCE = 4096, AT_ONCE_PER_WINNER = 4;
 
 struct Entry {
@@ -90,25 +91,26 @@ public:
         std::fill_n(asked_.positions, asked_.k, int64_t{-1});
         if (asked_.k <= 0 || asked_.num <= 0) return;
         std::unique_ptr<uint32_t[]> keys(new uint32_t[asked_.num]);
-        std::vector<uint32_t> bins(1u << BIN_BITS);
         for (int64_t n = 0; n < asked_.num; n++) {
             const uint32_t key = falling(asked_.utility[n]);
             keys[n] = asked_.valid[n] ? key : NEVER;
         }
+        if (asked_.num <= 2 * LEAST_AT_ONCE) return take(keys.get(), 0, NUM_BINS, asked_.num, asked_.num);
+        std::vector<uint32_t> bins(NUM_BINS);
         for (int64_t n = 0; n < asked_.num; n++) bins[keys[n] >> (32 - BIN_BITS)]++;
-        bins.back() = 0;  // NEVER is alone there: the bin holds NaNs only
+        bins.back() = 0;  // nothing but NEVER is in the last one
 
         int64_t at_once = asked_.num_rules ? AT_ONCE_PER_WINNER * asked_.k : asked_.k;
         at_once = std::max(LEAST_AT_ONCE, std::min(at_once, asked_.num));
-        for (size_t first = 0, past = 0; past < bins.size() && num_won_ < asked_.k; first = past, at_once *= 2) {
+        for (size_t first = 0, past = 0; past < NUM_BINS && num_won_ < asked_.k; first = past, at_once *= 2) {
             int64_t found = 0;
-            while (past < bins.size() && found < at_once) found += bins[past++];
+            while (past < NUM_BINS && found < at_once) found += bins[past++];
             if (found) take(keys.get(), first, past, found, at_once);
         }
     }
 
 private:
-    // The candidates whose keys are in the bins [first, past), `found` of them.
+    // The candidates whose keys are in the bins [first, past), `found` of them or fewer.
     void take(const uint32_t* keys, size_t first, size_t past, int64_t found, int64_t at_once) {
         const uint32_t low = static_cast<uint32_t>(first) << (32 - BIN_BITS);
         const uint32_t span = static_cast<uint32_t>(past - first) << (32 - BIN_BITS);  // 0: all of them, without NEVER
