@@ -9,6 +9,7 @@ from setuptools import Extension, setup
 SOURCES = (
     "processor",
     "greedy",
+    "eligible",
     "program_engine",
     *("program_portable", "program_avx2", "program_avx512", "program_amx"),
     *("scan", "scan_portable", "scan_avx2", "scan_avx512"),
