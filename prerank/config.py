@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from prerank._toml import Problems, structure
 from prerank.errors import ConfigError
-from prerank.schema import IMPRESSION, Category, FeatureSchema, Value
+from prerank.schema import IMPRESSION, Category, FeatureSchema, Owner, Value
 
 Days: TypeAlias = tuple[str, str]
 Tables: TypeAlias = Literal["own", "retrieval"]
@@ -178,6 +178,21 @@ class Segments:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetingRule:
+    """Who may see an item: those with a value that its column `item` lists or, if it `excludes`, with none of them.
+
+    The value is of the `user`'s column or the request's `context` field, or the hour of the week in the time zone
+    `schedule`: 0 is Monday from 00:00, 167 Sunday from 23:00. An item that lists nothing is for everybody.
+    """
+
+    item: str
+    user: str = ""
+    context: str = ""
+    schedule: str = ""
+    excludes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RankerConfig:
     """The lightweight ranker over the candidates, and how many winners it may return.
 
@@ -274,6 +289,7 @@ class Config:
     utility: Mapping[str, UtilityTerm]
     seed: int = 7
     segments: Segments | None = None
+    targeting: Mapping[str, TargetingRule] = field(default_factory=dict)
     heavy_ranker: HeavyRankerConfig | None = None
     distillation: Distillation = field(default_factory=Distillation)
     ranker: RankerConfig = field(default_factory=RankerConfig)
@@ -289,6 +305,11 @@ class Config:
         names += self.retrieval.popularity.events
         names += [*self.features.events(), *(rate.of for rate in self.features.rates().values())]
         return [n for n in dict.fromkeys(names) if n != IMPRESSION]
+
+    def targeted(self, owner: Owner) -> list[str]:
+        """The columns of users, requests or items that the rules of [targeting] read, each once."""
+        columns: list[str] = [getattr(rule, owner) for rule in self.targeting.values()]
+        return [name for name in dict.fromkeys(columns) if name]
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON types, features by kind."""
@@ -346,6 +367,7 @@ def _check_names(config: Config, problems: Problems) -> None:
             problems.add(f"validate.{gate}", "expected at_least, at_most, or both")
     _check_domain(config, problems)
     _check_segments(config, problems)
+    _check_targeting(config.targeting, problems)
     _check_ranges(config, problems)
 
 
@@ -387,11 +409,27 @@ def _check_segments(config: Config, problems: Problems) -> None:
         problems.add("segments.own", f"expected at least one value, each once, got {list(segments.own)}")
 
 
-def _check_days(data: Data, problems: Problems) -> None:
+def _check_targeting(rules: Mapping[str, TargetingRule], problems: Problems) -> None:
+    for name, rule in rules.items():
+        given = [key for key in ("user", "context", "schedule") if getattr(rule, key)]
+        if len(given) != 1:
+            said = " and ".join(given) or "none"
+            problems.add(f"targeting.{name}", f"expected exactly one of user, context and schedule, got {said}")
+        if not rule.item:
+            problems.add(f"targeting.{name}.item", "expected a column of the items table, got ''")
+        if rule.schedule:
+            _check_zone(f"targeting.{name}.schedule", rule.schedule, problems)
+
+
+def _check_zone(key: str, name: str, problems: Problems) -> None:
     try:
-        ZoneInfo(data.timezone)
+        ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):
-        problems.add("data.timezone", f'expected an IANA name such as "Asia/Shanghai", got {data.timezone!r}')
+        problems.add(key, f'expected an IANA name such as "Asia/Shanghai", got {name!r}')
+
+
+def _check_days(data: Data, problems: Problems) -> None:
+    _check_zone("data.timezone", data.timezone, problems)
     last = ""
     for part in ("train", "validate", "test"):
         first_last: Days = getattr(data, part)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prerank.config import DiversityRule, Rules, UtilityTerm, load_config, parse_config
+from prerank.bundle.toml import to_toml
+from prerank.config import DiversityRule, Rules, TargetingRule, UtilityTerm, load_config, parse_config
 from prerank.errors import ConfigError
 from prerank.schema import Counter, FeatureSchema
 
@@ -138,6 +139,19 @@ def _drop_none(plain):
          "diversity.brand.at_most: expected 1 or more, got 0"),
         (("[validate]", "[diversity]\nbrand = { most = 1 }\n[validate]"),
          'diversity.brand.most: unknown key; did you mean "at_most"?'),
+        *(
+            (("[utility]", f"[targeting]\nr = {{ {options} }}\n[utility]"), f"targeting.r{expected}")
+            for options, expected in (
+                ('user = "u"', ".item: missing; expected text in quotes"),
+                ('item = "", user = "u"', ".item: expected a column of the items table, got ''"),
+                ('item = "i"', ": expected exactly one of user, context and schedule, got none"),
+                ('item = "i", user = "u", context = "c"', ": expected exactly one of user, context and schedule, "
+                 "got user and context"),
+                ('item = "i", schedule = "Berlin"', ".schedule: expected an IANA name such as"),
+                ('item = "i", user = "u", exclude = true', '.exclude: unknown key; did you mean "excludes"?'),
+                ('item = "i", user = "u", excludes = 1', ".excludes: expected true or false, got 1"),
+            )
+        ),
         (("[features.item]", "[features.itm]"), 'features.itm: unknown key; did you mean "item"?'),
     ],
 )  # fmt: skip
@@ -156,6 +170,27 @@ def test_the_rules_of_the_docs_are_rules():
     assert config.utility["purchase"] == UtilityTerm("purchase_value", given=("click",))
     assert config.rules == Rules(100.0, {"click": 0.01})
     assert list(config.diversity.items()) == [("advertiser_id", DiversityRule(5)), ("creative_id", DiversityRule(1))]
+
+
+def test_targeting_rules_are_read_in_order_and_say_whose_columns_they_read():
+    rules = """
+[targeting]
+country = { user = "country", item = "countries" }
+blocked = { user = "country", item = "blocked", excludes = true }
+placement = { context = "placement", item = "placements" }
+hours = { schedule = "Europe/Berlin", item = "hours" }
+"""
+    config = parse_config(tomllib.loads(GOOD + rules), where="f")
+    assert config.targeting == {
+        "country": TargetingRule(item="countries", user="country"),
+        "blocked": TargetingRule(item="blocked", user="country", excludes=True),
+        "placement": TargetingRule(item="placements", context="placement"),
+        "hours": TargetingRule(item="hours", schedule="Europe/Berlin"),
+    }
+    assert config.targeted("user") == ["country"]
+    assert config.targeted("context") == ["placement"]
+    assert config.targeted("item") == ["countries", "blocked", "placements", "hours"]
+    assert parse_config(tomllib.loads(to_toml(config.to_dict())), where="again") == config
 
 
 COUNTING = GOOD.replace(

@@ -1,0 +1,255 @@
+"""Who may see an item, as packed bitmaps: fitted from the items table, asked with a profile, a context and a time.
+
+A rule has a bitmap a value: of the items that a user with this value may see, or may not where it excludes. A rule
+that does not exclude has one more before them, of the items that list nothing, which are for everybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Self
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor, nn
+
+from prerank.config import TargetingRule
+from prerank.errors import BundleError, DataError, RequestError
+from prerank.kernels.eligible import WORD, eligible_rows, num_words, pack_rows
+from prerank.schema import Owner
+from prerank.types import Array, Given
+
+HOURS = 168
+"""The hours of a week; 0 is Monday from 00:00."""
+MOST_VALUES = 4096
+"""The most distinct values of one rule: each takes a bit of every item."""
+_EXPECTS = "text, a whole number, true or false, or a list of these, or null where it is not known"
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """One rule, the first of its bitmaps, and the bitmap of each value."""
+
+    rule: TargetingRule
+    first: int
+    rows: Mapping[str, int]
+
+
+class Targeting(nn.Module):
+    """`rules` with the `values` each has bitmaps of, ascending; bitmaps int64 [R, W], W = ceil(num_items / 64).
+
+    Values are text: 7 and "7" are the same, true is "true".
+    """
+
+    bitmaps: Tensor
+
+    def __init__(
+        self, rules: Mapping[str, TargetingRule], values: Mapping[str, Sequence[str]], bitmaps: Tensor, num_items: int
+    ) -> None:
+        super().__init__()
+        assert bitmaps.dtype == torch.int64
+        assert bitmaps.shape == (_num_bitmaps(rules, values), num_words(num_items))
+        self.num_items = num_items
+        self._rules: dict[str, _Fitted] = {}
+        first = 0
+        for name, rule in rules.items():
+            at = first + (not rule.excludes)
+            self._rules[name] = _Fitted(rule, first, {value: at + n for n, value in enumerate(values[name])})
+            first = at + len(values[name])
+        self._inverted = torch.tensor([rule.excludes for rule in rules.values()], dtype=torch.bool)
+        self.register_buffer("bitmaps", bitmaps)
+
+    @classmethod
+    def fit(cls, rules: Mapping[str, TargetingRule], columns: Mapping[str, pa.ChunkedArray], num_items: int) -> Self:
+        """From the items' columns [I], in row order: lists or single values, of text, whole numbers or booleans.
+
+        Raises DataError naming the rule's key and the column that is missing, or not as it must be.
+        """
+        values: dict[str, list[str]] = {}
+        bitmaps = [torch.zeros((0, num_words(num_items)), dtype=torch.int64)]
+        for name, rule in rules.items():
+            where = f"targeting.{name}.item = {rule.item!r}"
+            if rule.item not in columns:
+                raise DataError(f"{where}: the items have no such column")
+            if len(columns[rule.item]) != num_items:
+                raise DataError(f"{where}: {len(columns[rule.item])} rows for {num_items} items")
+            lengths, distinct, codes = _members(columns[rule.item], where)
+            _check_values(rule, distinct, where)
+            values[name] = sorted(distinct)
+            bitmaps.append(_packed(rule, lengths, distinct, codes))
+        return cls(rules, values, torch.cat(bitmaps), num_items)
+
+    def to_plain(self) -> dict[str, list[str]]:
+        """The values of each rule, as JSON types."""
+        return {name: list(fitted.rows) for name, fitted in self._rules.items()}
+
+    @classmethod
+    def from_plain(cls, rules: Mapping[str, TargetingRule], plain: object, bitmaps: Tensor, num_items: int) -> Self:
+        """From what `to_plain` gave and the bitmaps. Raises BundleError where rules, values and bitmaps do not fit."""
+        if not isinstance(plain, dict) or list(plain) != list(rules):
+            found = list(plain) if isinstance(plain, dict) else type(plain).__name__
+            raise BundleError(f"targeting: expected the values of the rules {list(rules)}, found {found}")
+        for name, values in plain.items():
+            is_text = isinstance(values, list) and all(isinstance(value, str) for value in values)
+            if not is_text or values != sorted(set(values)):
+                raise BundleError(f"targeting.{name}: expected a list of texts, ascending, each once")
+        expected = [_num_bitmaps(rules, plain), num_words(num_items)]
+        if bitmaps.dtype != torch.int64 or list(bitmaps.shape) != expected:
+            found = f"{bitmaps.dtype} {list(bitmaps.shape)}".removeprefix("torch.")
+            raise BundleError(f"targeting: expected bitmaps int64 {expected} of {num_items} items, found {found}")
+        return cls(rules, plain, bitmaps, num_items)
+
+    def columns(self, owner: Owner) -> dict[str, str]:
+        """The columns of users, items or requests that the rules read, and the key of the first rule that does."""
+        read: dict[str, str] = {}
+        for name, fitted in self._rules.items():
+            read.setdefault(getattr(fitted.rule, owner), f"targeting.{name}.{owner}")
+        return {column: key for column, key in read.items() if column}
+
+    def example(self) -> dict[str, Given]:
+        """A value for each context field that the rules read."""
+        found: dict[str, Given] = {}
+        for fitted in self._rules.values():
+            if fitted.rule.context and found.get(fitted.rule.context) is None:
+                found[fitted.rule.context] = next(iter(fitted.rows), None)
+        return found
+
+    def choose(
+        self, profile: Mapping[str, Given], context: Mapping[str, Given], time_ms: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One request as groups of bitmaps, a rule a group: chosen int32 [C], starts int64 [G + 1], inverted bool [G].
+
+        A value that is null, or that no item lists, matches only the items that list nothing, and none that is
+        excluded; a column the profile lacks is null. Raises RequestError for a context field that is missing or of
+        another type or a time past a zone's calendar, DataError for a profile of another type.
+        """
+        chosen: list[int] = []
+        starts = [0]
+        for fitted in self._rules.values():
+            asked = _asked(fitted.rule, profile, context, time_ms)
+            rows = [fitted.rows[value] for value in asked if value in fitted.rows]
+            chosen += rows or ([] if fitted.rule.excludes else [fitted.first])
+            starts.append(len(chosen))
+        return torch.tensor(chosen, dtype=torch.int32), torch.tensor(starts), self._inverted
+
+    def forward(self, chosen: Tensor, starts: Tensor, inverted: Tensor) -> Tensor:
+        """What `choose` gave -> the rows that are eligible, int64 [n], ascending."""
+        return eligible_rows(self.bitmaps, chosen, starts, inverted, self.num_items)
+
+    def rows(self, profile: Mapping[str, Given], context: Mapping[str, Given], time_ms: int) -> Tensor:
+        """The rows that are eligible for one request, int64 [n], ascending; raises as `choose`."""
+        rows: Tensor = self(*self.choose(profile, context, time_ms))
+        return rows
+
+
+def _num_bitmaps(rules: Mapping[str, TargetingRule], values: Mapping[str, Sequence[str]]) -> int:
+    return sum(len(values[name]) + (not rule.excludes) for name, rule in rules.items())
+
+
+def _asked(
+    rule: TargetingRule, profile: Mapping[str, Given], context: Mapping[str, Given], time_ms: int
+) -> Sequence[str]:
+    if rule.schedule:
+        return [str(hour_of_week(time_ms, rule.schedule))]
+    if rule.user:
+        try:
+            return _texts(profile.get(rule.user))
+        except TypeError as error:
+            raise DataError(f"user store: {rule.user}: expected {_EXPECTS}, got {error}") from None
+    if rule.context not in context:
+        raise RequestError(f"context.{rule.context}: missing; expected {_EXPECTS}")
+    try:
+        return _texts(context[rule.context])
+    except TypeError as error:
+        raise RequestError(f"context.{rule.context}: expected {_EXPECTS}, got {error}") from None
+
+
+def _texts(given: Given) -> list[str]:
+    """The values given, nulls left out. Raises TypeError with the first that is none of ours."""
+    found = []
+    for value in given if isinstance(given, list) else [given]:
+        if isinstance(value, bool):
+            found.append("true" if value else "false")
+        elif isinstance(value, str | int):
+            found.append(str(value))
+        elif value is not None:
+            raise TypeError(repr(value))
+    return found
+
+
+def hour_of_week(time_ms: int, zone: str) -> int:
+    """The hour of the week, 0 to 167, at UTC `time_ms` on the clocks of a time zone; 0 is Monday from 00:00.
+
+    Raises RequestError for a time after the year 9999 or before the year 1 there.
+    """
+    try:
+        there = datetime.fromtimestamp(time_ms // 1000, ZoneInfo(zone))
+    except (OverflowError, ValueError, OSError):
+        raise RequestError(f"time_ms: expected a time that {zone} has a calendar for, got {time_ms}") from None
+    return there.weekday() * 24 + there.hour
+
+
+def _members(column: pa.ChunkedArray, where: str) -> tuple[Array, list[str], Array]:
+    """How many values each item lists int64 [I], the distinct ones, and which each is, int [M], item after item."""
+    lengths, pieces = [np.zeros(0, np.int64)], []
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        chunk = _plain(chunk)
+        if _is_list(chunk.type):
+            lengths.append(pc.list_value_length(chunk).fill_null(0).to_numpy(zero_copy_only=False))
+            members = _plain(chunk.flatten())
+            if members.null_count:
+                raise DataError(f"{where}: expected no null in a list, found {members.null_count}; leave them out")
+        else:
+            lengths.append(chunk.is_valid().to_numpy(zero_copy_only=False))
+            members = chunk.drop_null()
+        if not _is_name(members.type):
+            raise DataError(f"{where}: expected text, whole numbers, booleans or lists of these, found {column.type}")
+        pieces.append(members.cast(pa.large_string()))
+    encoded = pa.chunked_array(pieces, pa.large_string()).combine_chunks().dictionary_encode()
+    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+    return np.concatenate(lengths).astype(np.int64), encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+
+
+def _check_values(rule: TargetingRule, distinct: Sequence[str], where: str) -> None:
+    if len(distinct) > MOST_VALUES:
+        raise DataError(f"{where}: expected at most {MOST_VALUES:,} distinct values, found {len(distinct):,}")
+    if "" in distinct:
+        raise DataError(f"{where}: expected no empty text; an item for everybody has null or an empty list")
+    hours = {str(hour) for hour in range(HOURS)}
+    wrong = [value for value in distinct if value not in hours] if rule.schedule else []
+    if wrong:
+        raise DataError(f"{where}: expected hours of the week, 0 to {HOURS - 1}, found {wrong[0]!r}")
+
+
+def _packed(rule: TargetingRule, lengths: Array, distinct: Sequence[str], codes: Array) -> Tensor:
+    """The bitmaps of one rule, int64 [., W]."""
+    num_items, width = len(lengths), num_words(len(lengths))
+    rank = np.argsort(np.argsort(np.array(distinct, dtype=object))) if distinct else np.zeros(0, np.int64)
+    # the bitmaps end to end are one long bitmap; an item may list a value twice
+    places = np.unique(rank[codes] * (width * WORD) + np.repeat(np.arange(num_items), lengths))
+    size = len(distinct) * width * WORD
+    listed = pack_rows(torch.from_numpy(places.astype(np.int64)), size).view(len(distinct), width)
+    if rule.excludes:
+        return listed
+    everybody = pack_rows(torch.from_numpy(np.flatnonzero(lengths == 0)), num_items).unsqueeze(0)
+    return torch.cat([everybody, listed | everybody])
+
+
+def _plain(chunk: pa.Array) -> pa.Array:
+    chunk = chunk.dictionary_decode() if pa.types.is_dictionary(chunk.type) else chunk
+    return chunk.cast(pa.large_string()) if pa.types.is_string_view(chunk.type) else chunk
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_name(kind: pa.DataType) -> bool:
+    t = pa.types
+    kinds = (t.is_string, t.is_large_string, t.is_integer, t.is_boolean, t.is_null)
+    return any(is_one(kind) for is_one in kinds)
