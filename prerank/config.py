@@ -177,6 +177,10 @@ class Segments:
     least: int = 10_000
 
 
+MOST_TARGETED = 4096
+"""The most distinct values that the items may list for one rule of targeting: each takes a bit of every item."""
+
+
 @dataclass(frozen=True, slots=True)
 class TargetingRule:
     """Who may see an item: those with a value that its column `item` lists or, if it `excludes`, with none of them.

@@ -19,6 +19,7 @@ from prerank.bundle.item_table import ItemTable
 from prerank.bundle.manifest import verify as verify
 from prerank.bundle.scorer import Scorer
 from prerank.business.diversity import Diversity
+from prerank.business.targeting import Targeting
 from prerank.business.utility import Reserve, Utility
 from prerank.config import Config, parse_config
 from prerank.errors import BundleError, ConfigError, DataError, SchemaMismatch
@@ -32,7 +33,8 @@ from prerank.stores.metadata import MetadataTable
 
 _DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 _ITEMS, _RANKER, _UTILITY, _ITEM_SIDE = "items.", "ranker.", "utility.", "item_side."
-_RESERVE, _DIVERSITY = "reserve.", "diversity."
+_RESERVE, _DIVERSITY, _TARGETING = "reserve.", "diversity.", "targeting."
+_PARTS = (_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE, _RESERVE, _DIVERSITY, _TARGETING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,10 @@ def load(path: Path) -> Bundle:
     _fill(utility, _below(tensors, _UTILITY), where)
     _fill(nn.Module() if reserve is None else reserve, _below(tensors, _RESERVE), where)
     item_side = _item_side(tensors, ranker, items, where)
+    targeting = _targeting(path, config, said, _below(tensors, _TARGETING), items.num_items)
     try:
-        scorer = Scorer(items, ranker, utility, item_side, _diversity(tensors, config), reserve).eval()
+        diversity = _diversity(tensors, config)
+        scorer = Scorer(items, ranker, utility, item_side, diversity, reserve, targeting).eval()
     except (BundleError, SchemaMismatch) as error:
         raise BundleError(f"{where}: {error}") from None
 
@@ -164,7 +168,7 @@ def _item_side(tensors: Mapping[str, Tensor], ranker: Ranker, items: ItemTable, 
         wanted = _said(like[name].expand(items.num_items, *like[name].shape[1:]) if name in like else None)
         if wanted != _said(found.get(name)):
             raise BundleError(f"{where}: expected {_ITEM_SIDE}{name} {wanted}, found {_said(found.get(name))}")
-    unknown = [n for n in tensors if not n.startswith((_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE, _RESERVE, _DIVERSITY))]
+    unknown = [n for n in tensors if not n.startswith(_PARTS)]
     if unknown:
         raise BundleError(f"{where}: weights of no part of a scorer: {unknown}")
     return found
@@ -182,6 +186,28 @@ def _diversity(tensors: Mapping[str, Tensor], config: Config) -> Diversity | Non
     if diversity.at_most.tolist() != bounds:
         raise BundleError(f"diversity: expected at_most {bounds}, found {diversity.at_most.tolist()}")
     return diversity
+
+
+def _targeting(
+    path: Path, config: Config, said: Mapping[str, object], tensors: Mapping[str, Tensor], num_items: int
+) -> Targeting | None:
+    """The rules with their values and bitmaps, or None where the configuration has none, and the version too."""
+    where = path / manifest.TARGETING
+    is_listed = manifest.TARGETING in manifest.files_of(path, said)
+    wanted = ["bitmaps"] if config.targeting else []
+    if is_listed != bool(config.targeting) or list(tensors) != wanted:
+        has = "the" if is_listed else "no"
+        raise BundleError(
+            f"{where}: {manifest.CONFIG} has {len(config.targeting)} rules of [targeting], and there is {has} such "
+            f"file, and in {manifest.SCORER} the targeting tensors {list(tensors)}; publish again"
+        )
+    if not wanted:
+        return None
+    try:
+        plain = json.loads(where.read_text(encoding="utf-8"))
+        return Targeting.from_plain(config.targeting, plain, tensors["bitmaps"], num_items)
+    except (BundleError, ValueError, RecursionError) as error:
+        raise BundleError(f"{where}: {error}") from None
 
 
 def _index(path: Path, config: Config, said: Mapping[str, object]) -> Index:

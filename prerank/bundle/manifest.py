@@ -25,6 +25,8 @@ METADATA = "metadata.arrow"
 GOLDEN = "golden.safetensors"
 FILES = (CONFIG, TRANSFORMS, RETRIEVAL, SCORER, INDEX, METADATA, GOLDEN)
 """Every file of format 1 beside the manifest and, once validated, validation.json; others are not read."""
+TARGETING = "targeting.json"
+"""One more, where the funnel has rules of targeting: the values that their bitmaps, in SCORER, are of."""
 
 VERSIONS = "versions"
 VERSION = re.compile(r"\d{8}T\d{4}-[0-9a-f]{12}")
@@ -105,8 +107,8 @@ def files_of(path: Path, manifest: Mapping[str, object]) -> dict[str, FileEntry]
     """The files a manifest lists. Raises BundleError unless they are exactly the format's."""
     listed = manifest["files"]
     assert isinstance(listed, dict)
-    if set(listed) != set(FILES):
-        missing, extra = sorted(set(FILES) - set(listed)), sorted(set(listed) - set(FILES))
+    missing, extra = sorted(set(FILES) - set(listed)), sorted(set(listed) - {*FILES, TARGETING})
+    if missing or extra:
         raise BundleError(f"{path / MANIFEST}: its files lack {missing} and list unknown {extra}; {_MEND}")
     try:
         return {name: FileEntry(str(entry["sha256"]), int(entry["bytes"])) for name, entry in listed.items()}

@@ -28,6 +28,7 @@ from prerank.bundle.manifest import FileEntry
 from prerank.bundle.scorer import Scorer
 from prerank.bundle.toml import to_toml
 from prerank.business.diversity import Diversity
+from prerank.business.targeting import Targeting
 from prerank.business.utility import Reserve, Utility
 from prerank.config import Config
 from prerank.errors import BundleError, DataError, SchemaMismatch
@@ -51,6 +52,7 @@ class Parts:
     popularity float32 [I, S];
     golden_user encoded user and context features and counters [G, ...]. `parents` names what it was made from,
     `metrics` what was measured; neither changes what the version is. Both models are left in eval mode.
+    `targeting` are the raw columns [I] that the rules of [targeting] read.
     """
 
     config: Config
@@ -64,6 +66,7 @@ class Parts:
     golden_user: Columns
     parents: Mapping[str, str]
     metrics: Mapping[str, object]
+    targeting: pa.Table | None = None
 
 
 def publish(store: Path, parts: Parts) -> str:
@@ -78,7 +81,8 @@ def publish(store: Path, parts: Parts) -> str:
         _sweep(versions)
     with _temporary(versions) as folder:
         num_items = _write_files(folder, parts)
-        files = {name: FileEntry.of(folder / name) for name in manifest.FILES}
+        written = [name for name in (*manifest.FILES, manifest.TARGETING) if (folder / name).exists()]
+        files = {name: FileEntry.of(folder / name) for name in written}
         now, content = datetime.now(UTC), manifest.content_id(files)
         version = f"{now:%Y%m%dT%H%M}-{content}"
         said = {
@@ -148,9 +152,9 @@ def _write_files(folder: Path, parts: Parts) -> int:
     index = INDEXES[config.retrieval.index.kind](_vectors(parts, items))
     raw = parts.item_table.take(pa.array(_order(parts.item_ids)))
     diversity = Diversity.build(config.diversity, raw) if config.diversity else None
-    tasks = parts.ranker.tasks
+    tasks, targeting = parts.ranker.tasks, _targeting(parts)
     utility, reserve = Utility.build(tasks, config.utility), Reserve.build(tasks, config.rules)
-    scorer = Scorer(items, parts.ranker, utility, diversity=diversity, reserve=reserve).eval()
+    scorer = Scorer(items, parts.ranker, utility, diversity=diversity, reserve=reserve, targeting=targeting).eval()
     for name, side in scorer.item_side.tensors().items():
         _refuse_nonfinite(side, f"the ranker's item side {name!r}")
     user = {name: torch.from_numpy(np.array(column)) for name, column in parts.golden_user.items()}
@@ -162,10 +166,26 @@ def _write_files(folder: Path, parts: Parts) -> int:
     (folder / manifest.TRANSFORMS).write_text(parts.transforms.to_json(), encoding="utf-8")
     write_tensors(folder / manifest.RETRIEVAL, parts.towers.state_dict(), {})
     write_tensors(folder / manifest.SCORER, scorer.state_dict(), {})
+    if targeting is not None:
+        plain = json.dumps(targeting.to_plain(), ensure_ascii=False, indent=1)
+        (folder / manifest.TARGETING).write_text(plain + "\n", encoding="utf-8")
     write_tensors(folder / manifest.GOLDEN, golden.to_tensors(), {})
     index.save(folder / manifest.INDEX, {"retrieval": FileEntry.of(folder / manifest.RETRIEVAL).model_id})
     _write_metadata(folder / manifest.METADATA, raw, config)
     return items.num_items
+
+
+def _targeting(parts: Parts) -> Targeting | None:
+    """The rules fitted in row order, or None where there are none. Raises DataError for columns that do not fit."""
+    rules, table = parts.config.targeting, parts.targeting
+    if not rules:
+        return None
+    if table is None or table.num_rows != len(parts.item_ids):
+        found = "none" if table is None else f"{table.num_rows} rows"
+        wanted = parts.config.targeted("item")
+        raise DataError(f"publish: [targeting] reads the columns {wanted} of {len(parts.item_ids)} items, got {found}")
+    ordered = table.take(pa.array(_order(parts.item_ids)))
+    return Targeting.fit(rules, {name: ordered[name] for name in ordered.column_names}, len(parts.item_ids))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Everything that decides an order, as one module: item rows as buffers, ranker, utility, diversity and top-k.
+"""Everything that decides an order, as one module: item rows, eligibility, ranker, utility, diversity and top-k.
 
 Candidates come in as rows and winners go out; what a loser was worth never leaves.
 """
@@ -14,6 +14,7 @@ from torch.nn.functional import embedding, pad
 from prerank.bundle.executor import NativeRanker
 from prerank.bundle.item_table import ItemTable
 from prerank.business.diversity import Diversity, groups_of
+from prerank.business.targeting import Targeting
 from prerank.business.utility import Reserve, Utility
 from prerank.errors import SchemaMismatch
 from prerank.kernels.engine import Engine
@@ -63,8 +64,9 @@ class Scorer(nn.Module):
     """Candidates to winners. Its state_dict is its whole behaviour.
 
     `item_side` is the ranker's of every item; it is computed unless given. Without `diversity` no group is ever full,
-    and without `reserve` every finite utility may win.
-    Raises SchemaMismatch if the items lack a value the utility reads, or the groups are those of other items.
+    without `reserve` every finite utility may win; `targeting` is asked before retrieval, without it every item is
+    eligible. Raises SchemaMismatch if the items lack a value the utility reads, or the groups or the targeting are of
+    other items.
     """
 
     ranker: Ranker
@@ -77,8 +79,11 @@ class Scorer(nn.Module):
         item_side: Features | None = None,
         diversity: Diversity | None = None,
         reserve: Reserve | None = None,
+        targeting: Targeting | None = None,
     ) -> None:
         super().__init__()
+        if targeting is not None and targeting.num_items != items.num_items:
+            raise SchemaMismatch(f"the targeting is of {targeting.num_items} items, and there are {items.num_items}")
         for name in utility.values:
             if name not in items.names:
                 raise SchemaMismatch(f"the utility reads {name!r}, and the items have {list(items.names)}")
@@ -91,6 +96,7 @@ class Scorer(nn.Module):
         self.utility = utility
         self.reserve = reserve
         self.diversity = diversity
+        self.targeting = targeting
         self.item_side = ItemSide(self._computed() if item_side is None else item_side)
         self._native: NativeRanker | None = None
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
-from prerank.config import TargetingRule
+from prerank.config import MOST_TARGETED, TargetingRule
 from prerank.errors import BundleError, DataError, RequestError
 from prerank.kernels.eligible import WORD, eligible_rows, num_words, pack_rows
 from prerank.schema import Owner
@@ -26,8 +26,6 @@ from prerank.types import Array, Given
 
 HOURS = 168
 """The hours of a week; 0 is Monday from 00:00."""
-MOST_VALUES = 4096
-"""The most distinct values of one rule: each takes a bit of every item."""
 _EXPECTS = "text, a whole number, true or false, or a list of these, or null where it is not known"
 
 
@@ -216,8 +214,8 @@ def _members(column: pa.ChunkedArray, where: str) -> tuple[Array, list[str], Arr
 
 
 def _check_values(rule: TargetingRule, distinct: Sequence[str], where: str) -> None:
-    if len(distinct) > MOST_VALUES:
-        raise DataError(f"{where}: expected at most {MOST_VALUES:,} distinct values, found {len(distinct):,}")
+    if len(distinct) > MOST_TARGETED:
+        raise DataError(f"{where}: expected at most {MOST_TARGETED:,} distinct values, found {len(distinct):,}")
     if "" in distinct:
         raise DataError(f"{where}: expected no empty text; an item for everybody has null or an empty list")
     hours = {str(hour) for hour in range(HOURS)}

@@ -152,13 +152,16 @@ def _promoted(home: Path, version: str, trained: Trained) -> list[Gate]:
 def _last_requests(config: Config, tables: Tables, most: int) -> list[Asked]:
     """Different users of the last test day with the context they had, the latest first."""
     names = config.features.columns("context")
+    targeted = [name for name in config.targeted("context") if name not in names]
+    logged = tables.source("impressions").schema.names  # what targeting alone reads need not be there
+    names += [name for name in targeted if name in logged]
     user_id, time_ms = config.data.user_id, config.data.time
     last_day = [config.data.test[1]]
     rows = [row for batch in tables.impressions([user_id, time_ms, *names], last_day) for row in batch.to_pylist()]
     rows.sort(key=lambda row: -row[time_ms])
     latest: dict[int, Asked] = {}
     for row in rows:
-        latest.setdefault(row[user_id], Asked(row[user_id], {n: row[n] for n in names}))
+        latest.setdefault(row[user_id], Asked(row[user_id], {n: row.get(n) for n in [*names, *targeted]}))
         if len(latest) == most:
             break
     return list(latest.values())

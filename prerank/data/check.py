@@ -15,7 +15,15 @@ import pyarrow.compute as pc
 from prerank._toml import nearest
 from prerank.config import Config
 from prerank.data.calendar import spans
-from prerank.data.check_columns import Problem, content_problem, group_problem, integer, type_problem
+from prerank.data.check_columns import (
+    Problem,
+    content_problem,
+    group_problem,
+    integer,
+    listed_problem,
+    targeting_problem,
+    type_problem,
+)
 from prerank.data.check_log import LogCheck
 from prerank.data.logs import DAY, Tables
 from prerank.data.sources import Source
@@ -78,6 +86,10 @@ class _Check:
         if name == "items":
             wanted |= {c: "metadata.columns" for c in self.config.metadata.columns if c not in wanted}
             wanted |= {c: f"diversity.{c}" for c in self.config.diversity if c not in wanted}
+        for rule_name, rule in self.config.targeting.items():
+            column = getattr(rule, _OWNERS[name])
+            if column:
+                wanted.setdefault(column, f"targeting.{rule_name}.{_OWNERS[name]}")
         if self.data.computed:
             wanted.setdefault(self.data.computed, "data.computed")
         yield from _missing(name, source, wanted)
@@ -88,6 +100,9 @@ class _Check:
                 yield from self._feature(name, source, feature, kind)
         if name == "items":
             yield from self._groups(source)
+        for column in self.config.targeted(_OWNERS[name]):
+            if column in source.schema.names:
+                yield from self._targeted(name, source, column)
         if self.data.computed in source.schema.names:
             yield from self._computed(name, source)
 
@@ -122,6 +137,15 @@ class _Check:
         problem = type_problem(f"{name}.{column}", kind, source.schema.field(column).type, source.format)
         if problem is None:
             problem = content_problem(f"{name}.{column}", kind, source.scan([column], None, 1 << 16))
+        if problem is not None:
+            yield problem
+
+    def _targeted(self, name: str, source: Source, column: str) -> Iterator[Problem]:
+        where = f"{name}.{column}"
+        problem = targeting_problem(where, source.schema.field(column).type, source.format)
+        if problem is None and name == "items":
+            are_hours = any(rule.schedule and rule.item == column for rule in self.config.targeting.values())
+            problem = listed_problem(where, are_hours, source.scan([column], None, 1 << 16))
         if problem is not None:
             yield problem
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from prerank.config import MOST_TARGETED
 from prerank.schema import Bag, Category, Embedding, Kind, Number, Value, kind_name
 
 
@@ -68,6 +69,37 @@ def content_problem(where: str, kind: Kind, batches: Iterable[pa.RecordBatch]) -
     return None
 
 
+def targeting_problem(where: str, given: pa.DataType, file_format: str) -> Problem | None:
+    """What is wrong with a column of type `given` for a rule of [targeting], if anything."""
+    kind = _decoded(given)
+    if pa.types.is_null(kind) or _is_name(_decoded(kind.value_type) if _is_list(kind) else kind):
+        return None
+    inferred = " (inferred from CSV)" if file_format == "csv" else ""
+    expected = "integers, strings or booleans, or lists of these, for targeting"
+    return Problem(where, "wrong type", expected, f"{given}{inferred}")
+
+
+def listed_problem(where: str, are_hours: bool, batches: Iterable[pa.RecordBatch]) -> Problem | None:
+    """What is wrong with the values that items list for a rule, hours of the week or any; `batches` have them first."""
+    nulls, texts = 0, set[str | None]()
+    for batch in batches:
+        column = batch.column(0)
+        members = pc.list_flatten(column) if _is_list(column.type) else column
+        nulls += members.null_count if _is_list(column.type) else 0
+        texts.update(pc.unique(members.cast(_decoded(members.type)).cast(pa.large_string())).to_pylist())
+    if nulls:
+        return Problem(where, "nulls in a list", "lists without nulls", f"{nulls} of them; leave them out")
+    if len(texts - {None}) > MOST_TARGETED:
+        return Problem(where, "too many values", f"at most {MOST_TARGETED:,} distinct", f"{len(texts - {None}):,}")
+    if "" in texts:
+        return Problem(where, "empty text", "null or an empty list where an item is for everybody", "empty text")
+    hours = {None, *map(str, range(24 * 7))}
+    wrong = sorted(str(text) for text in texts - hours) if are_hours else []
+    if wrong:
+        return Problem(where, "no hour of the week", "0, Monday from 00:00, to 167", ", ".join(wrong[:3]))
+    return None
+
+
 def num_not_finite(column: pa.Array) -> int:
     """Rows that hold a NaN or an infinity; a null is neither."""
     kind = column.type
@@ -101,6 +133,10 @@ def _expected(kind: Kind, given: pa.DataType) -> str:
             return f"a list of {kind.width} numbers"
         return ""
     raise AssertionError(f"a {kind_name(kind)} reads no column")
+
+
+def _decoded(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -73,6 +73,7 @@ def publish_trained(trained: Trained, tables: Tables, home: Path, metrics: Mappi
         golden_user={name: column.numpy() for name, column in golden.items()},
         parents={"data": preparation_key(config, tables), "run": trained.run},
         metrics=metrics,
+        targeting=items.select(config.targeted("item")) if config.targeting else None,
     )
     return publish(home, parts)
 
@@ -80,12 +81,14 @@ def publish_trained(trained: Trained, tables: Tables, home: Path, metrics: Mappi
 def load_users(config: Config, tables: Tables, prepared: Prepared, home: Path, report: Report = silent) -> Path:
     """Every user's profile and events into the funnel's user store, unless the same were loaded before."""
     path, mark = home / USERS, home / f"{USERS}.key"
-    key = preparation_key(config, tables)
+    targeted = config.targeted("user")
+    key = " ".join([preparation_key(config, tables), *targeted])
     if path.exists() and mark.exists() and mark.read_text() == key:
         return path
     mark.unlink(missing_ok=True)
     user_id = config.data.user_id
-    users = tables.users().select([user_id, *(c for c in config.features.columns("user") if c != user_id)])
+    columns = dict.fromkeys([user_id, *config.features.columns("user"), *targeted])
+    users = tables.users().select(list(columns))
     digests = _context_digests(config, prepared)
     events = _events_by_user(prepared, digests, report)
     UserStore.write(path, users, events, labels=prepared.labels, contexts=list(digests), user_id=user_id)

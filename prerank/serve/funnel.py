@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
@@ -43,20 +44,28 @@ class Funnel:
         self.engine = engine
         self.max_k = min(config.serve.max_k, config.ranker.keep)
         self.default_deadline_ms = config.serve.deadline_ms
-        self.example_context = _example_context(bundle.transforms)
+        targeting = bundle.scorer.targeting
+        self._targeted = {} if targeting is None else targeting.example()
+        self.example_context = {**self._targeted, **_example_context(bundle.transforms)}
         said = {column: value for column, value in self.example_context.items() if column in users.contexts}
         self.example_events = _example_events(users.event_names, int(items.item_ids[0]), said)
         self._users, self._items, self._transforms = users, items, bundle.transforms
         self._tasks = bundle.scorer.ranker.tasks
         self._graph = RequestGraph(
             [
-                ExpandUser(users, bundle.transforms, items),
-                Retrieve(bundle.towers, bundle.index, items.num_items, min(config.retrieval.keep, items.num_items)),
+                ExpandUser(users, bundle.transforms, items, targeting),
+                Retrieve(
+                    bundle.towers,
+                    bundle.index,
+                    items.num_items,
+                    min(config.retrieval.keep, items.num_items),
+                    targeting,
+                ),
                 Rank(bundle.scorer),
                 Describe(metadata, config.metadata.columns),
             ],
             inputs=frozenset({"request"}),
-            outputs=frozenset({"winners", "described", "user_notes", "rank_notes"}),
+            outputs=frozenset({"winners", "described", "user_notes", "retrieve_notes", "rank_notes"}),
             answer="winners",
             fallbacks={Rank.name: RankBySimilarity(items, len(self._tasks), bundle.scorer.diversity)},
         )
@@ -110,7 +119,7 @@ class Funnel:
         written.
         """
         check_events(events, self._users.event_names, time.time_ns() // 1_000_000)
-        check_contexts(events, self._transforms, self._users.contexts)
+        check_contexts(events, self._transforms, self._users.contexts, list(self._targeted))
         rows = self._items.rows_of(torch.tensor([one.item_id for one in events]))
         done = self._users.record(events)
         return Recorded(len(events), int((rows < 0).sum()), done.num_repeated, done.num_logged)
@@ -146,7 +155,8 @@ class Funnel:
             Winner(item_id, _finite(utility), dict(zip(self._tasks, map(_finite, probs), strict=True)), metadata)
             for item_id, utility, probs, metadata in zip(*columns, run.outputs["described"], strict=True)
         ]
-        notes = [*run.outputs["user_notes"], *run.outputs["rank_notes"], *run.notes]
+        said = [run.outputs[notes] for notes in ("user_notes", "retrieve_notes", "rank_notes")]
+        notes = [*chain.from_iterable(said), *run.notes]
         return Answer(request.request_id, self.version, winners, run.reports, run.degraded, notes)
 
 

@@ -53,13 +53,16 @@ def check_events(events: Sequence[LiveEvent], names: Sequence[str], now_ms: int)
             _wrong(at, "event_id", f"at most {LONGEST_EVENT_ID} characters", f"{len(one.event_id)}")
 
 
-def check_contexts(events: Sequence[LiveEvent], transforms: Transforms, kept: Sequence[str]) -> None:
+def check_contexts(
+    events: Sequence[LiveEvent], transforms: Transforms, kept: Sequence[str], targeted: Sequence[str] = ()
+) -> None:
     """Raises RequestError naming the first event's context field that is wrong, what it must be, and what came.
 
-    The fields are the version's context columns; of `kept`, which the store has, the values are checked too.
+    The fields are the version's context columns, those `targeted` too; of `kept`, which the store has, the values are
+    checked as well.
     """
     columns = transforms.schema.columns("context")
-    known = list(dict.fromkeys([*columns, *kept]))
+    known = list(dict.fromkeys([*columns, *kept, *targeted]))
     missing = dict.fromkeys(columns)
     right: set[tuple[str, object, type]] = set()
     for at, one in enumerate(events):

@@ -11,6 +11,7 @@ import torch
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.scorer import Ranked, Scorer
 from prerank.business.diversity import Diversity, groups_of
+from prerank.business.targeting import Targeting
 from prerank.errors import DataError, RequestError, SchemaMismatch
 from prerank.features.transforms import Transforms
 from prerank.index.base import Index
@@ -31,16 +32,18 @@ _NEVER = np.zeros(0, np.int64)
 class ExpandUser:
     """The request's user as features: profile, context, and histories and counters cut strictly before its time.
 
-    Raises SchemaMismatch at construction if the store lacks a column, a label or a context column the features need.
+    The profile as it is stored goes on to `targeting`. Raises SchemaMismatch at construction if the store lacks a
+    column, a label or a context column that the features or the targeting need.
     """
 
     users: Users
     transforms: Transforms
     items: ItemTable
+    targeting: Targeting | None = None
 
     name: ClassVar[str] = "expand_user"
     reads: ClassVar[frozenset[str]] = frozenset({"request"})
-    writes: ClassVar[frozenset[str]] = frozenset({"features", "user_notes"})
+    writes: ClassVar[frozenset[str]] = frozenset({"features", "profile", "user_notes"})
 
     def __post_init__(self) -> None:
         schema = self.transforms.schema
@@ -56,12 +59,19 @@ class ExpandUser:
                         f"the user store has no {what} {name!r} that this version's features read; it has "
                         f"{list(found)}; build the store from the same tables"
                     )
+        for column, key in ({} if self.targeting is None else self.targeting.columns("user")).items():
+            if column not in self.users.columns:
+                raise SchemaMismatch(
+                    f"the user store has no column {column!r} that {key} reads; it has {list(self.users.columns)}; "
+                    "build the store from the same tables with this version's configuration"
+                )
 
     def run(self, values: Values) -> Values:
         """Look the user up; see `expand`."""
         request: Request = values["request"]
-        features, notes = self.expand(self.users.get(request.user_id), request)
-        return {"features": features, "user_notes": notes}
+        record = self.users.get(request.user_id)
+        features, notes = self.expand(record, request)
+        return {"features": features, "profile": {} if record is None else record.profile, "user_notes": notes}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """One user in, its features out."""
@@ -75,7 +85,7 @@ class ExpandUser:
         field.
         """
         schema, notes = self.transforms.schema, []
-        context = schema.columns("context")
+        context = [*schema.columns("context"), *([] if self.targeting is None else self.targeting.columns("context"))]
         notes += [
             f"context field {name!r} is not used by this version" for name in request.context if name not in context
         ]
@@ -123,25 +133,34 @@ class ExpandUser:
 
 @dataclass(frozen=True, slots=True)
 class Retrieve:
-    """The `keep` items most similar to the user's vector, as candidates."""
+    """Of the items that are eligible, the `keep` most similar to the user's vector, as candidates."""
 
     towers: TwoTower
     index: Index
     num_items: int
     keep: int
+    targeting: Targeting | None = None
 
     name: ClassVar[str] = "retrieve"
-    reads: ClassVar[frozenset[str]] = frozenset({"features"})
-    writes: ClassVar[frozenset[str]] = frozenset({"candidates"})
+    reads: ClassVar[frozenset[str]] = frozenset({"request", "features", "profile"})
+    writes: ClassVar[frozenset[str]] = frozenset({"candidates", "num_eligible", "retrieve_notes"})
 
     def run(self, values: Values) -> Values:
-        """User tower, then the index."""
+        """Targeting, the user tower, then the index. There are no more candidates than eligible items, but one."""
+        eligible, num_eligible = None, self.num_items
+        if self.targeting is not None:
+            request: Request = values["request"]
+            rows = self.targeting.rows(values["profile"], request.context, request.time_ms)
+            eligible, num_eligible = torch.zeros(self.num_items, dtype=torch.bool), len(rows)
+            eligible[rows] = True
         query = self.towers.user_side(values["features"])
-        return {"candidates": self.index.search(query, self.keep, None)}
+        candidates = self.index.search(query, min(self.keep, max(num_eligible, 1)), eligible)
+        notes = () if num_eligible else ("no item is eligible for this request",)
+        return {"candidates": candidates, "num_eligible": num_eligible, "retrieve_notes": notes}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
-        """Every item in, the candidates out."""
-        return self.num_items, written["candidates"].num_valid
+        """Eligible items in, the candidates out."""
+        return written["num_eligible"], written["candidates"].num_valid
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -254,3 +255,20 @@ def test_an_item_table_of_a_version_holds_no_wider_numbers_than_needed(tmp_path)
     held = {name: column.dtype for name, column in bundle.scorer.items.features().items()}
     assert held["advertiser"] == held["topics"] == torch.int8
     assert held["bid"] == torch.int64
+
+
+def test_who_may_see_an_item_stays_its_own_whatever_order_the_items_came_in(tmp_path):
+    settings = world.config(targeting={"country": {"user": "country", "item": "countries"}})
+    lists = [[["a", "b", "c"][n % 3]] if n % 5 else None for n in range(300)]
+    parts = replace(world.parts(settings=settings), targeting=pa.table({"countries": lists}))
+    version = publish(tmp_path, parts)
+    assert files_below(tmp_path / "versions") == {f"{version}/{n}" for n in (*STORES_FILES, manifest.TARGETING)}
+    scorer = load(tmp_path / "versions" / version).scorer
+    for country in ("a", "b", "c", "d"):
+        rows = scorer.targeting.rows({"country": country}, {}, 0)
+        allowed = [not one or country in one for one in lists]
+        assert scorer.items.item_ids[rows].tolist() == sorted(parts.item_ids[allowed].tolist())
+    assert publish(tmp_path, parts) == version
+    lists[7] = ["a"]
+    changed = publish(tmp_path, replace(parts, targeting=pa.table({"countries": lists})))
+    assert changed[-12:] != version[-12:]

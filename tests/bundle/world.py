@@ -104,8 +104,8 @@ def changed(those: Parts, **columns: Mapping[str, object]) -> Parts:
 
 def sign_again(path: Path) -> Path:
     """Give a version that was tampered with hashes and a name that fit, as a careful forger would."""
-    files = {name: FileEntry.of(path / name) for name in manifest.FILES}
     said = manifest.read_manifest(path)
+    files = {name: FileEntry.of(path / name) for name in manifest.files_of(path, said)}
     version = f"{str(said['version'])[:13]}-{manifest.content_id(files)}"
     manifest.write_manifest(path, {**said, "version": version}, files)
     return path.rename(path.with_name(version))

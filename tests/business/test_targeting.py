@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prerank.business.targeting import MOST_VALUES, Targeting, hour_of_week
-from prerank.config import TargetingRule
+from prerank.business.targeting import Targeting, hour_of_week
+from prerank.config import MOST_TARGETED, TargetingRule
 from prerank.errors import BundleError, DataError, RequestError
 
 BERLIN = "Europe/Berlin"
@@ -194,7 +194,7 @@ def test_a_context_field_missing_or_mistyped_is_the_callers_error_and_a_profile_
         (pa.array([[[1]]]), "lists of these, found list"),
         (pa.array([["a", None]]), "expected no null in a list, found 1"),
         (pa.array([""]), "expected no empty text"),
-        (pa.array(range(MOST_VALUES + 1)), "expected at most 4,096 distinct values, found 4,097"),
+        (pa.array(range(MOST_TARGETED + 1)), "expected at most 4,096 distinct values, found 4,097"),
     ],
 )
 def test_a_column_that_cannot_be_meant_is_refused_by_its_key(column, says):

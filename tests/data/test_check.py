@@ -15,13 +15,14 @@ from prerank.schema import Category
 from tests.data import world
 
 
-def problems(folder, features=None, metadata=None, tables=None, **data):
+def problems(folder, features=None, metadata=None, tables=None, targeting=None, **data):
     """What check says of the world in `folder`, its funnel file changed."""
     plain = world.plain(**data)
     for owner, added in (features or {}).items():
         plain["features"][owner] |= added
     if metadata:
         plain["metadata"] = {"columns": metadata}
+    plain["targeting"] = targeting or {}
     config = parse_config(plain, "tiny.toml")
     return check(config, find_tables(config, world.write(folder, **(tables or {})), folder / "work"))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from prerank.bundle.publish import Parts, publish
@@ -34,11 +35,11 @@ def golden(transforms: Transforms, config: Config) -> dict[str, Array]:
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store whose one version is live; read-only, so all tests share it."""
-    return publish_world(tmp_path_factory.mktemp("store") / "tiny", world.config())
+    return publish_live(tmp_path_factory.mktemp("store") / "tiny", world.config())
 
 
-def publish_world(store: Path, config: Config) -> Path:
-    """The tiny world under `config`, live in `store`."""
+def publish_live(store: Path, config: Config, targeting: pa.Table | None = None) -> Path:
+    """The tiny world published with `config` into `store` and live, its users loaded."""
     transforms = world.transforms(config)
     towers, ranker = build_towers(config, transforms.sizes()), build_ranker(config, transforms.sizes())
     world.seeded(towers, 1)
@@ -56,6 +57,7 @@ def publish_world(store: Path, config: Config) -> Path:
         golden_user=golden(transforms, config),
         parents={"data": "tiny", "run": "seed 1"},
         metrics={},
+        targeting=targeting,
     )
     version = publish(store, parts)
     registry = Registry(store)

@@ -13,7 +13,7 @@ from prerank.config import DiversityRule
 from prerank.serve.funnel import Funnel
 from prerank.types import CandidateSet, Request
 from tests.serve import world
-from tests.serve.conftest import publish_world
+from tests.serve.conftest import publish_live
 
 GENRES = [f"genre {i % 3}" for i in range(world.NUM_ITEMS)]
 
@@ -28,7 +28,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, most: int) -> Path:
     rules = {"genre": {"at_most": most}, "bid_micros": {"at_most": 1}}
     # every item is a candidate
     config = replace(world.config(diversity=rules), retrieval=replace(world.config().retrieval, keep=world.NUM_ITEMS))
-    return publish_world(tmp_path_factory.mktemp("store") / "diverse", config)
+    return publish_live(tmp_path_factory.mktemp("store") / "diverse", config)
 
 
 @pytest.mark.parametrize("user_id", [1, 2, 3, 4])
