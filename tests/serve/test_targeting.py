@@ -229,4 +229,4 @@ def test_bitmaps_are_of_the_scorers_items() -> None:
     targeting = Targeting.fit(config.targeting, {"countries": pa.chunked_array([pa.nulls(2)])}, 2)
     utility = Utility(["click"], {"click": 1.0})
     with pytest.raises(SchemaMismatch, match="the targeting is of 2 items, and there are 3"):
-        Scorer(items, None, utility, {}, targeting)  # type: ignore[arg-type]
+        Scorer(items, None, utility, {}, targeting=targeting)  # type: ignore[arg-type]

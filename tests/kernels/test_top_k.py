@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prerank.index.top_k import NONE, order_keys, value_and_row
+from prerank.kernels.top_k import NONE, order_keys, value_and_row
 
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 few = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, math.nan, math.inf])
