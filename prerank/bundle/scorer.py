@@ -29,8 +29,8 @@ _ITEMS_AT_ONCE = 1 << 16
 class Ranked(TopK):
     """The winners, and how many valid candidates could not win.
 
-    num_nonfinite int64 [B] had no finite utility; num_below int64 [B] had, and less of it than the reserve, or less of
-    a probability than its floor.
+    num_nonfinite int64 [B] had a utility or a probability that is not finite; num_below int64 [B] had less utility than
+    the reserve, or less of a probability than its floor.
     """
 
     num_nonfinite: Tensor
@@ -131,16 +131,16 @@ class Scorer(nn.Module):
     def forward(self, user: Features, candidates: CandidateSet, k: int) -> Ranked:
         """user [B, ...] and candidates [B, N] -> the k winners [B, k], best first.
 
-        Only valid candidates of finite utility win, if it is enough for the reserve, and of a group at most as many as
-        diversity lets; where there are fewer than k the rest is not valid, with row and item_id -1. Equal utilities are
-        ordered by item_id. A row given twice is ranked twice.
+        Only valid candidates of finite utility and probabilities win, if it is enough for the reserve, and of a group at
+        most as many as diversity lets; where there are fewer than k the rest is not valid, with row and item_id -1. Equal
+        utilities are ordered by item_id. A row given twice is ranked twice.
         """
         valid = candidates.valid
         rows = torch.where(valid, candidates.rows, 0)
         probs = self.probs(user, rows)
         utility = self.utility(probs, self.items.gather(self.utility.values, rows))
         # rows ascend with item_id, so the smaller row is the smaller item_id
-        is_finite = valid & utility.isfinite()
+        is_finite = valid & utility.isfinite() & probs.isfinite().all(-1)
         is_enough = is_finite if self.reserve is None else is_finite & self.reserve(probs, utility)
         kept = greedy_top_k(utility, rows, is_enough, *groups_of(self.diversity, rows), min(k, rows.shape[1]))
         won = kept >= 0

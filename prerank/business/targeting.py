@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from prerank.config import MOST_TARGETED, TargetingRule
 from prerank.errors import BundleError, DataError, RequestError
-from prerank.kernels.eligible import WORD, eligible_rows, num_words, pack_rows
+from prerank.kernels.eligible import WORD, eligible_rows, num_words
 from prerank.schema import Owner
 from prerank.types import Array, Given
 
 HOURS = 168
 """The hours of a week; 0 is Monday from 00:00."""
+_BYTES_AT_ONCE = 1 << 24
 _EXPECTS = "text, a whole number, true or false, or a list of these, or null where it is not known"
 
 
@@ -207,10 +208,12 @@ def _members(column: pa.ChunkedArray, where: str) -> tuple[Array, list[str], Arr
             members = chunk.drop_null()
         if not _is_name(members.type):
             raise DataError(f"{where}: expected text, whole numbers, booleans or lists of these, found {column.type}")
-        pieces.append(members.cast(pa.large_string()))
-    encoded = pa.chunked_array(pieces, pa.large_string()).combine_chunks().dictionary_encode()
-    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
-    return np.concatenate(lengths).astype(np.int64), encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+        is_other = pa.types.is_integer(members.type) or pa.types.is_boolean(members.type)
+        pieces.append(members if is_other else members.cast(pa.large_string()))
+    whole = pa.concat_arrays(pieces) if pieces else pa.array([], pa.large_string())
+    encoded = whole.dictionary_encode()
+    distinct = encoded.dictionary.cast(pa.large_string()).to_pylist()
+    return np.concatenate(lengths).astype(np.int64), distinct, encoded.indices.to_numpy()
 
 
 def _check_values(rule: TargetingRule, distinct: Sequence[str], where: str) -> None:
@@ -228,14 +231,21 @@ def _packed(rule: TargetingRule, lengths: Array, distinct: Sequence[str], codes:
     """The bitmaps of one rule, int64 [., W]."""
     num_items, width = len(lengths), num_words(len(lengths))
     rank = np.argsort(np.argsort(np.array(distinct, dtype=object))) if distinct else np.zeros(0, np.int64)
-    # the bitmaps end to end are one long bitmap; an item may list a value twice
-    places = np.unique(rank[codes] * (width * WORD) + np.repeat(np.arange(num_items), lengths))
-    size = len(distinct) * width * WORD
-    listed = pack_rows(torch.from_numpy(places.astype(np.int64)), size).view(len(distinct), width)
-    if rule.excludes:
-        return listed
-    everybody = pack_rows(torch.from_numpy(np.flatnonzero(lengths == 0)), num_items).unsqueeze(0)
-    return torch.cat([everybody, listed | everybody])
+    first = int(not rule.excludes)
+    packed = np.zeros((first + len(distinct), width), np.int64)
+    ends = np.cumsum(lengths)
+    step = max(WORD, _BYTES_AT_ONCE // (1 + len(distinct)) // WORD * WORD)
+    for start in range(0, num_items, step):
+        some = lengths[start : start + step]
+        those = slice(ends[start] - some[0], ends[start + len(some) - 1])
+        # a byte a bit, and an item may list a value twice
+        bits = np.zeros((len(packed), num_words(len(some)) * WORD), bool)
+        bits[first + rank[codes[those]], np.repeat(np.arange(len(some)), some)] = True
+        if first:
+            bits[:, np.flatnonzero(some == 0)] = True
+        at = start // WORD
+        packed[:, at : at + bits.shape[1] // WORD] = np.packbits(bits, axis=1, bitorder="little").view("<i8")
+    return torch.from_numpy(packed)
 
 
 def _plain(chunk: pa.Array) -> pa.Array:

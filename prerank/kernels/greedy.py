@@ -17,7 +17,6 @@ from prerank.kernels import native
 _MOST = 1 << 32
 
 
-@torch.library.custom_op("prerank::greedy_top_k", mutates_args=())
 def greedy_top_k(utility: Tensor, rows: Tensor, valid: Tensor, groups: Tensor, at_most: Tensor, k: int) -> Tensor:
     """The positions int64 [B, k] of the winners of B requests, best first, -1 past the last.
 
@@ -26,13 +25,26 @@ def greedy_top_k(utility: Tensor, rows: Tensor, valid: Tensor, groups: Tensor, a
     candidates of finite utility win. Equal utilities, 0.0 and -0.0 too, are ordered by row, then by position. With
     G = 0 it is the exact top k. Raises ValueError for a negative k and tensors of other shapes, types or devices.
     """
+    if torch.compiler.is_compiling():
+        found: Tensor = _operation(utility, rows, valid, groups, at_most, k)
+        return found
+    # the first call of a custom operation imports the whole compiler, over a second: nobody but it needs that
+    return _here(utility, rows, valid, groups, at_most, k)
+
+
+def _here(utility: Tensor, rows: Tensor, valid: Tensor, groups: Tensor, at_most: Tensor, k: int) -> Tensor:
     _check(utility, rows, valid, groups, at_most, k)
     if utility.device.type == "cpu" and native.library() is not None:
         return _native(utility, rows, valid, groups, at_most, k)
     return reference(utility, rows, valid, groups, at_most, k)
 
 
-@greedy_top_k.register_fake
+@torch.library.custom_op("prerank::greedy_top_k", mutates_args=())
+def _operation(utility: Tensor, rows: Tensor, valid: Tensor, groups: Tensor, at_most: Tensor, k: int) -> Tensor:
+    return _here(utility, rows, valid, groups, at_most, k)
+
+
+@_operation.register_fake
 def _(utility: Tensor, rows: Tensor, valid: Tensor, groups: Tensor, at_most: Tensor, k: int) -> Tensor:
     return rows.new_empty((utility.shape[0], k))
 

@@ -42,12 +42,14 @@ def scan_top_k(
     """
     _check(vectors, scales, query, eligible)
     threads = torch.get_num_threads() if threads is None else threads
-    similarity, rows = _scan_top_k(vectors, scales, query, k, eligible, threads)
-    return similarity, rows
+    if torch.compiler.is_compiling():
+        similarity, rows = _operation(vectors, scales, query, k, eligible, threads)
+        return similarity, rows
+    # the first call of a custom operation imports the whole compiler, over a second: nobody but it needs that
+    return _here(vectors, scales, query, k, eligible, threads)
 
 
-@torch.library.custom_op("prerank::scan_top_k", mutates_args=())
-def _scan_top_k(
+def _here(
     vectors: Tensor, scales: Tensor | None, query: Tensor, k: int, eligible: Tensor | None, threads: int
 ) -> tuple[Tensor, Tensor]:
     if eligible is not None and eligible.dtype == torch.int64:
@@ -57,7 +59,14 @@ def _scan_top_k(
     return scan_by_torch(vectors, scales, query, k, eligible)
 
 
-@_scan_top_k.register_fake
+@torch.library.custom_op("prerank::scan_top_k", mutates_args=())
+def _operation(
+    vectors: Tensor, scales: Tensor | None, query: Tensor, k: int, eligible: Tensor | None, threads: int
+) -> tuple[Tensor, Tensor]:
+    return _here(vectors, scales, query, k, eligible, threads)
+
+
+@_operation.register_fake
 def _(
     vectors: Tensor, scales: Tensor | None, query: Tensor, k: int, eligible: Tensor | None, threads: int
 ) -> tuple[Tensor, Tensor]:

@@ -150,9 +150,8 @@ class Retrieve:
         eligible, num_eligible = None, self.num_items
         if self.targeting is not None:
             request: Request = values["request"]
-            rows = self.targeting.rows(values["profile"], request.context, request.time_ms)
-            eligible, num_eligible = torch.zeros(self.num_items, dtype=torch.bool), len(rows)
-            eligible[rows] = True
+            eligible = self.targeting.rows(values["profile"], request.context, request.time_ms)
+            num_eligible = len(eligible)
         query = self.towers.user_side(values["features"])
         candidates = self.index.search(query, min(self.keep, max(num_eligible, 1)), eligible)
         notes = () if num_eligible else ("no item is eligible for this request",)

@@ -104,6 +104,12 @@ def test_a_utility_that_is_not_finite_never_wins_and_is_counted():
     assert infinite.num_nonfinite.tolist() == [2]
 
 
+def test_a_probability_that_is_not_finite_never_wins_though_the_utility_does_not_read_it():
+    top = scorer(a=[1.0, 1.0, 1.0], b=[0.0, np.nan, 0.0])(user(), candidates([[0, 1, 2]]), 3)
+    assert top.item_ids[0][top.valid[0]].tolist() == [0, 20]
+    assert top.num_nonfinite.tolist() == [1]
+
+
 def test_no_candidates_have_no_winners():
     none = torch.zeros(1, 0, dtype=torch.int64)
     top = scorer(a=[1.0])(user(), CandidateSet(none, torch.zeros(1, 0), none.bool()), 3)

@@ -1,4 +1,5 @@
-// The k most similar of many rows: threads take chunks of rows in turn, each keeps the best it met, then they are merged.
+// The k most similar of many rows: threads take chunks of rows in turn and each keeps the best it met; then these are
+// merged.
 //
 // A similarity and its row are one integer, larger for a larger value or, of equal values, a smaller row. So what is
 // kept does not depend on who met what first, and any number of threads gives the same answer.

@@ -25,7 +25,9 @@ inline Floats load(const uint16_t* p) {
 }
 
 inline Floats load(const int8_t* p) {
-    return Floats{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+    Floats v = zero();
+    for (int n = 0; n < LANES; n++) v[n] = p[n];
+    return v;
 }
 
 inline Floats keep_last(Floats v, int64_t count) {
