@@ -149,7 +149,7 @@ def _write_files(folder: Path, parts: Parts) -> int:
     fault = items.first_fault(config.features, parts.transforms.sizes())
     if fault:
         raise SchemaMismatch(f"{fault}; encode the items with the transforms published")
-    index = INDEXES[config.retrieval.index.kind](_vectors(parts, items))
+    index = INDEXES[config.retrieval.index.kind](_vectors(parts, items), config.retrieval.index.storage)
     raw = parts.item_table.take(pa.array(_order(parts.item_ids)))
     diversity = Diversity.build(config.diversity, raw) if config.diversity else None
     tasks, targeting = parts.ranker.tasks, _targeting(parts)

@@ -131,9 +131,9 @@ class Scorer(nn.Module):
     def forward(self, user: Features, candidates: CandidateSet, k: int) -> Ranked:
         """user [B, ...] and candidates [B, N] -> the k winners [B, k], best first.
 
-        Only valid candidates of finite utility and probabilities win, if it is enough for the reserve, and of a group at
-        most as many as diversity lets; where there are fewer than k the rest is not valid, with row and item_id -1. Equal
-        utilities are ordered by item_id. A row given twice is ranked twice.
+        Only valid candidates of finite utility and probabilities win, if they are enough for the reserve, and of a
+        group at most as many as diversity lets; where there are fewer than k the rest is not valid, with row and
+        item_id -1. Equal utilities are ordered by item_id. A row given twice is ranked twice.
         """
         valid = candidates.valid
         rows = torch.where(valid, candidates.rows, 0)

@@ -16,6 +16,7 @@ from prerank.bundle.load import load, verify
 from prerank.bundle.publish import publish
 from prerank.bundle.registry import Registry
 from prerank.errors import BundleError, DataError, SchemaMismatch
+from prerank.index.storage import STORAGES
 from prerank.schema import Number
 from prerank.stores.metadata import MetadataTable
 from tests.bundle import world
@@ -51,6 +52,15 @@ def test_no_file_of_a_version_is_a_pickle(tmp_path):
     for path in folder.rglob("*"):
         # a pickle starts with its protocol, a torch archive with a zip's header
         assert path.is_dir() or path.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"PK")
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_an_index_is_stored_as_its_funnel_says(tmp_path, storage):
+    base = world.config()
+    index = replace(base.retrieval.index, storage=storage)
+    settings = replace(base, retrieval=replace(base.retrieval, index=index))
+    bundle = load(tmp_path / "versions" / publish(tmp_path, world.parts(settings=settings)))
+    assert bundle.index.storage == storage
 
 
 def test_what_is_loaded_is_what_was_published(tmp_path):
