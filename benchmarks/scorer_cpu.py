@@ -23,7 +23,8 @@ from benchmarks.machine import best_s, say, times_ms
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
 from benchmarks.scorer_peers import Version, torch_versions
-from benchmarks.scorer_world import SEED, agreement_rows, drawn_world
+from benchmarks.scorer_whole import whole_rows
+from benchmarks.scorer_world import SEED, Drawn, agreement_rows, drawn_world
 from prerank.bundle.executor import NativeRanker
 from prerank.kernels.engine import Engine
 from prerank.kernels.native import LEVELS, level
@@ -50,7 +51,9 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
         torch.manual_seed(SEED)
         before = layer_rates(cores)
         say(f"scorer_cpu: {sizes.items:,} items")
-        rows, config = _ranker_rows(sizes, cores, before, options.quick)
+        world = drawn_world(sizes.items)
+        rows, config = _ranker_rows(world, sizes, cores, before, options.quick)
+        rows += whole_rows(world, before[f"bf16_layer_gflop_s_{cores}_threads"], ceilings["copy_gb_s"], sizes.calls)
         after = layer_rates(cores)
     if not options.quick:  # which trains a ranker
         rows += agreement_rows(options.data)
@@ -72,9 +75,9 @@ def layer_rates(cores: int) -> dict[str, float]:
 
 
 def _ranker_rows(
-    sizes: Sizes, cores: int, rates: Mapping[str, float], is_quick: bool
+    world: Drawn, sizes: Sizes, cores: int, rates: Mapping[str, float], is_quick: bool
 ) -> tuple[list[Row], dict[str, object]]:
-    ranker, item_side, user_side = drawn_world(sizes.items)
+    ranker, item_side, user_side = world.ranker, world.item_side, world.ranker.user_side(world.user)
     program = ranker.program()
     rate = rates[f"bf16_layer_gflop_s_{cores}_threads"]
     rows: list[Row] = [Row.of("ranker: FLOP a candidate", program.flops, "FLOP")]

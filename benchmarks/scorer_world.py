@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,6 +47,7 @@ _FUNNEL = {
             "advertiser": {"kind": "category", "dim": 64, "hash": ADVERTISERS - 1},
             "topics": {"kind": "bag", "dim": 16, "length": 3},
             "price": {"kind": "number"},
+            "bid_micros": {"kind": "value"},
         },
         "interaction": {
             "topics_1d": {"count": "is_click", "by": "topics", "window": "1d", "length": LENGTH},
@@ -63,7 +64,7 @@ _FUNNEL = {
         "low_rank": 64,
         "heads": 2,
     },
-    "utility": {"click": {"value": 1.0}},
+    "utility": {"click": {"value": "bid_micros"}},
 }
 _SIZES = {
     "user.country": 60,
@@ -73,8 +74,18 @@ _SIZES = {
 }
 
 
-def drawn_world(num_items: int) -> tuple[CrossFeatureRanker, dict[str, Tensor], dict[str, Tensor]]:
-    """The ranker, its item side [I, ...] and one user's side [1, ...]."""
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A ranker with weights as drawn, items as features [I, ...] and as its item side, one user's features [1, ...]."""
+
+    ranker: CrossFeatureRanker
+    items: dict[str, Tensor]
+    item_side: dict[str, Tensor]
+    user: dict[str, Tensor]
+
+
+def drawn_world(num_items: int) -> Drawn:
+    """Over a million items or so."""
     config = parse_config(_FUNNEL, "benchmarks/scorer_world.py")
     ranker = CrossFeatureRanker(config, _SIZES).eval()
     for weight in ranker.parameters():  # also of what begins at zero
@@ -83,6 +94,7 @@ def drawn_world(num_items: int) -> tuple[CrossFeatureRanker, dict[str, Tensor], 
         "advertiser": torch.randint(ADVERTISERS, (num_items,), dtype=torch.int32),
         "topics": torch.randint(-1, TOPICS, (num_items, 3), dtype=torch.int16),
         "price": torch.rand(num_items),
+        "bid_micros": torch.randint(1_000, 1_000_000, (num_items,), dtype=torch.int32),
     }
     step, pieces = 1 << 16, []
     for start in range(0, num_items, step):
@@ -95,7 +107,7 @@ def drawn_world(num_items: int) -> tuple[CrossFeatureRanker, dict[str, Tensor], 
         "topics_1d": torch.randint(-1, TOPICS, (1, LENGTH)),
         "advertiser_1h": torch.randint(-1, ADVERTISERS, (1, LENGTH)),
     }
-    return ranker, item_side, ranker.user_side(user)
+    return Drawn(ranker, items, item_side, user)
 
 
 def agreement_rows(data: Path | None) -> Iterator[Row]:

@@ -1,0 +1,199 @@
+"""Eligibility, retrieval, ranking, rules over a million items: each stage, all of it, and the straightforward way."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from benchmarks.machine import times_ms
+from benchmarks.result import Row
+from benchmarks.scorer_world import WINNERS, Drawn
+from prerank.bundle.item_table import ItemTable
+from prerank.bundle.scorer import Scorer
+from prerank.business.diversity import Diversity
+from prerank.business.targeting import Targeting
+from prerank.business.utility import Utility
+from prerank.config import DiversityRule, TargetingRule, UtilityTerm
+from prerank.index.exact import ExactIndex
+from prerank.kernels.engine import Engine
+from prerank.kernels.greedy import greedy_top_k
+from prerank.types import Array, Given
+
+KEEP, DIM = 10_000, 64
+CAPS = {"advertiser": 5, "creative": 1, "campaign": 20}
+VALUES = {"country": 60, "age": 8, "device": 5, "language": 30, "interests": 200, "placement": 20}
+LISTED = {"country": 20, "age": 5, "device": 4, "language": 15, "interests": 100, "placement": 12}
+"""Of a restricted item, how many of an attribute's values it lists; seven items in ten are restricted."""
+
+
+def whole_rows(world: Drawn, gflop_s: float, copy_gb_s: float, calls: int) -> Iterator[Row]:
+    """Bars are of a million items and two cores."""
+    stages = _Stages(world)
+    profile: dict[str, Given] = {name: "1" if name != "interests" else ["1", "7", "30"] for name in VALUES}
+    yield from _eligibility(stages, profile, calls)
+    yield from _greedy(stages, calls)
+    sizes = {KEEP: "10,000", 10 * KEEP: "100,000"}
+    for num, name in sizes.items():
+        if num > stages.num_eligible(profile):
+            continue
+        parts = stages.parts(profile, num)
+        slow = 3 if num > KEEP else max(3, calls // 8)
+        times = {part: times_ms(work, calls) for part, work in parts.items()}
+        plain = times_ms(partial(stages.straightforward, profile, num), slow, warm_up=1)
+        whole = float(np.median(times["whole"]))
+        for part, spent in times.items():
+            yield Row.timed(f"Scorer, {name} candidates: {part}", spent, num)
+        yield Row.timed(f"straightforward, {name} candidates", plain, num)
+        ratio = Row.of(f"Scorer over straightforward, {name} candidates", whole / float(np.median(plain)), "times", num)
+        yield _bar(ratio, 1 / 8)
+        if num == KEEP:
+            least = stages.least_ms(gflop_s, copy_gb_s)
+            yield Row.of("Scorer, 10,000 candidates: the least its stages could take", least, "ms", num)
+            yield _bar(Row.of("Scorer, 10,000 candidates: over that", whole / least, "times", num), 1.3)
+    stages.engine.close()
+
+
+class _Stages:
+    """The whole of a request over the items of a world."""
+
+    def __init__(self, world: Drawn) -> None:
+        num, made = len(world.items["price"]), np.random.default_rng(7)
+        self.world = world
+        rules = {name: TargetingRule(item=name, user=name) for name in VALUES}
+        self.listed = {name: _lists(made, num, VALUES[name], LISTED[name]) for name in VALUES}
+        self.targeting = Targeting.fit(rules, {name: pa.chunked_array([one]) for name, one in self.listed.items()}, num)
+        groups = {"advertiser": world.items["advertiser"].numpy(), "creative": made.integers(0, num // 2, num)}
+        groups["campaign"] = made.integers(0, num // 50, num)
+        self.diversity = Diversity.build({n: DiversityRule(m) for n, m in CAPS.items()}, pa.table(groups))
+        columns = {name: tensor.numpy() for name, tensor in world.items.items()}
+        utility = Utility.build(world.ranker.tasks, {"click": UtilityTerm("bid_micros")})
+        items = ItemTable.build(np.arange(num), columns)
+        self.scorer = Scorer(items, world.ranker, utility, world.item_side, self.diversity).eval()
+        self.index = ExactIndex(torch.randn(num, DIM), "bfloat16")
+        self.query = torch.randn(1, DIM)
+        self.engine = Engine(len(os.sched_getaffinity(0)))
+        self.scorer.accelerate(self.engine)
+
+    def num_eligible(self, profile: Mapping[str, Given]) -> int:
+        """Of all items."""
+        return len(self.targeting.rows(profile, {}, 0))
+
+    def parts(self, profile: Mapping[str, Given], num: int) -> dict[str, Callable[[], object]]:
+        """Each stage on what the one before gave, and all of them."""
+        rows = self.targeting.rows(profile, {}, 0)
+        found = self.index.search(self.query, num, rows)
+
+        def whole() -> object:
+            eligible = self.targeting.rows(profile, {}, 0)
+            return self.scorer(self.world.user, self.index.search(self.query, num, eligible), WINNERS)
+
+        return {
+            "eligibility": partial(self.targeting.rows, profile, {}, 0),
+            "retrieval": partial(self.index.search, self.query, num, rows),
+            "ranking, utility, rules, top 1,000": partial(self.scorer, self.world.user, found, WINNERS),
+            "whole": whole,
+        }
+
+    def least_ms(self, gflop_s: float, copy_gb_s: float) -> float:
+        """Bitmaps and vectors at the copy's bytes a second, the ranker's arithmetic at a product's rate."""
+        read = self.targeting.bitmaps.shape[1] * 8 * len(VALUES) + self.index.vectors.nbytes
+        flops = self.world.ranker.program().flops * KEEP
+        return read / copy_gb_s / 1e6 + flops / gflop_s / 1e6
+
+    def straightforward(self, profile: Mapping[str, Given], num: int) -> list[int]:
+        """Booleans in numpy, a product and topk, eager float32 over gathered features, scores out, rules in Python."""
+        user, items = self.world.user, self.world.items
+        mask = torch.from_numpy(np.logical_and.reduce([self.masks()[name] for name in profile]))
+        similar = (self.query @ self.index.vectors.float().T)[0].masked_fill(~mask, -torch.inf)
+        rows = similar.topk(num).indices
+        ranker = self.world.ranker
+        side = ranker.item_side({name: column[rows] for name, column in items.items()})
+        logits = ranker(ranker.user_side(user), {name: tensor.unsqueeze(0) for name, tensor in side.items()})
+        worth = (logits[0, :, 0].sigmoid() * items["bid_micros"][rows]).numpy()
+        return plain_greedy(worth, rows.numpy(), self.diversity.codes[rows].numpy(), WINNERS)
+
+    def masks(self) -> dict[str, Array]:
+        """bool [I] of each attribute for the profile of the benchmark, made once: the straightforward way's index."""
+        if not hasattr(self, "_masks"):
+            self._masks = {name: _allowed(self.targeting, name) for name in VALUES}
+        return self._masks
+
+
+def _lists(made: np.random.Generator, num: int, values: int, listed: int) -> pa.Array:
+    """Of three items in ten nothing, of the others `listed` of so many values each."""
+    lengths = np.where(made.random(num) < 0.3, 0, listed)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    starts = made.integers(0, values, num).repeat(lengths)
+    place = np.arange(offsets[-1]) - offsets[:-1].repeat(lengths)
+    return pa.ListArray.from_arrays(offsets, ((starts + place) % values).astype(np.int16))
+
+
+def _allowed(targeting: Targeting, name: str) -> Array:
+    one: dict[str, Given] = dict.fromkeys(VALUES)
+    wanted: dict[str, Given] = {**one, name: ["1", "7", "30"] if name == "interests" else "1"}
+    chosen, starts, _ = targeting.choose(wanted, {}, 0)
+    group = list(VALUES).index(name)
+    rows = chosen[starts[group] : starts[group + 1]]
+    bits = targeting.bitmaps[rows.long()].numpy().view(np.uint8)
+    return np.unpackbits(np.bitwise_or.reduce(bits), bitorder="little")[: targeting.num_items].astype(bool)
+
+
+def _eligibility(stages: _Stages, profile: Mapping[str, Given], calls: int) -> Iterator[Row]:
+    masks, num = list(stages.masks().values()), stages.targeting.num_items
+    chosen = stages.targeting.choose(profile, {}, 0)
+
+    def by_numpy() -> Array:
+        mask = masks[0]
+        for other in masks[1:]:
+            mask = mask & other
+        return np.flatnonzero(mask)
+
+    assert np.array_equal(by_numpy(), stages.targeting(*chosen).numpy())
+    ours, numpys = times_ms(partial(stages.targeting, *chosen), calls), times_ms(by_numpy, calls)
+    yield Row.of("eligible of six attributes", float(len(by_numpy())), "rows", num)
+    row = Row.timed("eligibility, six attributes, to rows", ours, num)
+    yield replace(row, bar=0.5, holds=bool((row.value or 0.0) < 0.5))
+    yield Row.timed("eligibility by numpy booleans held ready", numpys, num)
+    yield _bar(Row.of("eligibility over numpy's", float(np.median(ours) / np.median(numpys)), "times", num), 1 / 8)
+
+
+def _greedy(stages: _Stages, calls: int) -> Iterator[Row]:
+    num = min(100_000, stages.targeting.num_items)
+    rows = torch.randperm(stages.targeting.num_items)[:num][None]
+    worth, valid = torch.rand(1, num), torch.ones(1, num, dtype=torch.bool)
+    groups, at_most = stages.diversity(rows), stages.diversity.at_most
+    work = partial(greedy_top_k, worth, rows, valid, groups, at_most, WINNERS)
+    codes = stages.diversity.codes[rows[0]].numpy()
+    plain = partial(plain_greedy, worth[0].numpy(), rows[0].numpy(), codes, WINNERS)
+    assert rows[0][work()[0]].tolist() == plain()
+    ours, pythons = times_ms(work, calls), times_ms(plain, max(3, calls // 8))
+    row = Row.timed("greedy top 1,000 of 100,000, three rules", ours, num)
+    yield replace(row, bar=3.0, holds=bool((row.value or 0.0) < 3.0))
+    yield Row.timed("the same in plain Python", pythons, num)
+    yield _bar(Row.of("greedy over plain Python", float(np.median(ours) / np.median(pythons)), "times", num), 1 / 10)
+
+
+def plain_greedy(worth: Array, rows: Array, codes: Array, k: int) -> list[int]:
+    """The rows of the k best, at most so many of a group: worth [N], rows int64 [N], codes int32 [N, G]."""
+    held = [Counter[int]() for _ in CAPS]
+    won: list[int] = []
+    for place in np.lexsort((rows, -worth)):
+        own = codes[place].tolist()
+        if all(count[code] < most for count, code, most in zip(held, own, CAPS.values(), strict=True)):
+            won.append(int(rows[place]))
+            for count, code in zip(held, own, strict=True):
+                count[code] += 1
+            if len(won) == k:
+                break
+    return won
+
+
+def _bar(row: Row, at_most: float) -> Row:
+    return replace(row, bar=round(at_most, 4), holds=bool((row.value or 0.0) <= at_most))
