@@ -20,13 +20,14 @@ from prerank.bundle.item_table import ItemTable
 from prerank.config import Config, parse_config
 from prerank.features.transforms import Transforms
 from prerank.serve.answer import Answer, Winner
+from prerank.serve.changes import Changed
 from prerank.serve.graph import StageReport, Values
 from prerank.serve.http import create_app
 from prerank.serve.record import Recorded
 from prerank.stores.events import LiveEvent
 from prerank.stores.records import EXPOSED
 from prerank.stores.users import Events
-from prerank.types import Array, Features, Given, Request
+from prerank.types import Array, Features, Given, ItemChange, Request
 
 SEED, T0, DAY_MS = 7, 1_767_571_200_000, 86_400_000
 DIM, EVENTS, LONG_HISTORY, HTTP_WINNERS = 64, 250, 500, 20
@@ -160,6 +161,7 @@ class Ready:
     default_deadline_ms: float = 1000.0
     example_context: Mapping[str, Given] = field(default_factory=dict)
     example_events: Sequence[Mapping[str, Given]] = ()
+    example_items: Sequence[Mapping[str, Given]] = ()
     winners: tuple[Winner, ...] = tuple(
         Winner(n, 2.5 * n, {"click": 0.25}, {"advertiser_id": n, "title": f"title {n}", "format": "image"})
         for n in range(HTTP_WINNERS)
@@ -169,6 +171,10 @@ class Ready:
         """The same for everyone."""
         stages = [StageReport(f"stage {n}", 0.0, 1, 1) for n in range(4)]
         return Answer(request.request_id, self.version, self.winners, stages, False, [])
+
+    def change(self, changes: Sequence[ItemChange]) -> Changed:
+        """Nothing is changed."""
+        return Changed(len(changes), 0)
 
     def record(self, events: Sequence[LiveEvent]) -> Recorded:
         """Nothing is kept."""

@@ -62,6 +62,20 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class ItemChange:
+    """A change of one item; what is None stays as it is.
+
+    `on` says whether it may win at all, `pacing` (0 or more) what its utility is multiplied by, `values` the new
+    numbers of item `value` features that the utility reads, such as bids.
+    """
+
+    item_id: int
+    on: bool | None = None
+    pacing: float | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class CandidateSet:
     """Candidates of B requests as aligned columns; stages add columns or clear bits of `valid`, never reorder.
 

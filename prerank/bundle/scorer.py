@@ -14,6 +14,7 @@ from torch.nn.functional import embedding, pad
 from prerank.bundle.executor import NativeRanker
 from prerank.bundle.item_table import ItemTable
 from prerank.business.diversity import Diversity, groups_of
+from prerank.business.live import LiveItems
 from prerank.business.targeting import Targeting
 from prerank.business.utility import Reserve, Utility
 from prerank.errors import SchemaMismatch
@@ -65,8 +66,8 @@ class Scorer(nn.Module):
 
     `item_side` is the ranker's of every item; it is computed unless given. Without `diversity` no group is ever full,
     without `reserve` every finite utility may win; `targeting` is asked before retrieval, without it every item is
-    eligible. Raises SchemaMismatch if the items lack a value the utility reads, or the groups or the targeting are of
-    other items.
+    eligible. `live` is what changes while it serves, and no part of the state_dict. Raises SchemaMismatch if the items
+    lack a value the utility reads, or the groups or the targeting are of other items.
     """
 
     ranker: Ranker
@@ -97,6 +98,7 @@ class Scorer(nn.Module):
         self.reserve = reserve
         self.diversity = diversity
         self.targeting = targeting
+        self.live = LiveItems(items.num_items, {name: items.features()[name] for name in utility.values})
         self.item_side = ItemSide(self._computed() if item_side is None else item_side)
         self._native: NativeRanker | None = None
 
@@ -131,14 +133,15 @@ class Scorer(nn.Module):
     def forward(self, user: Features, candidates: CandidateSet, k: int) -> Ranked:
         """user [B, ...] and candidates [B, N] -> the k winners [B, k], best first.
 
-        Only valid candidates of finite utility and probabilities win, if they are enough for the reserve, and of a
-        group at most as many as diversity lets; where there are fewer than k the rest is not valid, with row and
-        item_id -1. Equal utilities are ordered by item_id. A row given twice is ranked twice.
+        Only valid candidates that are on win, of finite utility and probabilities, if they are enough for the reserve,
+        and of a group at most as many as diversity lets; where there are fewer than k the rest is not valid, with row
+        and item_id -1. Equal utilities are ordered by item_id. A row given twice is ranked twice.
         """
-        valid = candidates.valid
-        rows = torch.where(valid, candidates.rows, 0)
+        rows = torch.where(candidates.valid, candidates.rows, 0)
         probs = self.probs(user, rows)
-        utility = self.utility(probs, self.items.gather(self.utility.values, rows))
+        on, pacing, values = self.live.gather(rows)
+        valid = candidates.valid & on
+        utility = pacing * self.utility(probs, values)
         # rows ascend with item_id, so the smaller row is the smaller item_id
         is_finite = valid & utility.isfinite() & probs.isfinite().all(-1)
         is_enough = is_finite if self.reserve is None else is_finite & self.reserve(probs, utility)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -22,19 +23,28 @@ from prerank.features.transforms import Transforms
 from prerank.kernels.engine import Engine
 from prerank.kernels.native import level, library
 from prerank.serve.answer import Answer, Winner, check_request
+from prerank.serve.changes import Changed, check_changes
 from prerank.serve.graph import Deadline, GraphRun, RequestGraph
 from prerank.serve.record import Recorded, check_contexts, check_events
 from prerank.serve.stages import Describe, ExpandUser, Rank, RankBySimilarity, Retrieve
 from prerank.stores.events import LiveEvent
+from prerank.stores.items import ItemStore
 from prerank.stores.live import LiveUsers
 from prerank.stores.metadata import MetadataTable
-from prerank.types import Given, Request, TopK
+from prerank.types import Given, ItemChange, Request, TopK
 
 
 class Funnel:
     """A loaded version with its stores. Threads may share one; each `recommend` uses the calling thread."""
 
-    def __init__(self, bundle: Bundle, users: LiveUsers, metadata: MetadataTable, engine: Engine | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        users: LiveUsers,
+        metadata: MetadataTable,
+        engine: Engine | None = None,
+        changes: ItemStore | None = None,
+    ) -> None:
         items, config = bundle.scorer.items, bundle.config
         if metadata.columns and metadata.num_rows != items.num_items:
             raise BundleError(
@@ -51,6 +61,10 @@ class Funnel:
         self.example_events = _example_events(users.event_names, int(items.item_ids[0]), said)
         self._users, self._items, self._transforms = users, items, bundle.transforms
         self._tasks = bundle.scorer.ranker.tasks
+        self._live, self._changes = bundle.scorer.live, changes
+        if changes is not None:
+            self._take(list(changes.all()))
+        self.example_items = [{"item_id": int(items.item_ids[0]), "on": True, "pacing": 0.5}]
         self._graph = RequestGraph(
             [
                 ExpandUser(users, bundle.transforms, items, targeting),
@@ -60,6 +74,7 @@ class Funnel:
                     items.num_items,
                     min(config.retrieval.keep, items.num_items),
                     targeting,
+                    bundle.scorer.live,
                 ),
                 Rank(bundle.scorer),
                 Describe(metadata, config.metadata.columns),
@@ -78,7 +93,7 @@ class Funnel:
         torch does on the calling thread.
         Raises RegistryError if there is no such version, BundleError for one that is damaged, DataError for a user
         store that is. Nothing half-loaded is ever returned. What happens meanwhile is kept in the store's
-        `events.lmdb`, which is made if it is not there.
+        `events.lmdb` and `items.lmdb`, which are made if they are not there.
         """
         registry = Registry(store)
         chosen = version or registry.live()
@@ -91,13 +106,17 @@ class Funnel:
             bundle.accelerate(engine)
         metadata = MetadataTable.open(path / "metadata.arrow")
         users = LiveUsers.open(store / "users.lmdb", store / "events.lmdb")
+        changes = None
         try:
-            funnel = cls(bundle, users, metadata, engine)
+            changes = ItemStore.open(store / "items.lmdb")
+            funnel = cls(bundle, users, metadata, engine, changes)
             # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
             funnel.recommend(Request(user_id=0, k=1, time_ms=0, context=funnel.example_context))
             return funnel
         except BaseException:
             users.close()
+            if changes is not None:
+                changes.close()
             raise
 
     def recommend(self, request: Request, arrived: float | None = None) -> Answer:
@@ -124,6 +143,25 @@ class Funnel:
         done = self._users.record(events)
         return Recorded(len(events), int((rows < 0).sum()), done.num_repeated, done.num_logged)
 
+    def change(self, changes: Sequence[ItemChange]) -> Changed:
+        """Take all of `changes` or none; every request that begins after this knows of them.
+
+        What is taken is on the disk, and applies to later versions too. Raises RequestError for a field that is wrong,
+        DataError if the store cannot be written.
+        """
+        check_changes(changes, self._live.names)
+        if self._changes is not None:
+            self._changes.put(changes)
+        return Changed(len(changes), self._take(changes))
+
+    def _take(self, changes: Sequence[ItemChange]) -> int:
+        """How many are of items that this version does not have; a value it does not read is another version's."""
+        rows = self._items.rows_of(torch.tensor([one.item_id for one in changes], dtype=torch.int64)).tolist()
+        known = set(self._live.names)
+        read = [replace(one, values={n: v for n, v in one.values.items() if n in known}) for one in changes]
+        self._live.change(rows, read)
+        return sum(row < 0 for row in rows)
+
     def sweep(self) -> int:
         """Forget the recorded events that the log has by now: how many. For the one process that serves a store."""
         return self._users.sweep()
@@ -136,6 +174,8 @@ class Funnel:
     def close(self) -> None:
         """Let go of the stores and the threads; the funnel answers no more."""
         self._users.close()
+        if self._changes is not None:
+            self._changes.close()
         if self.engine is not None:
             self.engine.close()
 

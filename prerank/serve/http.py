@@ -30,14 +30,22 @@ from starlette.routing import Route
 from prerank.bundle.registry import Registry
 from prerank.errors import PrerankError, RegistryError
 from prerank.serve.answer import Answer
+from prerank.serve.changes import Changed
 from prerank.serve.envelope import Envelope, Refused, read_body, refused_by_routing
 from prerank.serve.funnel import Funnel
 from prerank.serve.metrics import CONTENT_TYPE, ServeMetrics
 from prerank.serve.openapi import docs_page, openapi
 from prerank.serve.record import Recorded
-from prerank.serve.wire import decode_events, decode_request, encode_answer, encode_recorded
+from prerank.serve.wire import (
+    decode_events,
+    decode_items,
+    decode_request,
+    encode_answer,
+    encode_changed,
+    encode_recorded,
+)
 from prerank.stores.events import LiveEvent
-from prerank.types import Given, Request
+from prerank.types import Given, ItemChange, Request
 
 _RETRY = {"retry-after": "1"}
 
@@ -70,6 +78,11 @@ class Recommender(Protocol):
         """Events that work, as `POST /v1/events` takes them."""
         ...
 
+    @property
+    def example_items(self) -> Sequence[Mapping[str, object]]:
+        """Changes of items that work, as `POST /v1/items` takes them."""
+        ...
+
     def recommend(self, request: Request, arrived: float | None = None) -> Answer:
         """The winners; see `Funnel.recommend`."""
         ...
@@ -78,18 +91,23 @@ class Recommender(Protocol):
         """Keep what happened; see `Funnel.record`."""
         ...
 
+    def change(self, changes: Sequence[ItemChange]) -> Changed:
+        """Change items; see `Funnel.change`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one process takes on: `threads` requests run at once, `waiting` more may wait, of `body_bytes` each.
 
-    Calls with events run one at a time; as many may wait, of `events_bytes` each.
+    Calls with events or items run one at a time; as many may wait, of `events_bytes` or `items_bytes` each.
     """
 
     threads: int = 2
     waiting: int = 64
     body_bytes: int = 65_536
     events_bytes: int = 524_288
+    items_bytes: int = 2_097_152
 
 
 def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) -> Starlette:
@@ -105,6 +123,7 @@ def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) ->
         routes=[
             Route("/v1/recommend", server.recommend, methods=["POST"]),
             Route("/v1/events", server.record, methods=["POST"]),
+            Route("/v1/items", server.change, methods=["POST"]),
             Route("/healthz", server.healthz),
             Route("/readyz", server.readyz),
             Route("/metrics", server.metrics_text),
@@ -215,6 +234,10 @@ class _Server:
         now_ms = time.time_ns() // 1_000_000
         return await self.records.run(lambda: self._record(funnel, content, now_ms))
 
+    async def change(self, http: HttpRequest) -> Response:
+        funnel, content = self._ready(), await read_body(http, self.limits.items_bytes)
+        return await self.records.run(lambda: self._change(funnel, content))
+
     def _ready(self) -> Recommender:
         if isinstance(self.funnel, PrerankError):
             raise Refused(503, "NotReady", "no version is loaded; /readyz says why")
@@ -236,6 +259,11 @@ class _Server:
         self.metrics.recorded(events, recorded)
         return encode_recorded(recorded)
 
+    def _change(self, funnel: Recommender, content: bytes) -> bytes:
+        changed = funnel.change(decode_items(content).changes())
+        self.metrics.changed(changed)
+        return encode_changed(changed)
+
     async def healthz(self, _: HttpRequest) -> Response:
         return PlainTextResponse("alive\n")
 
@@ -248,11 +276,11 @@ class _Server:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     async def openapi(self, _: HttpRequest) -> Response:
-        return JSONResponse(openapi(self._example(), self._events()))
+        return JSONResponse(openapi(self._example(), self._events(), self._items()))
 
     async def docs(self, _: HttpRequest) -> Response:
         version = "" if isinstance(self.funnel, PrerankError) else self.funnel.version
-        return HTMLResponse(docs_page(self._example(), self._events(), version, self._context()))
+        return HTMLResponse(docs_page(self._example(), self._events(), self._items(), version, self._context()))
 
     async def home(self, _: HttpRequest) -> Response:
         return RedirectResponse("/docs")
@@ -266,3 +294,7 @@ class _Server:
     def _events(self) -> dict[str, object]:
         events = () if isinstance(self.funnel, PrerankError) else self.funnel.example_events
         return {"events": [dict(one) for one in events]}
+
+    def _items(self) -> dict[str, object]:
+        items = () if isinstance(self.funnel, PrerankError) else self.funnel.example_items
+        return {"items": [dict(one) for one in items]}

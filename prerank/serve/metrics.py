@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from prerank.serve.answer import Answer
+from prerank.serve.changes import Changed
 from prerank.serve.record import Recorded
 from prerank.stores.events import LiveEvent
 
@@ -21,6 +22,10 @@ class ServeMetrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._version = Gauge("prerank_version", "1 for the version that serves.", ["version"], registry=self._registry)
+        self._changed = Counter("prerank_items_changed", "Changes of items accepted.", registry=self._registry)
+        self._unknown_changed = Counter(
+            "prerank_items_unknown", "Changes accepted of items the version lacks.", registry=self._registry
+        )
         self._ranks_by = Gauge(
             "prerank_ranks_by",
             "1 for what ranks: the instructions of the native kernels, or torch where there are none.",
@@ -69,6 +74,11 @@ class ServeMetrics:
         self._unknown_items = Counter(
             "prerank_events_unknown_items", "Events accepted of items the version lacks.", registry=self._registry
         )
+
+    def changed(self, changed: Changed) -> None:
+        """Note the changes of one call."""
+        self._changed.inc(changed.accepted)
+        self._unknown_changed.inc(changed.unknown_items)
 
     def serves(self, version: str, ranks_by: str) -> None:
         """Note the version that serves, and what ranks: a level of the native kernels, or torch."""

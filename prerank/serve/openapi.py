@@ -8,7 +8,16 @@ import jinja2
 import msgspec
 
 from prerank import __version__
-from prerank.serve.wire import AnswerBody, ErrorBody, EventsBody, ReadyBody, RecommendBody, RecordedBody
+from prerank.serve.wire import (
+    AnswerBody,
+    ChangedBody,
+    ErrorBody,
+    EventsBody,
+    ItemsBody,
+    ReadyBody,
+    RecommendBody,
+    RecordedBody,
+)
 from prerank.types import Given
 
 ERRORS = {
@@ -21,18 +30,22 @@ ERRORS = {
 }
 
 
-BODIES = (RecommendBody, AnswerBody, EventsBody, RecordedBody, ErrorBody, ReadyBody)
+BODIES = (RecommendBody, AnswerBody, EventsBody, RecordedBody, ItemsBody, ChangedBody, ErrorBody, ReadyBody)
 
 
-def openapi(example: Mapping[str, object], events: Mapping[str, object]) -> dict[str, object]:
-    """The OpenAPI 3.1 document; `example` and `events` are bodies that work for this funnel."""
+def openapi(
+    example: Mapping[str, object], events: Mapping[str, object], items: Mapping[str, object]
+) -> dict[str, object]:
+    """The OpenAPI 3.1 document; `example`, `events` and `items` are bodies that work for this funnel."""
     _, schemas = msgspec.json.schema_components(BODIES, ref_template="#/components/schemas/{name}")
     recommend = _post("recommend", "The winners for one user.", "RecommendBody", example)
     record = _post("record", "What users did: the next request knows of it.", "EventsBody", events)
+    change = _post("change", "What is live of items: on or off, pacing, bids.", "ItemsBody", items)
     errors = {str(status): _answer(why, _json("ErrorBody")) for status, why in ERRORS.items()}
     recommend["responses"] = {"200": _answer("Winners, best first.", _json("AnswerBody")), **errors}
     del errors["504"]
     record["responses"] = {"200": _answer("All of it is on the disk.", _json("RecordedBody")), **errors}
+    change["responses"] = {"200": _answer("All of it is on the disk.", _json("ChangedBody")), **errors}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -43,6 +56,7 @@ def openapi(example: Mapping[str, object], events: Mapping[str, object]) -> dict
         "paths": {
             "/v1/recommend": {"post": recommend},
             "/v1/events": {"post": record},
+            "/v1/items": {"post": change},
             "/healthz": {"get": _get("Is the process alive?", {"200": _answer("It is.", _text())})},
             "/readyz": {
                 "get": _get(
@@ -57,18 +71,23 @@ def openapi(example: Mapping[str, object], events: Mapping[str, object]) -> dict
 
 
 def docs_page(
-    example: Mapping[str, object], events: Mapping[str, object], version: str, context: Mapping[str, Given]
+    example: Mapping[str, object],
+    events: Mapping[str, object],
+    items: Mapping[str, object],
+    version: str,
+    context: Mapping[str, Given],
 ) -> str:
     """The page at /docs, whole in itself: endpoints, schemas, examples for this funnel and a form to try it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("prerank.serve", "pages"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    document = openapi(example, events)
+    document = openapi(example, events, items)
     return environment.get_template("docs.html").render(
         paths=document["paths"],
         schemas={name: _fields(schema) for name, schema in _schemas(document).items()},
         example=msgspec.json.format(msgspec.json.encode(example), indent=2).decode(),
         events=msgspec.json.encode(events).decode(),
+        items=msgspec.json.encode(items).decode(),
         version=version,
         context=context,
         package_version=__version__,

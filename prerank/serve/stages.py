@@ -11,6 +11,7 @@ import torch
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.scorer import Ranked, Scorer
 from prerank.business.diversity import Diversity, groups_of
+from prerank.business.live import LiveItems
 from prerank.business.targeting import Targeting
 from prerank.errors import DataError, RequestError, SchemaMismatch
 from prerank.features.transforms import Transforms
@@ -133,13 +134,14 @@ class ExpandUser:
 
 @dataclass(frozen=True, slots=True)
 class Retrieve:
-    """Of the items that are eligible, the `keep` most similar to the user's vector, as candidates."""
+    """Of the items that are eligible and on, the `keep` most similar to the user's vector, as candidates."""
 
     towers: TwoTower
     index: Index
     num_items: int
     keep: int
     targeting: Targeting | None = None
+    live: LiveItems | None = None
 
     name: ClassVar[str] = "retrieve"
     reads: ClassVar[frozenset[str]] = frozenset({"request", "features", "profile"})
@@ -151,6 +153,9 @@ class Retrieve:
         if self.targeting is not None:
             request: Request = values["request"]
             eligible = self.targeting.rows(values["profile"], request.context, request.time_ms)
+        if self.live is not None:
+            eligible = self.live.among(eligible)
+        if eligible is not None:
             num_eligible = len(eligible)
         query = self.towers.user_side(values["features"])
         candidates = self.index.search(query, min(self.keep, max(num_eligible, 1)), eligible)

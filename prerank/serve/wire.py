@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, TypeAlias
 
@@ -13,14 +13,16 @@ from msgspec import Meta
 from prerank._toml import nearest
 from prerank.errors import RequestError
 from prerank.serve.answer import INT64, LAST_TIME_MS, Answer, Winner
+from prerank.serve.changes import MOST_CHANGES, Changed
 from prerank.serve.record import LONGEST_EVENT_ID, MOST_EVENTS, Recorded
 from prerank.stores.events import LiveEvent
-from prerank.types import Request
+from prerank.types import ItemChange, Request
 
 # ranges are told here and checked in `answer.check_request`, where the command line passes too
 _Int64: TypeAlias = Annotated[int, Meta(extra_json_schema={"minimum": INT64.start, "maximum": INT64.stop - 1})]
 _Moment: TypeAlias = Annotated[int, Meta(extra_json_schema={"minimum": 0, "maximum": LAST_TIME_MS})]
 _Positive: TypeAlias = Annotated[float, Meta(extra_json_schema={"exclusiveMinimum": 0})]
+_NotNegative: TypeAlias = Annotated[float, Meta(extra_json_schema={"minimum": 0})]
 _Plain: TypeAlias = str | int | float | bool | None
 _ContextValue: TypeAlias = _Plain | list[_Plain]
 
@@ -98,10 +100,42 @@ class RecordedBody(msgspec.Struct, forbid_unknown_fields=True):
     already_logged: Annotated[int, Meta(description="Of those, from when the log is right: not counted again.")]
 
 
+class ItemBody(msgspec.Struct, forbid_unknown_fields=True):
+    """A change of one item; what is null or left out stays as it is."""
+
+    item_id: Annotated[_Int64, Meta(description="Which. One that this version does not have is kept for the next.")]
+    on: Annotated[bool, Meta(description="Whether it may win at all.")] | None = None
+    pacing: Annotated[_NotNegative, Meta(description="What its utility is multiplied by.")] | None = None
+    values: Annotated[dict[str, float], Meta(description="New numbers of what the utility reads, such as bids.")] = {}
+
+
+class ItemsBody(msgspec.Struct, forbid_unknown_fields=True):
+    """What `POST /v1/items` takes: all of it or nothing."""
+
+    items: Annotated[list[ItemBody], Meta(extra_json_schema={"minItems": 1, "maxItems": MOST_CHANGES})]
+
+    def changes(self) -> list[ItemChange]:
+        """Every change, as the noun."""
+        return [ItemChange(one.item_id, one.on, one.pacing, one.values) for one in self.items]
+
+
+class ChangedBody(msgspec.Struct, forbid_unknown_fields=True):
+    """What `POST /v1/items` gives: every change is on the disk, and requests that begin now know of it."""
+
+    accepted: Annotated[int, Meta(description="All of the call.")]
+    unknown_items: Annotated[int, Meta(description="Of those, of items that this version does not have.")]
+
+
 class _SplitBody(msgspec.Struct, forbid_unknown_fields=True):
     """An EventsBody whose events are looked at one by one, to say which of them is wrong."""
 
     events: list[msgspec.Raw]
+
+
+class _SplitItems(msgspec.Struct, forbid_unknown_fields=True):
+    """The same of an ItemsBody."""
+
+    items: list[msgspec.Raw]
 
 
 class StageBody(msgspec.Struct, forbid_unknown_fields=True, rename={"num_in": "in", "num_out": "out"}):
@@ -147,9 +181,18 @@ class ReadyBody(msgspec.Struct):
 
 _request = msgspec.json.Decoder(RecommendBody)
 _events = msgspec.json.Decoder(EventsBody)
+_items = msgspec.json.Decoder(ItemsBody)
 _split = msgspec.json.Decoder(_SplitBody)
+_split_items = msgspec.json.Decoder(_SplitItems)
+_one_item = msgspec.json.Decoder(ItemBody)
 _one_event = msgspec.json.Decoder(EventBody)
-_WHAT: dict[type[msgspec.Struct], str] = {RecommendBody: "request", _SplitBody: "call", EventBody: "event"}
+_WHAT: dict[type[msgspec.Struct], str] = {
+    RecommendBody: "request",
+    _SplitBody: "call",
+    _SplitItems: "call",
+    EventBody: "event",
+    ItemBody: "item",
+}
 _MISTYPED = re.compile(r"^Expected (?P<expected>.+), got (?P<came>.+?)(?: - at `\$\.?(?P<path>.*)`)?$")
 _OUT_OF_RANGE = re.compile(r"^Number out of range - at `\$\.?(?P<path>.*)`$")
 
@@ -173,20 +216,45 @@ def decode_events(content: bytes) -> EventsBody:
             raise
 
 
-def _refuse_event(content: bytes) -> None:
-    try:
-        split = _split.decode(content)
-    except msgspec.ValidationError as error:
-        raise RequestError(_sentence(str(error), _SplitBody, content)) from None
-    except RecursionError:
-        raise RequestError("events: expected objects of plain values, got one that nests too deep") from None
-    for place, one in enumerate(split.events):
+def decode_items(content: bytes) -> ItemsBody:
+    """The same of changes of items."""
+    with _malformed():
         try:
-            _one_event.decode(one)
+            return _items.decode(content)
+        except msgspec.ValidationError:
+            _refuse_item(content)
+            raise
+
+
+def _refuse_event(content: bytes) -> None:
+    _refuse_one(content, "events", lambda: _split.decode(content).events, _SplitBody, _one_event.decode, EventBody)
+
+
+def _refuse_item(content: bytes) -> None:
+    _refuse_one(content, "items", lambda: _split_items.decode(content).items, _SplitItems, _one_item.decode, ItemBody)
+
+
+def _refuse_one(
+    content: bytes,
+    name: str,
+    split: Callable[[], list[msgspec.Raw]],
+    whole: type[msgspec.Struct],
+    decode: Callable[[msgspec.Raw], object],
+    body: type[msgspec.Struct],
+) -> None:
+    """Raises RequestError naming the first of a list that is wrong, and its field."""
+    try:
+        parts = split()
+    except msgspec.ValidationError as error:
+        raise RequestError(_sentence(str(error), whole, content)) from None
+    except RecursionError:
+        raise RequestError(f"{name}: expected objects of plain values, got one that nests too deep") from None
+    for place, one in enumerate(parts):
+        try:
+            decode(one)
         except msgspec.ValidationError as error:
-            told = _sentence(str(error), EventBody, bytes(one))
-            whole = told.startswith("body: ")
-            raise RequestError(f"events[{place}]{told[4:] if whole else '.' + told}") from None
+            told = _sentence(str(error), body, bytes(one))
+            raise RequestError(f"{name}[{place}]{told[4:] if told.startswith('body: ') else '.' + told}") from None
 
 
 @contextmanager
@@ -209,6 +277,11 @@ def encode_answer(answer: Answer) -> bytes:
 def encode_recorded(recorded: Recorded) -> bytes:
     """What came of events as JSON, in the form of `RecordedBody`."""
     return msgspec.json.encode(recorded)
+
+
+def encode_changed(changed: Changed) -> bytes:
+    """What came of changes as JSON, in the form of `ChangedBody`."""
+    return msgspec.json.encode(changed)
 
 
 def encode_error(kind: str, message: str, request_id: str) -> bytes:

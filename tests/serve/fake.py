@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import httpx
 
 from prerank.serve.answer import Answer, Winner, check_request
+from prerank.serve.changes import Changed
 from prerank.serve.graph import StageReport
 from prerank.serve.record import Recorded, check_events
 from prerank.stores.events import LiveEvent
-from prerank.types import Request
+from prerank.types import ItemChange, Request
 
 MAX_K = 100
 
@@ -27,9 +28,15 @@ class FakeFunnel:
     default_deadline_ms: float = 250.0
     example_context: dict[str, str | int] = field(default_factory=lambda: {"hour": 1, "page": '<"top">'})
     example_events: tuple[dict[str, str | int], ...] = ({"user_id": 1, "item_id": 5, "event": "impression"},)
+    example_items: tuple[dict[str, int | bool], ...] = ({"item_id": 5, "on": False},)
     degraded: bool = False
     asked: list[Request] = field(default_factory=list)
     happened: list[LiveEvent] = field(default_factory=list)
+    changed: list[ItemChange] = field(default_factory=list)
+
+    def change(self, changes: Sequence[ItemChange]) -> Changed:
+        self.changed += changes
+        return Changed(len(changes), 1)
 
     def recommend(self, request: Request, arrived: float | None = None) -> Answer:
         assert arrived is not None

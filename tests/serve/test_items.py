@@ -1,0 +1,133 @@
+"""Bids, budgets and pacing changed while a version serves."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from prerank.errors import RequestError
+from prerank.serve.changes import MOST_CHANGES
+from prerank.serve.funnel import Funnel
+from prerank.serve.http import create_app
+from prerank.types import ItemChange, Request
+from tests.serve.client import Client
+from tests.serve.fake import FakeFunnel, error_of
+
+REQUEST = Request(user_id=1, k=5, time_ms=1_650_000_000_000, context={"hour": 1, "surface": "feed"})
+
+
+@pytest.fixture
+def store(published: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(published, tmp_path / "store"))
+
+
+def winners(funnel: Funnel) -> dict[int, float | None]:
+    return {one.item_id: one.utility_micros for one in funnel.recommend(REQUEST).winners}
+
+
+def test_an_item_that_is_off_wins_no_more_and_one_that_is_on_again_does(store: Path) -> None:
+    with Funnel.open(store) as funnel:
+        before = winners(funnel)
+        best = next(iter(before))
+        told = funnel.change([ItemChange(best, on=False), ItemChange(10**9, on=False)])
+        assert (told.accepted, told.unknown_items) == (2, 1)
+        assert best not in winners(funnel)
+        assert len(winners(funnel)) == 5
+        funnel.change([ItemChange(best, on=True)])
+        assert winners(funnel) == before
+
+
+def test_pacing_changes_what_an_item_is_worth(store: Path) -> None:
+    with Funnel.open(store) as funnel:
+        before = winners(funnel)
+        best, worth = next(iter(before.items()))
+        assert worth is not None
+        funnel.change([ItemChange(best, pacing=1.5)])
+        assert winners(funnel)[best] == pytest.approx(1.5 * worth, rel=1e-5)
+        funnel.change([ItemChange(best, pacing=0.0)])
+        assert best not in winners(funnel)
+
+
+def test_a_new_bid_is_what_the_next_request_reckons_with(store: Path) -> None:
+    with Funnel.open(store) as funnel:
+        best = next(iter(winners(funnel)))
+        one = next(w for w in funnel.recommend(REQUEST).winners if w.item_id == best)
+        assert one.prob["click"] is not None
+        assert one.prob["like"] is not None
+        funnel.change([ItemChange(best, values={"bid_micros": 5e9})])  # more than the published column's type holds
+        expected = one.prob["click"] * 5e9 + one.prob["like"] * 10
+        assert winners(funnel)[best] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_was_changed_is_known_after_a_restart(store: Path) -> None:
+    with Funnel.open(store) as funnel:
+        best = next(iter(winners(funnel)))
+        funnel.change([ItemChange(best, on=False, pacing=0.25)])
+        expected = winners(funnel)
+    with Funnel.open(store) as again:
+        assert winners(again) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (ItemChange(1), r"items\[0\]: expected at least one of on, pacing and values"),
+        (ItemChange(1, pacing=-0.5), r"items\[0\].pacing: expected a finite number of 0 or more, got -0.5"),
+        (ItemChange(1, pacing=float("nan")), r"items\[0\].pacing: expected a finite number of 0 or more, got nan"),
+        (ItemChange(1 << 63, on=True), r"items\[0\].item_id: expected an int64"),
+        (ItemChange(1, values={"none such": 1.0}), r"items\[0\].values: expected .*, got 'none such'"),
+    ],
+)
+def test_a_change_that_is_wrong_is_refused_and_nothing_is_taken(store: Path, change: ItemChange, expected: str) -> None:
+    with Funnel.open(store) as funnel:
+        before = winners(funnel)
+        best = next(iter(before))
+        with pytest.raises(RequestError, match=expected):
+            funnel.change([change, ItemChange(best, on=False)])
+        with pytest.raises(RequestError, match="items: expected 1 to"):
+            funnel.change([])
+        assert winners(funnel) == before
+
+
+def test_changes_over_http_are_taken_as_they_are_and_counted() -> None:
+    funnel = FakeFunnel()
+    with Client(create_app(funnel)) as client:
+        body = {"items": [{"item_id": 5, "on": False}, {"item_id": 6, "pacing": 0.5, "values": {"bid": 3}}]}
+        response = client.post("/v1/items", json=body)
+        assert response.status_code == 200
+        assert response.json() == {"accepted": 2, "unknown_items": 1}
+        assert funnel.changed == [ItemChange(5, on=False), ItemChange(6, pacing=0.5, values={"bid": 3.0})]
+        text = client.get("/metrics").text
+        assert "prerank_items_changed_total 2.0" in text
+        assert "prerank_items_unknown_total 1.0" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "expected"),
+    [
+        (
+            '{"items": [{"item_id": 5, "onn": true}]}',
+            422,
+            "items[0].onn: unknown field, expected one of ['item_id', 'on'",
+        ),
+        ('{"items": [{"item_id": 5}, {"item_id": "5"}]}', 422, "items[1].item_id: expected"),
+        ('{"items": [{"item_id": 5, "pacing": NaN}]}', 400, "body: expected one JSON object"),
+        ("{", 400, "body: expected one JSON object"),
+    ],
+)
+def test_a_body_that_is_wrong_is_said_in_a_sentence(content: str, status: int, expected: str) -> None:
+    with Client(create_app(FakeFunnel())) as client:
+        response = client.post("/v1/items", content=content)
+        got, _, message = error_of(response)
+        assert got == status
+        assert expected in message
+
+
+def test_the_example_of_the_docs_works(store: Path) -> None:
+    with Funnel.open(store) as funnel, Client(create_app(funnel)) as client:
+        path = client.get("/openapi.json").json()["paths"]["/v1/items"]["post"]
+        example = path["requestBody"]["content"]["application/json"]["example"]
+        assert client.post("/v1/items", json=example).json() == {"accepted": 1, "unknown_items": 0}
+        assert "/v1/items" in client.get("/docs").text
+        schema = client.get("/openapi.json").json()["components"]["schemas"]["ItemsBody"]
+        assert schema["properties"]["items"]["maxItems"] == MOST_CHANGES
