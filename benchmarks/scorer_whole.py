@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from threading import Event, Thread
 
 import numpy as np
 import pyarrow as pa
@@ -18,13 +20,14 @@ from benchmarks.scorer_world import WINNERS, Drawn
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.scorer import Scorer
 from prerank.business.diversity import Diversity
+from prerank.business.live import LiveItems
 from prerank.business.targeting import Targeting
 from prerank.business.utility import Utility
 from prerank.config import DiversityRule, TargetingRule, UtilityTerm
 from prerank.index.exact import ExactIndex
 from prerank.kernels.engine import Engine
 from prerank.kernels.greedy import greedy_top_k
-from prerank.types import Array, Given
+from prerank.types import Array, Given, ItemChange
 
 KEEP, DIM = 10_000, 64
 CAPS = {"advertiser": 5, "creative": 1, "campaign": 20}
@@ -57,7 +60,43 @@ def whole_rows(world: Drawn, gflop_s: float, copy_gb_s: float, calls: int) -> It
             least = stages.least_ms(gflop_s, copy_gb_s)
             yield Row.of("Scorer, 10,000 candidates: the least its stages could take", least, "ms", num)
             yield _bar(Row.of("Scorer, 10,000 candidates: over that", whole / least, "times", num), 1.3)
+    yield from _changing(stages, profile, calls)
     stages.engine.close()
+
+
+def _changing(stages: _Stages, profile: Mapping[str, Given], calls: int) -> Iterator[Row]:
+    """The whole at 10,000 candidates, by turns while a thread changes 1,000 items a second and while none does."""
+    work, num = stages.parts(profile, KEEP)["whole"], stages.targeting.num_items
+    quiet: list[float] = []
+    busy: list[float] = []
+    for turn in range(8):
+        if turn % 2:
+            with _changes(stages.scorer.live, num):
+                busy += times_ms(work, max(2, calls // 4))
+        else:
+            quiet += times_ms(work, max(2, calls // 4))
+    yield Row.timed("Scorer, 10,000 candidates: whole, while 1,000 items a second change", busy, KEEP)
+    over = Row.of("Scorer: p50 while items change over p50 without", float(np.median(busy) / np.median(quiet)), "times")
+    yield _bar(over, 1.05)
+
+
+@contextmanager
+def _changes(live: LiveItems, num: int) -> Iterator[None]:
+    """In calls of ten, a hundred a second."""
+    done, made = Event(), np.random.default_rng(7)
+
+    def run() -> None:
+        while not done.wait(0.01):
+            rows = made.integers(0, num, 10).tolist()
+            live.change(rows, [ItemChange(row, on=True, values={"bid_micros": 5e5}) for row in rows])
+
+    thread = Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class _Stages:

@@ -50,7 +50,8 @@ class Request:
     """One user's question.
 
     `time_ms` (UTC, milliseconds) is the moment asked about: histories are cut strictly before it.
-    `k` winners are wanted within `deadline_ms` milliseconds (None: no limit).
+    `k` winners are wanted within `deadline_ms` milliseconds (None: no limit), none of them an item_id of `exclude`: what
+    this user has blocked, or has seen as often as a frequency cap lets.
     """
 
     user_id: int
@@ -59,6 +60,7 @@ class Request:
     context: Mapping[str, Given] = field(default_factory=dict)
     deadline_ms: float | None = None
     request_id: str = ""
+    exclude: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

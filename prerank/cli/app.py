@@ -248,6 +248,7 @@ def recommend(
     user: Annotated[int, typer.Option("--user", "-u", help="A user_id; one nobody knows is served as a new user.")],
     k: Annotated[int, typer.Option("-k", help="How many winners.")] = 10,
     context: Annotated[list[str], typer.Option("--context", "-x", help="name=value, once for each field.")] = [],  # noqa: B006 - typer reads the default
+    exclude: Annotated[list[int], typer.Option("--exclude", "-e", help="An item_id that must not win; repeat.")] = [],  # noqa: B006 - typer reads the default
     store: StoreFolder = _STORE,
     funnel: FunnelName = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as the server would send it.")] = False,
@@ -257,7 +258,8 @@ def recommend(
 
     with Funnel.open(_found(store, funnel)) as opened:
         said = dict(_field(one) for one in context)
-        answer = opened.recommend(Request(user_id=user, k=k, time_ms=int(time.time() * 1000), context=said))
+        now_ms = int(time.time() * 1000)
+        answer = opened.recommend(Request(user, k, now_ms, said, exclude=tuple(exclude)))
     if as_json:
         print(json.dumps(answer.to_dict(), indent=1))
     else:

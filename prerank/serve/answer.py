@@ -56,6 +56,10 @@ class Answer:
         }
 
 
+MOST_EXCLUDED = 10_000
+"""The most items that one request may exclude."""
+
+
 def check_request(request: Request, max_k: int) -> None:
     """Raises RequestError naming the first field out of its range, the range, and what came."""
     _within("user_id", request.user_id, "an int64", request.user_id in INT64)
@@ -69,6 +73,10 @@ def check_request(request: Request, max_k: int) -> None:
     if request.deadline_ms is not None:
         holds = isfinite(request.deadline_ms) and request.deadline_ms > 0
         _within("deadline_ms", request.deadline_ms, "a finite number above 0", holds)
+    fits = len(request.exclude) <= MOST_EXCLUDED
+    _within("exclude", f"{len(request.exclude):,}", f"at most {MOST_EXCLUDED:,} item_ids", fits)
+    for item_id in request.exclude:
+        _within("exclude", item_id, "int64 item_ids", item_id in INT64)
     for name, given in request.context.items():
         for value in given if isinstance(given, list) else [given]:
             if isinstance(value, float):

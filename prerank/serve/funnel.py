@@ -71,7 +71,7 @@ class Funnel:
                 Retrieve(
                     bundle.towers,
                     bundle.index,
-                    items.num_items,
+                    items,
                     min(config.retrieval.keep, items.num_items),
                     targeting,
                     bundle.scorer.live,

@@ -134,11 +134,11 @@ class ExpandUser:
 
 @dataclass(frozen=True, slots=True)
 class Retrieve:
-    """Of the items that are eligible and on, the `keep` most similar to the user's vector, as candidates."""
+    """Of the items that are eligible, on and not excluded, the `keep` most similar to the user's vector, as candidates."""
 
     towers: TwoTower
     index: Index
-    num_items: int
+    items: ItemTable
     keep: int
     targeting: Targeting | None = None
     live: LiveItems | None = None
@@ -149,18 +149,25 @@ class Retrieve:
 
     def run(self, values: Values) -> Values:
         """Targeting, the user tower, then the index. There are no more candidates than eligible items, but one."""
-        eligible, num_eligible = None, self.num_items
+        request: Request = values["request"]
+        eligible = None
         if self.targeting is not None:
-            request: Request = values["request"]
             eligible = self.targeting.rows(values["profile"], request.context, request.time_ms)
         if self.live is not None:
             eligible = self.live.among(eligible)
-        if eligible is not None:
-            num_eligible = len(eligible)
+        if request.exclude:
+            eligible = self._without(eligible, request.exclude)
+        num_eligible = self.items.num_items if eligible is None else len(eligible)
         query = self.towers.user_side(values["features"])
         candidates = self.index.search(query, min(self.keep, max(num_eligible, 1)), eligible)
         notes = () if num_eligible else ("no item is eligible for this request",)
         return {"candidates": candidates, "num_eligible": num_eligible, "retrieve_notes": notes}
+
+    def _without(self, eligible: torch.Tensor | None, item_ids: tuple[int, ...]) -> torch.Tensor:
+        kept = torch.ones(self.items.num_items, dtype=torch.bool)
+        rows = self.items.rows_of(torch.tensor(item_ids))
+        kept[rows[rows >= 0]] = False
+        return kept.nonzero().squeeze(1) if eligible is None else eligible[kept[eligible]]
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """Eligible items in, the candidates out."""

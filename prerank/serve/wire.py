@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from prerank._toml import nearest
 from prerank.errors import RequestError
-from prerank.serve.answer import INT64, LAST_TIME_MS, Answer, Winner
+from prerank.serve.answer import INT64, LAST_TIME_MS, MOST_EXCLUDED, Answer, Winner
 from prerank.serve.changes import MOST_CHANGES, Changed
 from prerank.serve.record import LONGEST_EVENT_ID, MOST_EVENTS, Recorded
 from prerank.stores.events import LiveEvent
@@ -37,6 +37,13 @@ class RecommendBody(msgspec.Struct, forbid_unknown_fields=True):
     user_id: Annotated[_Int64, Meta(description="Whose winners. An id the store does not know is a new user.")]
     k: Annotated[int, Meta(description="How many winners, at least 1.", extra_json_schema={"minimum": 1})]
     context: Annotated[dict[str, _ContextValue], Meta(description="One value a context feature of the funnel.")] = {}
+    exclude: Annotated[
+        list[_Int64],
+        Meta(
+            description="Item_ids that must not win: blocked by the user, or shown as often as a cap lets.",
+            extra_json_schema={"maxItems": MOST_EXCLUDED},
+        ),
+    ] = []
     deadline_ms: (
         Annotated[_Positive, Meta(description="Milliseconds from arrival; null is the funnel's default.")] | None
     ) = None
@@ -53,6 +60,7 @@ class RecommendBody(msgspec.Struct, forbid_unknown_fields=True):
             context=self.context,
             deadline_ms=deadline_ms if self.deadline_ms is None else self.deadline_ms,
             request_id=request_id,
+            exclude=tuple(self.exclude),
         )
 
 

@@ -89,6 +89,28 @@ def test_a_change_that_is_wrong_is_refused_and_nothing_is_taken(store: Path, cha
         assert winners(funnel) == before
 
 
+def test_what_a_request_excludes_does_not_win_and_takes_nobodys_place(store: Path) -> None:
+    with Funnel.open(store) as funnel:
+        before = list(winners(funnel))
+        asked = Request(1, 5, REQUEST.time_ms, REQUEST.context, exclude=(before[0], before[2], -7))
+        after = [one.item_id for one in funnel.recommend(asked).winners]
+        assert len(after) == 5
+        assert not {before[0], before[2]} & set(after)
+        everything = tuple(funnel._items.item_ids.tolist())
+        none = funnel.recommend(Request(1, 5, REQUEST.time_ms, REQUEST.context, exclude=everything))
+        assert not none.winners
+        assert "no item is eligible for this request" in none.notes
+
+
+@pytest.mark.parametrize(
+    ("exclude", "expected"),
+    [((1 << 63,), "exclude: expected int64 item_ids, got"), ((1,) * 10_001, "exclude: expected at most 10,000")],
+)
+def test_what_cannot_be_excluded_is_said(store: Path, exclude: tuple[int, ...], expected: str) -> None:
+    with Funnel.open(store) as funnel, pytest.raises(RequestError, match=expected):
+        funnel.recommend(Request(1, 5, REQUEST.time_ms, REQUEST.context, exclude=exclude))
+
+
 def test_changes_over_http_are_taken_as_they_are_and_counted() -> None:
     funnel = FakeFunnel()
     with Client(create_app(funnel)) as client:
