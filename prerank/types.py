@@ -50,8 +50,8 @@ class Request:
     """One user's question.
 
     `time_ms` (UTC, milliseconds) is the moment asked about: histories are cut strictly before it.
-    `k` winners are wanted within `deadline_ms` milliseconds (None: no limit), none of them an item_id of `exclude`: what
-    this user has blocked, or has seen as often as a frequency cap lets.
+    `k` winners are wanted within `deadline_ms` milliseconds (None: no limit), none of them of the item_ids `exclude`:
+    what this user has blocked, or has seen as often as a frequency cap lets.
     """
 
     user_id: int

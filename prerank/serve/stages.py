@@ -134,7 +134,7 @@ class ExpandUser:
 
 @dataclass(frozen=True, slots=True)
 class Retrieve:
-    """Of the items that are eligible, on and not excluded, the `keep` most similar to the user's vector, as candidates."""
+    """The `keep` items most similar to the user's vector of those that are eligible, on and not excluded: candidates."""
 
     towers: TwoTower
     index: Index
