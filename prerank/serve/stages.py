@@ -134,7 +134,7 @@ class ExpandUser:
 
 @dataclass(frozen=True, slots=True)
 class Retrieve:
-    """The `keep` items most similar to the user's vector of those that are eligible, on and not excluded: candidates."""
+    """The `keep` items most similar to the user's vector, of those that are eligible, on and not excluded."""
 
     towers: TwoTower
     index: Index
