@@ -71,7 +71,7 @@ def students(config: Config) -> dict[str, Config]:
         FULL: full,
         ALONE: replace(full, distillation=replace(config.distillation, candidates=0)),
         SEGMENTED: replace(full, segments=Segments(by="tab", own=("1", "0"))),
-        HARD: replace(full, heavy_ranker=None),
+        HARD: replace(full, heavy_ranker=None, ranker=replace(full.ranker, patience=1)),  # which labels teach by heart
     }
 
 
