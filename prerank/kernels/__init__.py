@@ -1,1 +1,1 @@
-"""The hot operations: each has a torch reference, a native version for CPUs, a Triton one, and one contract for all."""
+"""The hot operations: each has a torch reference, a native version for CPUs, and one contract for both."""

@@ -12,6 +12,7 @@ import numpy as np
 from prerank.bundle.publish import Parts, publish
 from prerank.config import Config
 from prerank.data.logs import Tables
+from prerank.errors import DataError
 from prerank.evaluate.ranking import RankingQuality, evaluate_ranking
 from prerank.evaluate.retrieval import FLOORS, RetrievalQuality, evaluate_retrieval
 from prerank.lifecycle.training import Trained
@@ -87,13 +88,27 @@ def load_users(config: Config, tables: Tables, prepared: Prepared, home: Path, r
         return path
     mark.unlink(missing_ok=True)
     user_id = config.data.user_id
-    columns = dict.fromkeys([user_id, *config.features.columns("user"), *targeted])
-    users = tables.users().select(list(columns))
+    users = tables.users()
+    # a version that is live, or may be again, reads columns of its own
+    kept = [name for name in _stored_columns(path) if name in users.column_names]
+    columns = dict.fromkeys([user_id, *config.features.columns("user"), *targeted, *kept])
+    users = users.select(list(columns))
     digests = _context_digests(config, prepared)
     events = _events_by_user(prepared, digests, report)
     UserStore.write(path, users, events, labels=prepared.labels, contexts=list(digests), user_id=user_id)
     mark.write_text(key)
     return path
+
+
+def _stored_columns(path: Path) -> tuple[str, ...]:
+    """Of the store that is about to be replaced; none where there is none, or one that cannot be read."""
+    if not path.exists():
+        return ()
+    try:
+        with UserStore.open(path) as store:
+            return tuple(store.columns)
+    except DataError:
+        return ()
 
 
 def _context_digests(config: Config, prepared: Prepared) -> dict[str, dict[str, Array]]:

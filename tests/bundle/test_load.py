@@ -441,7 +441,7 @@ def test_items_that_tie_may_change_places_and_others_not(pristine):
     assert said is not None
     assert said.startswith("golden request 0: expected item")
     first, second = golden.answers.won[0, :2].tolist()
-    for rows in (*side_of(bundle), bundle.scorer.items.features()["bid"]):
+    for rows in (*side_of(bundle), bundle.scorer.live.value("bid")):
         rows[first] = rows[second]
     golden = Golden.ask(golden.user, *models, 40, 10)
     place = golden.answers.won[0].tolist().index(min(first, second))
@@ -455,7 +455,7 @@ def test_items_that_tie_may_change_places_and_others_not(pristine):
 def test_a_tie_across_the_last_place_may_keep_either(pristine):
     bundle = load(pristine)
     models = (bundle.towers, bundle.index, bundle.scorer)
-    for rows in (*side_of(bundle), bundle.scorer.items.features()["bid"]):
+    for rows in (*side_of(bundle), bundle.scorer.live.value("bid")):
         rows[:] = rows[0].clone()
     golden = Golden.ask(golden_of(bundle).user, *models, 40, 10)
     among = set(golden.answers.retrieved[0].tolist()) - set(golden.answers.won[0].tolist())
@@ -470,7 +470,7 @@ def test_a_tie_across_the_last_place_may_keep_either(pristine):
 def test_of_two_that_tie_in_one_group_either_may_win_and_turn_others_away(with_diversity, more, is_same):
     bundle = load(with_diversity)
     models = (bundle.towers, bundle.index, bundle.scorer)
-    codes, bids = bundle.scorer.diversity.codes, bundle.scorer.items.features()["bid"]
+    codes, bids = bundle.scorer.diversity.codes, bundle.scorer.live.value("bid")
     bundle.scorer.diversity.at_most.fill_(1)
     codes.copy_(torch.arange(len(codes))[:, None].expand(-1, 2))
     golden = Golden.ask(golden_of(bundle).user, *models, 40, 10)

@@ -67,7 +67,9 @@ def test_every_winner_of_a_market_is_for_the_user_who_is_shown_it(targeted):
             assert len(answer.winners) == min(50, expected)
 
 
-def test_users_are_loaded_again_with_what_the_rules_read_when_that_is_another_column(targeted, trained, tmp_path):
+def test_users_are_loaded_again_with_what_the_rules_read_and_keep_what_another_version_reads(
+    targeted, trained, tmp_path
+):
     _, config, tables = targeted
     found = []
     for column in ("country", "account_age_days", ""):
@@ -75,7 +77,7 @@ def test_users_are_loaded_again_with_what_the_rules_read_when_that_is_another_co
         load_users(replace(config, targeting=rules), tables, trained.prepared, tmp_path)
         with UserStore.open(tmp_path / USERS) as users:
             found.append(("account_age_days" in users.columns, (tmp_path / f"{USERS}.key").read_text()))
-    assert [is_there for is_there, _ in found] == [False, True, False]
+    assert [is_there for is_there, _ in found] == [False, True, True]  # the version before may be rolled back to
     assert len({mark for _, mark in found}) == 3
 
 
