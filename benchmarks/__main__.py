@@ -17,6 +17,7 @@ QUESTIONS = (
     "ranking_quality",
     "ranking_market",
     "training_throughput",
+    "scorer_cpu",
     "market_serving",
     "serving_parts",
 )

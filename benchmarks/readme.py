@@ -45,6 +45,12 @@ TABLES = {
     "market_rankers_paired": ("ranking_market", ".* over .*, (impressions|candidates), .*"),
     "market_segments": ("ranking_market", ".* a surface, [^:]*, KL"),
     "market_versions": ("market_serving", "publish.*|validate.*|start serving.*|serve: .*"),
+    "scorer_ranker": (
+        "scorer_cpu",
+        "(native(?!: (overlap|captured))|eager(?! bfloat16:)|compiled|onnxruntime|ranker).*",
+    ),
+    "scorer_whole": ("scorer_cpu", "(Scorer|straightforward|eligib|greedy|the same).*"),
+    "scorer_agreement": ("scorer_cpu", ".* of float64's top 1,000.*"),
     "index_parts": ("serving_parts", "(ExactIndex|matmul).*"),
     "scorer_parts": ("serving_parts", "Scorer.*"),
     "store_parts": ("serving_parts", "(UserStore|MetadataTable).*"),

@@ -10,11 +10,13 @@ from prerank.bundle.item_table import ItemTable
 from prerank.bundle.scorer import Scorer
 from prerank.business.utility import Utility
 from prerank.kernels.engine import Engine
+from prerank.kernels.native import library
 from prerank.models.rankers import RANKERS, build_one_ranker
 from prerank.models.segmented import SegmentedRanker
 from prerank.train.examples import UserExamples, item_tensors
 from prerank.types import CandidateSet
 
+pytestmark = pytest.mark.skipif(library() is None, reason="no native kernels")
 SMALL = {"width": 12, "low_rank": 3, "experts": 2, "hidden": (6,)}
 
 

@@ -130,6 +130,7 @@ def test_what_ranks_is_a_metric_and_no_workers_mean_torch(published: Path) -> No
             assert client.post("/v1/recommend", json=BODY).status_code == 200
 
 
+@pytest.mark.skipif(level() == "torch", reason="no native kernels")
 def test_native_kernels_that_are_far_off_do_not_serve(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = NativeRanker.__call__
     monkeypatch.setattr(NativeRanker, "__call__", lambda self, user, rows: right(self, user, rows) + 1)
