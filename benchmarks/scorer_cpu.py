@@ -84,6 +84,8 @@ def _ranker_rows(
     engines = {threads: Engine(threads) for threads in dict.fromkeys((1, cores))}
     natives = {threads: NativeRanker(ranker, item_side, engine) for threads, engine in engines.items()}
     peers = dict(torch_versions(ranker, user_side, item_side, is_quick))
+    if "onnxruntime" not in peers:
+        rows.append(Row.skipped("onnxruntime", "it is not installed, could not run the export, or it should be quick"))
     medians: dict[tuple[str, int], float] = {}
     for num in CANDIDATES:
         chosen = torch.randint(sizes.items, (1, num))

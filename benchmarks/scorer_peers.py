@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
+from benchmarks.machine import say
 from prerank.types import Features
 
 Version = Callable[[Tensor], object]
@@ -48,7 +49,13 @@ def torch_versions(
         return
     yield "compiled", _gathering(torch.compile(half, dynamic=True), half_user, half_tables)
     if all(find_spec(name) for name in ("onnxruntime", "onnx", "onnxscript")):
-        yield "onnxruntime", _exported(whole, user, tables)
+        try:
+            exported = _exported(whole, user, tables)
+            exported(torch.arange(1_000)[None])
+        except Exception as error:  # of the exporter's and the runtime's many kinds
+            say(f"onnxruntime cannot run the ranker: {' '.join(str(error).split())[:200]}")
+        else:
+            yield "onnxruntime", exported
 
 
 def _gathering(module: Callable[..., object], user: list[Tensor], tables: list[Tensor]) -> Version:
@@ -66,6 +73,7 @@ def _half(tensor: Tensor) -> Tensor:
 def _exported(whole: _Whole, user: list[Tensor], tables: list[Tensor]) -> Version:
     """By ONNX Runtime, in float32 and on as many threads as torch has."""
     runtime = import_module("onnxruntime")
+    tables = [table if table.is_floating_point() else table.long() for table in tables]  # it has no smaller `where`
     sample = _gathered(tables, torch.arange(7)[None])
     places = {1: torch.export.Dim("candidates", min=2, max=1 << 20)}
     nothing: dict[int, object] = {}
