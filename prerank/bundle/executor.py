@@ -18,7 +18,7 @@ from prerank.types import Features
 class NativeRanker:
     """What `ranker` gives on rows of `item_side` [I, ...], but for bfloat16's rounding; of one a segment, each its own.
 
-    The tables are used where they are; the weights are those of now.
+    The tables are used as `NativeProgram` says; the weights are those of now.
     """
 
     def __init__(self, ranker: Ranker, item_side: Features, engine: Engine) -> None:

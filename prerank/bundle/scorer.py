@@ -110,7 +110,7 @@ class Scorer(nn.Module):
     def accelerate(self, engine: Engine | None) -> None:
         """Let `engine` rank from here on, with the weights of now; torch again if None.
 
-        Its products are bfloat16's, so probabilities change in the third digit.
+        Its products of weights are bfloat16's; `Bundle.accelerate` bounds what that does to probabilities.
         """
         self._native = None if engine is None else NativeRanker(self.ranker, self.item_side.tensors(), engine)
 

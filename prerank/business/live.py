@@ -34,17 +34,27 @@ class LiveItems(nn.Module):
 
     def change(self, rows: Sequence[int], changes: Sequence[ItemChange]) -> None:
         """Change the items of these rows, one a change, in order; a row below 0 is none of ours and stays out."""
+        wanted: dict[str, dict[int, float]] = {}  # by buffer and row: of a row given twice the later one counts
+        for row, one in zip(rows, changes, strict=True):
+            if row < 0:
+                continue
+            said = {
+                "on": one.on,
+                "pacing": one.pacing,
+                **{f"value_{name}": value for name, value in one.values.items()},
+            }
+            for name, value in said.items():
+                if value is not None:
+                    wanted.setdefault(name, {})[row] = value
+        writes = []
+        for name, new in wanted.items():
+            column = self.get_buffer(name)
+            writes.append((column, torch.tensor(list(new)), torch.tensor(list(new.values()), dtype=column.dtype)))
+        # readers wait for the lock, so nothing is done under it but the writing
         with self._lock, torch.inference_mode():
-            for row, one in zip(rows, changes, strict=True):
-                if row < 0:
-                    continue
-                if one.on is not None:
-                    self.on[row] = one.on
-                if one.pacing is not None:
-                    self.pacing[row] = one.pacing
-                for name, value in one.values.items():
-                    self.value(name)[row] = value
-                self.is_changed = True
+            for column, at, numbers in writes:
+                column[at] = numbers
+            self.is_changed = self.is_changed or bool(writes)
 
     def value(self, name: str) -> Tensor:
         """float32 [I]."""

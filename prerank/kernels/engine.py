@@ -61,7 +61,7 @@ class _Step(ctypes.Structure):
 class _Table(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("width", "bytes", "is_float")),
+        *((name, ctypes.c_int64) for name in ("width", "bytes")),
     )
 
 
@@ -197,7 +197,7 @@ class NativeProgram:
         assert not tensor.is_floating_point() or tensor.dtype in (torch.float32, torch.bfloat16)
         self._kept.append(tensor)
         width = tensor.shape[1] if tensor.dim() == 2 else 1
-        return _Table(tensor.data_ptr(), width, tensor.element_size(), int(tensor.is_floating_point()))
+        return _Table(tensor.data_ptr(), width, tensor.element_size())
 
     def _steps(self, program: Program, layout: Layout, tables: Mapping[str, int]) -> list[_Step]:
         steps = []

@@ -74,16 +74,15 @@ def writes(step: Step) -> tuple[Part, ...]:
     return (step.out,)
 
 
-def lay_out(program: Program, is_narrow: bool = True) -> Layout:
+def lay_out(program: Program) -> Layout:
     """A register is kept from the first step that writes it to the last that reads it; then its memory is another's.
 
-    What is read as float32 or bfloat16 is kept so. What a step would take as either is kept as bfloat16 if `is_narrow`,
-    half the bytes, and as float32 too if not.
+    What is read as float32 or bfloat16 is kept so, and what a step would take as either as bfloat16, half the bytes.
     """
     spans = _spans(program)
     widths, wide, narrow = list(map(padded, program.widths)), set[int](), set[int]()
     for part, use in _all_reads(program):
-        (wide if use is Use.F32 or (use is Use.ANY and not is_narrow) else narrow).add(part.register)
+        (wide if use is Use.F32 else narrow).add(part.register)
         widths[part.register] = max(widths[part.register], padded(part.start + padded(part.width)))
     read_to = widths
     # rows a power of two apart would share few lines of the first cache

@@ -110,11 +110,10 @@ def test_a_level_this_processor_lacks_and_no_threads_are_refused():
             Engine(threads, level)
 
 
-@pytest.mark.parametrize("is_narrow", [True, False])
 @pytest.mark.parametrize("size", SIZES)
-def test_no_two_registers_that_are_kept_at_once_share_memory(size, is_narrow):
+def test_no_two_registers_that_are_kept_at_once_share_memory(size):
     program = made_program(*size)
-    layout = lay_out(program, is_narrow)
+    layout = lay_out(program)
     last = {part.register: n for n, step in enumerate(program.steps) for part, _ in reads(step)}
     last[program.logits.register] = len(program.steps)
     first: dict[int, int] = {}

@@ -33,10 +33,10 @@ struct Step {
     Part experts[MOST_EXPERTS];
 };
 
-// A tensor of the item side, [I, width] of `bytes` each, floats or whole numbers.
+// A tensor of the item side, [I, width] of `bytes` each: floats where it is gathered, whole numbers where it is matched.
 struct Table {
     const void* data;
-    int64_t width, bytes, is_float;
+    int64_t width, bytes;
 };
 
 struct Program {
@@ -71,8 +71,6 @@ struct Asked {
 };
 
 // The rows from `first` on, at most a block of them, in `scratch` of program.block * program.row_bytes bytes.
-using RunBlock = void (*)(const Program&, const Table*, const Asked&, int64_t first, uint8_t* scratch);
-
 void run_block_portable(const Program&, const Table*, const Asked&, int64_t first, uint8_t* scratch);
 void run_block_avx2(const Program&, const Table*, const Asked&, int64_t first, uint8_t* scratch);
 void run_block_avx512(const Program&, const Table*, const Asked&, int64_t first, uint8_t* scratch);
