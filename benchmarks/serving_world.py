@@ -174,7 +174,7 @@ class Ready:
 
     def change(self, changes: Sequence[ItemChange]) -> Changed:
         """Nothing is changed."""
-        return Changed(len(changes), 0)
+        return Changed(len(changes), 0, 0)
 
     def record(self, events: Sequence[LiveEvent]) -> Recorded:
         """Nothing is kept."""

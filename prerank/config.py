@@ -82,6 +82,33 @@ class Popularity:
 
 
 @dataclass(frozen=True, slots=True)
+class Resident:
+    """The items whose features are kept in memory: the `top` of largest value in the items' number column `by`.
+
+    A null is the smallest; of equal items those of smaller item_id. All others are the tail.
+    """
+
+    top: int
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Which items' features are in memory, and the room beside them.
+
+    `slack` is how many rows are free for items that come or change while a version serves. The tail, if `resident`
+    leaves one, is fetched as requests ask for it: `cached` items of it are kept at once, each for `ttl_s` seconds, and
+    a request waits `fetch_ms` milliseconds for what is not.
+    """
+
+    resident: Resident | None = None
+    slack: int = 0
+    cached: int = 16_384
+    ttl_s: float = 300.0
+    fetch_ms: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
 class IndexConfig:
     """How the k most similar rows are found, and what their vectors are stored as.
 
@@ -293,6 +320,7 @@ class Config:
     utility: Mapping[str, UtilityTerm]
     seed: int = 7
     segments: Segments | None = None
+    inventory: Inventory = field(default_factory=Inventory)
     targeting: Mapping[str, TargetingRule] = field(default_factory=dict)
     heavy_ranker: HeavyRankerConfig | None = None
     distillation: Distillation = field(default_factory=Distillation)
@@ -314,6 +342,18 @@ class Config:
         """The columns of users, requests or items that the rules of [targeting] read, each once."""
         columns: list[str] = [getattr(rule, owner) for rule in self.targeting.values()]
         return [name for name in dict.fromkeys(columns) if name]
+
+    def item_columns(self) -> list[str]:
+        """The columns of the items table that a version reads of an item, each once; those that answers show beside."""
+        names = [*self.features.columns("item"), *self.targeted("item"), *self.diversity, *self.metadata.columns]
+        return list(dict.fromkeys(names))
+
+    def known_of_all(self) -> frozenset[str]:
+        """The item features that are read of items that are not resident too: of a user's past, and worths."""
+        read = {history.of for history in self.features.histories().values()}
+        read |= {counter.by for counter in self.features.interaction.values() if counter.by}
+        values = {name for name, kind in self.features.item.items() if isinstance(kind, Value)}
+        return frozenset(read | values)
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON types, features by kind."""
@@ -450,6 +490,7 @@ def _check_days(data: Data, problems: Problems) -> None:
 
 
 _POSITIVE = {
+    "inventory": ("cached", "ttl_s", "fetch_ms"),
     "retrieval": ("dim", "batch", "epochs", "keep", "temperature", "learning_rate", "group"),
     "segments": ("least",),
     "heavy_ranker": ("width", "experts", "cross_layers", "low_rank", "heads", "batch", "epochs", "learning_rate"),
@@ -471,7 +512,14 @@ def _check_ranges(config: Config, problems: Problems) -> None:
             if not number > 0:
                 problems.add(f"{section}.{name}", f"expected more than 0, got {number}")
     rates = {"retrieval.dropout": retrieval.dropout, "ranker.dropout": ranker.dropout, "ranker.average": ranker.average}
-    whole = {"ranker.patience": ranker.patience, "distillation.candidates": config.distillation.candidates}
+    resident = config.inventory.resident
+    if resident is not None and resident.top < 1:
+        problems.add("inventory.resident.top", f"expected 1 or more, got {resident.top}")
+    whole = {
+        "inventory.slack": config.inventory.slack,
+        "ranker.patience": ranker.patience,
+        "distillation.candidates": config.distillation.candidates,
+    }
     for name in ("candidate_weight", "label_weight"):
         whole[f"distillation.{name}"] = getattr(config.distillation, name)
     if config.heavy_ranker is not None:

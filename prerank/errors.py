@@ -41,5 +41,9 @@ class RequestError(PrerankError):
     """One request is wrong: the text names the field, what it must be, and what came."""
 
 
+class NoRoom(PrerankError):
+    """More items came than the version that serves has rows for; the next one that is published has them all."""
+
+
 class DeadlineExceeded(PrerankError):
     """The request's time ran out before an answer of any kind existed."""

@@ -68,13 +68,28 @@ class ItemChange:
     """A change of one item; what is None stays as it is.
 
     `on` says whether it may win at all, `pacing` (0 or more) what its utility is multiplied by, `values` the new
-    numbers of item `value` features that the utility reads, such as bids.
+    numbers of item `value` features that the utility reads, such as bids. `columns` are the whole item anew, whether or
+    not there was one, by the names of the items table; `removed` takes it out.
     """
 
     item_id: int
     on: bool | None = None
     pacing: float | None = None
     values: Mapping[str, float] = field(default_factory=dict)
+    columns: Mapping[str, Given] | None = None
+    removed: bool = False
+
+    def then(self, later: ItemChange) -> ItemChange:
+        """Both as one: what `later` says, and what it leaves as it is."""
+        assert later.item_id == self.item_id
+        if later.removed:
+            return later
+        on = self.on if later.on is None else later.on
+        pacing = self.pacing if later.pacing is None else later.pacing
+        if later.columns is not None:  # the item anew, whatever its values were
+            return ItemChange(self.item_id, on, pacing, later.values, later.columns)
+        values = {**self.values, **later.values}
+        return ItemChange(self.item_id, on, pacing, values, self.columns, self.removed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +97,21 @@ class CandidateSet:
     """Candidates of B requests as aligned columns; stages add columns or clear bits of `valid`, never reorder.
 
     rows int64 [B, N] into one version's ItemTable; similarity float32 [B, N]; valid bool [B, N].
+    `slots` int64 [B, N] says where their features are, -1 nowhere; without it the ItemTable does.
     Where `valid` is False the other columns hold no meaning.
     """
 
     rows: Tensor
     similarity: Tensor
     valid: Tensor
+    slots: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.rows.dim() == 2
         assert self.rows.shape == self.similarity.shape == self.valid.shape
         assert self.rows.dtype == torch.int64
         assert self.valid.dtype == torch.bool
+        assert self.slots is None or self.slots.shape == self.rows.shape
 
     @property
     def num_valid(self) -> int:

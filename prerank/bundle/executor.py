@@ -39,6 +39,11 @@ class NativeRanker:
             found.append(self._programs[segment](user, own))
         return torch.stack(found) if found else torch.zeros(*rows.shape, len(self.tasks))
 
+    def update(self, rows: Tensor) -> None:
+        """Read rows int64 [n] of the item side again; see `NativeProgram.update`."""
+        for one in self._programs:
+            one.update(rows)
+
 
 def _of_segment(item_side: Features, number: int) -> dict[str, Tensor]:
     prefix = f"{number}_"

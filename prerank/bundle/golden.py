@@ -84,7 +84,7 @@ class Golden:
                 continue
             one = {name: column[g : g + 1] for name, column in self.user.items()}
             with torch.inference_mode():
-                got = scorer.probs(one, kept)[0]
+                got = scorer.probs(one, scorer.items.slots_of(kept))[0]
             far = ~((got - self.answers.probs[g, : kept.shape[1]]).abs() < ROUNDED)
             for place, task in far.nonzero().tolist():
                 said = float(self.answers.probs[g, place, task])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -85,15 +86,15 @@ def load(path: Path) -> Bundle:
     _fill(utility, _below(tensors, _UTILITY), where)
     _fill(nn.Module() if reserve is None else reserve, _below(tensors, _RESERVE), where)
     item_side = _item_side(tensors, ranker, items, where)
-    targeting = _targeting(path, config, said, _below(tensors, _TARGETING), items.num_items)
+    targeting = _targeting(path, config, said, _below(tensors, _TARGETING), items.num_rows)
     try:
-        diversity = _diversity(tensors, config)
+        diversity = _diversity(path, config, said, _below(tensors, _DIVERSITY))
         scorer = Scorer(items, ranker, utility, item_side, diversity, reserve, targeting).eval()
     except (BundleError, SchemaMismatch) as error:
         raise BundleError(f"{where}: {error}") from None
 
     index = _index(path, config, said)
-    _check_metadata(path / manifest.METADATA, config, items.num_items)
+    _check_metadata(path / manifest.METADATA, config, items.num_published)
     difference = _golden(path / manifest.GOLDEN, config).first_difference(towers, index, scorer)
     if difference:
         raise BundleError(f"{path}: does not reproduce {difference}; publish again with this prerank")
@@ -165,7 +166,7 @@ def _item_side(tensors: Mapping[str, Tensor], ranker: Ranker, items: ItemTable, 
     with torch.inference_mode():
         like = ranker.item_side({name: column[:1] for name, column in items.features().items()})
     for name in [*like, *(name for name in found if name not in like)]:
-        wanted = _said(like[name].expand(items.num_items, *like[name].shape[1:]) if name in like else None)
+        wanted = _said(like[name].expand(items.num_slots, *like[name].shape[1:]) if name in like else None)
         if wanted != _said(found.get(name)):
             raise BundleError(f"{where}: expected {_ITEM_SIDE}{name} {wanted}, found {_said(found.get(name))}")
     unknown = [n for n in tensors if not n.startswith(_PARTS)]
@@ -174,18 +175,35 @@ def _item_side(tensors: Mapping[str, Tensor], ranker: Ranker, items: ItemTable, 
     return found
 
 
-def _diversity(tensors: Mapping[str, Tensor], config: Config) -> Diversity | None:
+def _diversity(
+    path: Path, config: Config, said: Mapping[str, object], tensors: Mapping[str, Tensor]
+) -> Diversity | None:
     """The rules stored, if they are those of the configuration."""
-    found = _below(tensors, _DIVERSITY)
-    if not config.diversity and not found:
+    is_listed = manifest.GROUPS in manifest.files_of(path, said)
+    if not config.diversity and not tensors and not is_listed:
         return None
-    if set(found) != {"codes", "at_most"}:
-        raise BundleError(f"diversity: expected codes and at_most of {list(config.diversity)}, found {sorted(found)}")
-    diversity = Diversity(found["codes"], found["at_most"])
+    if set(tensors) != {"codes", "at_most"} or not is_listed:
+        has = "" if is_listed else f" and no {manifest.GROUPS}"
+        raise BundleError(
+            f"diversity: expected codes and at_most of {list(config.diversity)}, found {sorted(tensors)}{has}"
+        )
+    diversity = Diversity(tensors["codes"], tensors["at_most"], _groups(path / manifest.GROUPS, list(config.diversity)))
     bounds = [rule.at_most for rule in config.diversity.values()]
     if diversity.at_most.tolist() != bounds:
         raise BundleError(f"diversity: expected at_most {bounds}, found {diversity.at_most.tolist()}")
     return diversity
+
+
+def _groups(where: Path, rules: Sequence[str]) -> dict[str, pa.Array]:
+    """Each rule's distinct values, mapped from the file."""
+    try:
+        with pa.memory_map(str(where)) as source:
+            table = pa.ipc.open_file(source).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BundleError(f"{where}: expected an Arrow IPC file, but it is not one: {error}") from None
+    if table.column_names != list(rules) or table.num_rows != 1:
+        raise BundleError(f"{where}: expected one row of {list(rules)}, found {table.num_rows} of {table.column_names}")
+    return {name: table.column(name).chunk(0).flatten() for name in rules}
 
 
 def _targeting(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prerank.errors import BundleError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 CONFIG = "funnel.toml"
 TRANSFORMS = "transforms.json"
@@ -24,9 +24,12 @@ INDEX = "index/shard-0.safetensors"
 METADATA = "metadata.arrow"
 GOLDEN = "golden.safetensors"
 FILES = (CONFIG, TRANSFORMS, RETRIEVAL, SCORER, INDEX, METADATA, GOLDEN)
-"""Every file of format 1 beside the manifest and, once validated, validation.json; others are not read."""
+"""Every file of format 2 beside the manifest and, once validated, validation.json; others are not read."""
 TARGETING = "targeting.json"
 """One more, where the funnel has rules of targeting: the values that their bitmaps, in SCORER, are of."""
+GROUPS = "groups.arrow"
+"""One more, where it has rules of diversity: the values that their groups, in SCORER, are of."""
+OPTIONAL = (TARGETING, GROUPS)
 
 VERSIONS = "versions"
 VERSION = re.compile(r"\d{8}T\d{4}-[0-9a-f]{12}")
@@ -107,7 +110,7 @@ def files_of(path: Path, manifest: Mapping[str, object]) -> dict[str, FileEntry]
     """The files a manifest lists. Raises BundleError unless they are exactly the format's."""
     listed = manifest["files"]
     assert isinstance(listed, dict)
-    missing, extra = sorted(set(FILES) - set(listed)), sorted(set(listed) - {*FILES, TARGETING})
+    missing, extra = sorted(set(FILES) - set(listed)), sorted(set(listed) - {*FILES, *OPTIONAL})
     if missing or extra:
         raise BundleError(f"{path / MANIFEST}: its files lack {missing} and list unknown {extra}; {_MEND}")
     try:

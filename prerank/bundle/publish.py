@@ -25,6 +25,7 @@ from prerank.bundle.durable import locked, sync
 from prerank.bundle.golden import Golden
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.manifest import FileEntry
+from prerank.bundle.residency import room_for
 from prerank.bundle.scorer import Scorer
 from prerank.bundle.toml import to_toml
 from prerank.business.diversity import Diversity
@@ -42,6 +43,8 @@ from prerank.types import Array, Columns
 _ITEMS_AT_ONCE = 1 << 16
 _ABANDONED_S = 3600.0
 _TEMPORARY = ".tmp-"
+ITEMS_UNTIL = "items_until_ns"
+"""The parent that says until when whole items came, or left, that a version was made with, in UTC nanoseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ def publish(store: Path, parts: Parts) -> str:
         _sweep(versions)
     with _temporary(versions) as folder:
         num_items = _write_files(folder, parts)
-        written = [name for name in (*manifest.FILES, manifest.TARGETING) if (folder / name).exists()]
+        written = [name for name in (*manifest.FILES, *manifest.OPTIONAL) if (folder / name).exists()]
         files = {name: FileEntry.of(folder / name) for name in written}
         now, content = datetime.now(UTC), manifest.content_id(files)
         version = f"{now:%Y%m%dT%H%M}-{content}"
@@ -145,20 +148,21 @@ def _refuse_nonfinite(numbers: Tensor, what: str) -> None:
 def _write_files(folder: Path, parts: Parts) -> int:
     """Every file but the manifest; returns how many items there are."""
     config = parts.config
-    items = ItemTable.build(parts.item_ids, parts.item_columns)
+    raw = parts.item_table.take(pa.array(_order(parts.item_ids)))
+    room = room_for(config, parts.transforms.sizes(), parts.item_ids, parts.item_table)
+    items = ItemTable.build(parts.item_ids, parts.item_columns, room, parts.popularity if room.slack else None)
     fault = items.first_fault(config.features, parts.transforms.sizes())
     if fault:
         raise SchemaMismatch(f"{fault}; encode the items with the transforms published")
     index = INDEXES[config.retrieval.index.kind](_vectors(parts, items), config.retrieval.index.storage)
-    raw = parts.item_table.take(pa.array(_order(parts.item_ids)))
-    diversity = Diversity.build(config.diversity, raw) if config.diversity else None
+    diversity = Diversity.build(config.diversity, raw, room.slack) if config.diversity else None
     tasks, targeting = parts.ranker.tasks, _targeting(parts)
     utility, reserve = Utility.build(tasks, config.utility), Reserve.build(tasks, config.rules)
     scorer = Scorer(items, parts.ranker, utility, diversity=diversity, reserve=reserve, targeting=targeting).eval()
     for name, side in scorer.item_side.tensors().items():
         _refuse_nonfinite(side, f"the ranker's item side {name!r}")
     user = {name: torch.from_numpy(np.array(column)) for name, column in parts.golden_user.items()}
-    keep = min(config.retrieval.keep, items.num_items)
+    keep = min(config.retrieval.keep, items.num_published)
     golden = Golden.ask(user, parts.towers, index, scorer, keep, min(config.ranker.keep, keep))
 
     (folder / "index").mkdir()
@@ -169,10 +173,12 @@ def _write_files(folder: Path, parts: Parts) -> int:
     if targeting is not None:
         plain = json.dumps(targeting.to_plain(), ensure_ascii=False, indent=1)
         (folder / manifest.TARGETING).write_text(plain + "\n", encoding="utf-8")
+    if diversity is not None:
+        _write_groups(folder / manifest.GROUPS, diversity.values)
     write_tensors(folder / manifest.GOLDEN, golden.to_tensors(), {})
     index.save(folder / manifest.INDEX, {"retrieval": FileEntry.of(folder / manifest.RETRIEVAL).model_id})
     _write_metadata(folder / manifest.METADATA, raw, config)
-    return items.num_items
+    return items.num_published
 
 
 def _targeting(parts: Parts) -> Targeting | None:
@@ -180,26 +186,28 @@ def _targeting(parts: Parts) -> Targeting | None:
     rules, table = parts.config.targeting, parts.targeting
     if not rules:
         return None
+    slack = parts.config.inventory.slack
     if table is None or table.num_rows != len(parts.item_ids):
         found = "none" if table is None else f"{table.num_rows} rows"
         wanted = parts.config.targeted("item")
         raise DataError(f"publish: [targeting] reads the columns {wanted} of {len(parts.item_ids)} items, got {found}")
     ordered = table.take(pa.array(_order(parts.item_ids)))
-    return Targeting.fit(rules, {name: ordered[name] for name in ordered.column_names}, len(parts.item_ids))
+    return Targeting.fit(rules, {name: ordered[name] for name in ordered.column_names}, len(parts.item_ids), slack)
 
 
 @torch.no_grad()
 def _vectors(parts: Parts, items: ItemTable) -> Tensor:
-    """The item tower's vectors float32 [I, D] in row order."""
-    popularity = torch.from_numpy(np.asarray(parts.popularity[_order(parts.item_ids)], dtype=np.float32))
-    features = items.features()
-    pieces = []
-    for start in range(0, items.num_items, _ITEMS_AT_ONCE):
-        some = slice(start, start + _ITEMS_AT_ONCE)
-        pieces.append(parts.towers.item_side({n: column[some] for n, column in features.items()}, popularity[some]))
+    """The item tower's vectors float32 [C, D] in row order; those of the slack, NaN, are found by nobody."""
+    order, pieces = _order(parts.item_ids), []
+    for start in range(0, len(order), _ITEMS_AT_ONCE):
+        some = order[start : start + _ITEMS_AT_ONCE]
+        features = {name: torch.from_numpy(np.asarray(column[some])) for name, column in parts.item_columns.items()}
+        popularity = torch.from_numpy(np.asarray(parts.popularity[some], dtype=np.float32))
+        pieces.append(parts.towers.item_side(features, popularity))
     vectors = torch.cat(pieces)
     _refuse_nonfinite(vectors, "the item vectors")
-    return vectors
+    slack = items.num_rows - items.num_published
+    return torch.cat([vectors, torch.full((slack, vectors.shape[1]), torch.nan)])
 
 
 def _write_metadata(path: Path, raw: pa.Table, config: Config) -> None:
@@ -209,6 +217,13 @@ def _write_metadata(path: Path, raw: pa.Table, config: Config) -> None:
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=max(table.num_rows, 1))
     MetadataTable.open(path).check_columns(config.metadata.columns)
+
+
+def _write_groups(path: Path, values: Mapping[str, pa.Array]) -> None:
+    """Each rule's distinct values, a list in the one row of its column: a list of each is of its own length."""
+    table = pa.table({name: pa.array([one], pa.large_list(one.type)) for name, one in values.items()})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 def _order(item_ids: Array) -> Array:

@@ -31,11 +31,13 @@ class Ranked(TopK):
     """The winners, and how many valid candidates could not win.
 
     num_nonfinite int64 [B] had a utility or a probability that is not finite; num_below int64 [B] had less utility than
-    the reserve, or less of a probability than its floor.
+    the reserve, or less of a probability than its floor; num_absent int64 [B] are of items that are not resident, and
+    whose features nobody fetched.
     """
 
     num_nonfinite: Tensor
     num_below: Tensor
+    num_absent: Tensor
 
 
 class ItemSide(nn.Module):
@@ -83,22 +85,22 @@ class Scorer(nn.Module):
         targeting: Targeting | None = None,
     ) -> None:
         super().__init__()
-        if targeting is not None and targeting.num_items != items.num_items:
-            raise SchemaMismatch(f"the targeting is of {targeting.num_items} items, and there are {items.num_items}")
+        if targeting is not None and targeting.num_items != items.num_rows:
+            raise SchemaMismatch(f"the targeting is of {targeting.num_items} items, and there are {items.num_rows}")
         for name in utility.values:
             if name not in items.names:
                 raise SchemaMismatch(f"the utility reads {name!r}, and the items have {list(items.names)}")
-        if diversity is not None and len(diversity.codes) != items.num_items:
-            raise SchemaMismatch(
-                f"diversity has the groups of {len(diversity.codes)} items, expected {items.num_items}"
-            )
+        if diversity is not None and len(diversity.codes) != items.num_rows:
+            raise SchemaMismatch(f"diversity has the groups of {len(diversity.codes)} items, expected {items.num_rows}")
         self.items = items
         self.ranker = ranker
         self.utility = utility
         self.reserve = reserve
         self.diversity = diversity
         self.targeting = targeting
-        self.live = LiveItems(items.num_items, {name: items.features()[name] for name in utility.values})
+        self.live = LiveItems(
+            items.num_rows, {name: items.of_every_row(name) for name in utility.values}, items.num_published
+        )
         self.item_side = ItemSide(self._computed() if item_side is None else item_side)
         self._native: NativeRanker | None = None
 
@@ -114,19 +116,27 @@ class Scorer(nn.Module):
         """
         self._native = None if engine is None else NativeRanker(self.ranker, self.item_side.tensors(), engine)
 
-    def probs(self, user: Features, rows: Tensor) -> Tensor:
-        """user [B, ...] and rows int64 [B, N] -> each task's probability, float32 [B, N, T]."""
+    def put_side(self, slots: Tensor, side: Features) -> None:
+        """Give slots int64 [n] the ranker's item side [n, ...]; no request of such a slot may be running."""
+        with torch.inference_mode():
+            for name, tensor in self.item_side.named_buffers():
+                tensor[slots] = side[name].to(tensor.dtype)
+        if self._native is not None:
+            self._native.update(slots)
+
+    def probs(self, user: Features, slots: Tensor) -> Tensor:
+        """user [B, ...] and slots int64 [B, N] -> each task's probability, float32 [B, N, T]."""
         user_side = self.ranker.user_side(user)
         if self._native is not None:
-            return self._native(user_side, rows).sigmoid()
-        return self.ranker(user_side, self.item_side.gather(rows)).float().sigmoid()
+            return self._native(user_side, slots).sigmoid()
+        return self.ranker(user_side, self.item_side.gather(slots)).float().sigmoid()
 
     @torch.no_grad()
     def _computed(self) -> dict[str, Tensor]:
         features = self.items.features()
         pieces = [
             self.ranker.item_side({name: column[start : start + _ITEMS_AT_ONCE] for name, column in features.items()})
-            for start in range(0, self.items.num_items, _ITEMS_AT_ONCE)
+            for start in range(0, self.items.num_slots, _ITEMS_AT_ONCE)
         ]
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
@@ -138,14 +148,17 @@ class Scorer(nn.Module):
         and item_id -1. Equal utilities are ordered by item_id. A row given twice is ranked twice.
         """
         rows = torch.where(candidates.valid, candidates.rows, 0)
-        probs = self.probs(user, rows)
         on, pacing, values = self.live.gather(rows)
         valid = candidates.valid & on
+        slots, num_absent = self._slots(candidates, rows, valid)
+        valid = valid & (slots >= 0)
+        probs = self.probs(user, slots.clamp_min(0))
         utility = pacing * self.utility(probs, values)
-        # rows ascend with item_id, so the smaller row is the smaller item_id
+        # as published rows ascend with item_id, so the smaller row is the smaller item_id
+        names = rows if self.items.is_in_order else self.items.item_ids[rows]
         is_finite = valid & utility.isfinite() & probs.isfinite().all(-1)
         is_enough = is_finite if self.reserve is None else is_finite & self.reserve(probs, utility)
-        kept = greedy_top_k(utility, rows, is_enough, *groups_of(self.diversity, rows), min(k, rows.shape[1]))
+        kept = greedy_top_k(utility, names, is_enough, *groups_of(self.diversity, rows), min(k, rows.shape[1]))
         won = kept >= 0
         kept = kept.clamp_min(0)
         rows = rows.gather(1, kept)
@@ -158,4 +171,12 @@ class Scorer(nn.Module):
             valid=pad(won, missing),
             num_nonfinite=(valid & ~is_finite).sum(1),
             num_below=(is_finite & ~is_enough).sum(1),
+            num_absent=num_absent,
         )
+
+    def _slots(self, candidates: CandidateSet, rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the features of rows int64 [B, N] are, and of how many valid ones nowhere, int64 [B]."""
+        if candidates.slots is None and self.items.slots is None:
+            return rows, rows.new_zeros(len(rows))
+        slots = self.items.slots_of(rows) if candidates.slots is None else candidates.slots
+        return slots, (valid & (slots < 0)).sum(1)

@@ -12,24 +12,25 @@ from prerank.types import Features, ItemChange
 
 
 class LiveItems(nn.Module):
-    """on bool [I], pacing float32 [I] and each of `values` as float32 [I]: columns that are changed where they stand.
+    """on bool [C], pacing float32 [C] and each of `values` as float32 [C]: columns that are changed where they stand.
 
-    They begin as published, all on and at pacing 1, and are no part of the state_dict: what is live is not a version.
-    A reader sees all of a call's changes or none of them.
+    The first `num_items` rows begin as published, on and at pacing 1; rows that nobody has taken are not on. None of it
+    is in the state_dict: what is live is not a version. A reader sees all of a call's changes or none of them.
     """
 
     on: Tensor
     pacing: Tensor
 
-    def __init__(self, num_items: int, values: Features) -> None:
+    def __init__(self, num_rows: int, values: Features, num_items: int | None = None) -> None:
         super().__init__()
-        self.register_buffer("on", torch.ones(num_items, dtype=torch.bool), persistent=False)
-        self.register_buffer("pacing", torch.ones(num_items), persistent=False)
+        self.num_items = num_rows if num_items is None else num_items
+        self.register_buffer("on", torch.arange(num_rows) < self.num_items, persistent=False)
+        self.register_buffer("pacing", torch.ones(num_rows), persistent=False)
         self.names = tuple(values)
         for name, column in values.items():
-            assert column.shape == (num_items,)
+            assert column.shape == (num_rows,)
             self.register_buffer(f"value_{name}", column.float().clone(), persistent=False)
-        self.is_changed = False
+        self._num_on = self.num_items
         self._lock = threading.Lock()
 
     def change(self, rows: Sequence[int], changes: Sequence[ItemChange]) -> None:
@@ -53,11 +54,27 @@ class LiveItems(nn.Module):
         # readers wait for the lock, so nothing is done under it but the writing
         with self._lock, torch.inference_mode():
             for column, at, numbers in writes:
+                if column is self.on:
+                    self._num_on += int(numbers.sum()) - int(column[at].sum())
                 column[at] = numbers
-            self.is_changed = self.is_changed or bool(writes)
+
+    def prepare(self, rows: Tensor, values: Features, pacing: Tensor) -> None:
+        """What rows int64 [n] that nobody has taken will be worth: values float32 [n] by name, pacing float32 [n]."""
+        with torch.inference_mode():
+            self.pacing[rows] = pacing
+            for name in self.names:
+                self.value(name)[rows] = values[name].float()
+
+    def swap(self, taken: Tensor, on: Tensor, left: Tensor) -> None:
+        """Rows int64 [n] that items now have, bool [n] whether those are on, and rows int64 [m] that nobody has now."""
+        with self._lock, torch.inference_mode():
+            self._num_on += int(on.sum()) - int(self.on[left].sum())
+            self.num_items += len(taken) - len(left)
+            self.on[left] = False
+            self.on[taken] = on
 
     def value(self, name: str) -> Tensor:
-        """float32 [I]."""
+        """float32 [C]."""
         return self.get_buffer(f"value_{name}")
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -71,8 +88,11 @@ class LiveItems(nn.Module):
         return self.on[rows], self.pacing[rows], {name: self.value(name)[rows] for name in self.names}
 
     def among(self, rows: Tensor | None) -> Tensor | None:
-        """Of eligible rows int64 [n] (None: all) those that are on; None where all items are."""
+        """Of eligible rows int64 [n] (None: all) those that are on; where all items are, None for all.
+
+        Of all, bool [C]: where the items are that are on.
+        """
         with self._lock:
-            if not self.is_changed or bool(self.on.all()):
-                return rows
-            return self.on.nonzero().squeeze(1) if rows is None else rows[self.on[rows]]
+            if rows is None:
+                return None if self._num_on == self.num_items else self.on.clone()
+            return rows if self._num_on == len(self.on) else rows[self.on[rows]]

@@ -7,9 +7,9 @@ that does not exclude has one more before them, of the items that list nothing, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Self
+from typing import Self, TypeAlias
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from prerank.config import MOST_TARGETED, TargetingRule
 from prerank.errors import BundleError, DataError, RequestError
@@ -28,6 +29,10 @@ HOURS = 168
 """The hours of a week; 0 is Monday from 00:00."""
 _BYTES_AT_ONCE = 1 << 24
 _EXPECTS = "text, a whole number, true or false, or a list of these, or null where it is not known"
+
+
+Listed: TypeAlias = Sequence[Sequence[Sequence[str]]]
+"""By rule and item, the values that the item lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +69,60 @@ class Targeting(nn.Module):
         self.register_buffer("bitmaps", bitmaps)
 
     @classmethod
-    def fit(cls, rules: Mapping[str, TargetingRule], columns: Mapping[str, pa.ChunkedArray], num_items: int) -> Self:
+    def fit(
+        cls, rules: Mapping[str, TargetingRule], columns: Mapping[str, pa.ChunkedArray], num_items: int, slack: int = 0
+    ) -> Self:
         """From the items' columns [I], in row order: lists or single values, of text, whole numbers or booleans.
 
-        Raises DataError naming the rule's key and the column that is missing, or not as it must be.
+        The `slack` rows after them have no bit. Raises DataError naming the rule's key and the column that is missing,
+        or not as it must be.
         """
         values: dict[str, list[str]] = {}
         bitmaps = [torch.zeros((0, num_words(num_items)), dtype=torch.int64)]
         for name, rule in rules.items():
             where = f"targeting.{name}.item = {rule.item!r}"
-            if rule.item not in columns:
-                raise DataError(f"{where}: the items have no such column")
-            if len(columns[rule.item]) != num_items:
+            if rule.item in columns and len(columns[rule.item]) != num_items:
                 raise DataError(f"{where}: {len(columns[rule.item])} rows for {num_items} items")
-            lengths, distinct, codes = _members(columns[rule.item], where)
-            _check_values(rule, distinct, where)
+            lengths, distinct, codes = _listed(rule, columns, where)
             values[name] = sorted(distinct)
             bitmaps.append(_packed(rule, lengths, distinct, codes))
-        return cls(rules, values, torch.cat(bitmaps), num_items)
+        room = num_words(num_items + slack) - num_words(num_items)
+        return cls(rules, values, pad(torch.cat(bitmaps), (0, room)), num_items + slack)
+
+    def read(self, columns: Mapping[str, pa.ChunkedArray]) -> Listed:
+        """What n items list under each rule, to be `put`. Raises DataError as `fit`."""
+        found = []
+        for name, fitted in self._rules.items():
+            where = f"targeting.{name}.item = {fitted.rule.item!r}"
+            lengths, distinct, codes = _listed(fitted.rule, columns, where)
+            together = len({*distinct, *fitted.rows})
+            if together > MOST_TARGETED:
+                raise DataError(
+                    f"{where}: {together:,} distinct values with those of the items there are; publish again"
+                )
+            texts = [distinct[code] for code in codes.tolist()]
+            ends = np.cumsum(lengths).tolist()
+            found.append([texts[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)])
+        return found
+
+    def put(self, rows: Tensor, listed: Listed) -> None:
+        """Let rows int64 [n], which nobody has taken, list what `read` gave; other rows are found as ever meanwhile."""
+        words, bits = (rows // WORD).numpy(), np.int64(1) << (rows % WORD).numpy()
+        for (name, fitted), items in zip(list(self._rules.items()), listed, strict=True):
+            new = sorted({text for texts in items for text in texts} - set(fitted.rows))
+            if new:
+                # the bitmaps first: who chooses by the new values finds them there
+                like = torch.zeros_like(self.bitmaps[:1]) if fitted.rule.excludes else self.bitmaps[[fitted.first]]
+                first = len(self.bitmaps)
+                self.bitmaps = torch.cat([self.bitmaps, like.expand(len(new), -1)])
+                more = {value: first + n for n, value in enumerate(new)}
+                fitted = self._rules[name] = replace(fitted, rows={**fitted.rows, **more})
+            bitmaps = self.bitmaps.numpy()
+            own = np.array([*fitted.rows.values(), *([] if fitted.rule.excludes else [fitted.first])])
+            np.bitwise_and.at(bitmaps, (own[:, None], words), ~bits)
+            for texts, word, bit in zip(items, words, bits, strict=True):
+                is_for_all = not texts and not fitted.rule.excludes
+                bitmaps[own if is_for_all else [fitted.rows[text] for text in texts], word] |= bit
 
     def to_plain(self) -> dict[str, list[str]]:
         """The values of each rule, as JSON types."""
@@ -214,6 +255,15 @@ def _members(column: pa.ChunkedArray, where: str) -> tuple[Array, list[str], Arr
     encoded = whole.dictionary_encode()
     distinct = encoded.dictionary.cast(pa.large_string()).to_pylist()
     return np.concatenate(lengths).astype(np.int64), distinct, encoded.indices.to_numpy()
+
+
+def _listed(rule: TargetingRule, columns: Mapping[str, pa.ChunkedArray], where: str) -> tuple[Array, list[str], Array]:
+    """`_members` of a rule's column, checked."""
+    if rule.item not in columns:
+        raise DataError(f"{where}: the items have no such column")
+    lengths, distinct, codes = _members(columns[rule.item], where)
+    _check_values(rule, distinct, where)
+    return lengths, distinct, codes
 
 
 def _check_values(rule: TargetingRule, distinct: Sequence[str], where: str) -> None:

@@ -35,6 +35,13 @@ class Index(Protocol):
         """
         ...
 
+    def put(self, rows: Tensor, vectors: Tensor | None) -> None:
+        """Give rows int64 [n] the vectors float32 [n, D]; with None nobody finds them, as rows published with NaN.
+
+        Rows that nobody found are found once they are whole, not before; one call at a time.
+        """
+        ...
+
     def save(self, path: Path, models: Mapping[str, str]) -> None:
         """Write one file, `models` beside the vectors."""
         ...

@@ -41,6 +41,18 @@ class ExactIndex(nn.Module):
         similarity, rows = scan_top_k(self.vectors, self.scales, query, k, eligible)
         return CandidateSet(rows=rows, similarity=similarity, valid=rows >= 0)
 
+    def put(self, rows: Tensor, vectors: Tensor | None) -> None:
+        """Give rows int64 [n] these vectors float32 [n, D], or none; see `Index.put`."""
+        with torch.inference_mode():
+            if vectors is None:
+                (self.vectors if self.scales is None else self.scales)[rows] = torch.nan
+                return
+            stored, scales = store(vectors, self.storage)
+            self.vectors[rows] = stored
+            # an int8 row is found by its scale, which is not a number until its codes are there
+            if self.scales is not None and scales is not None:
+                self.scales[rows] = scales
+
     def save(self, path: Path, models: Mapping[str, str]) -> None:
         """Write one safetensors file; `models` is the version of each model the vectors were made with, by name."""
         tensors = {"vectors": self.vectors} if self.scales is None else {"vectors": self.vectors, "scales": self.scales}

@@ -133,6 +133,7 @@ class NativeProgram:
         self.engine = engine
         self.num_tasks = program.logits.width
         self._kept: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
         self._slots: dict[tuple[int, OfUser], int] = {}
         self._shapes: list[tuple[int, int]] = []  # rows and depth by slot
         names, layout = program.tables(), lay_out(program)
@@ -188,9 +189,16 @@ class NativeProgram:
         del memory  # until here the threads read it
         return logits
 
+    def update(self, rows: Tensor) -> None:
+        """Read rows int64 [n] of the item side again, which changed; a request of such a row must not be running."""
+        with torch.inference_mode():
+            for source, copy in self._copies:
+                copy[rows] = source[rows].bfloat16()
+
     def _table(self, tensor: Tensor, is_full: bool) -> _Table:
         if tensor.dtype == torch.float32 and not is_full:
-            tensor = tensor.bfloat16()
+            source, tensor = tensor, tensor.bfloat16()
+            self._copies.append((source, tensor))
         assert tensor.is_contiguous()
         assert tensor.device.type == "cpu"
         assert tensor.dim() in (1, 2)

@@ -1,16 +1,24 @@
-"""What changes of items, as a caller says it: what a change must be, and what is told of those taken."""
+"""Changes of items: what one must be, how it is kept, and what it does to the version that serves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import NoReturn
 
+import structlog
+
 from prerank._toml import nearest
+from prerank.bundle.inventory import Inventory
+from prerank.business.live import LiveItems
 from prerank.errors import RequestError
 from prerank.serve.answer import INT64
+from prerank.stores.items import ItemStore, Stored
 from prerank.types import ItemChange
+
+_log = structlog.get_logger(__name__)
 
 MOST_CHANGES = 10_000
 """The most items of one call."""
@@ -18,24 +26,103 @@ MOST_CHANGES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """The changes of one call, all of them taken: `accepted`, and how many are of items that this version lacks."""
+    """The changes of one call, all of them taken: `accepted`, and how many are of items that this version lacks.
+
+    `free_rows` are left for items that come.
+    """
 
     accepted: int
     unknown_items: int
+    free_rows: int
+
+
+class Changes:
+    """The changes of a version's items since it was published: in its `inventory`, and kept in `store` if there is one.
+
+    `until_ns` is the moment until which the version was made with whole items from the store, and without those that
+    left. Threads may call; they write in turn.
+    """
+
+    def __init__(self, inventory: Inventory, live: LiveItems, store: ItemStore | None, until_ns: int) -> None:
+        self._inventory, self._live, self._store = inventory, live, store
+        self._writing = threading.Lock()
+        if store is not None:
+            self._replay(store.all(), until_ns)
+
+    def take(self, changes: Sequence[ItemChange]) -> Changed:
+        """See `Funnel.change`."""
+        check_changes(changes, self._live.names)
+        wanted = _merged(changes)
+        place = {one.item_id: at for at, one in enumerate(changes)}
+        coming = [one for one in wanted if one.columns is not None]
+        arrivals = self._inventory.read(coming, [f"items[{place[one.item_id]}].columns" for one in coming])
+        with self._writing:
+            self._inventory.check_room(len(coming))
+            # what was said of an item before it came is true of it now
+            known = wanted if self._store is None else self._store.put(changes)
+            after = {one.item_id: one for one in known}
+            self._inventory.put(arrivals, [after[one.item_id] for one in coming])
+            num_unknown = self._rest([one for one in wanted if one.columns is None])
+            return Changed(len(changes), num_unknown, self._inventory.num_free)
+
+    def _replay(self, stored: Iterable[Stored], until_ns: int) -> None:
+        """What changed before this version was opened; of what it was made with, only what is no part of a version."""
+        read, names = set(self._inventory.columns), set(self._live.names)
+        coming: list[Stored] = []
+        rest: list[ItemChange] = []
+        num_unfit = 0
+        for one in stored:
+            # a column or a value that this version does not read is another's
+            change = replace(one.change, values={n: v for n, v in one.change.values.items() if n in names})
+            if one.time_ns <= until_ns:
+                rest.append(replace(change, columns=None, removed=False))
+            elif change.columns is None:
+                rest.append(change)
+            elif read <= set(change.columns):
+                columns = {name: change.columns[name] for name in self._inventory.columns}
+                coming.append(Stored(replace(change, columns=columns), one.time_ns))
+            else:
+                num_unfit += 1
+        if coming:
+            coming.sort(key=lambda one: one.time_ns)
+            fits = [one.change for one in coming[: self._inventory.num_free]]
+            self._inventory.put(self._inventory.read(fits, [f"item {one.item_id}" for one in fits]), fits)
+            if len(fits) < len(coming):
+                _log.warning("no slack for items that came", left_out=len(coming) - len(fits), taken=len(fits))
+        if num_unfit:
+            _log.warning("items came without columns that this version reads", left_out=num_unfit, reads=sorted(read))
+        self._rest(rest)
+
+    def _rest(self, changes: Sequence[ItemChange]) -> int:
+        """Changes of items that are there, or leave; how many are of items that this version does not have."""
+        rows = self._inventory.rows_of([one.item_id for one in changes])
+        self._live.change(rows, changes)
+        self._inventory.remove([one.item_id for one in changes if one.removed])
+        return sum(row < 0 for row in rows)
+
+
+def _merged(changes: Sequence[ItemChange]) -> list[ItemChange]:
+    """Each item's as one."""
+    found: dict[int, ItemChange] = {}
+    for one in changes:
+        found[one.item_id] = found[one.item_id].then(one) if one.item_id in found else one
+    return list(found.values())
 
 
 def check_changes(changes: Sequence[ItemChange], names: Sequence[str]) -> None:
     """Raises RequestError naming the first change's field that is wrong, what it must be, and what came.
 
-    `names` are the item values that the utility reads.
+    `names` are the item values that the utility reads. What is in `columns` is for `bundle.inventory` to check.
     """
     if not 1 <= len(changes) <= MOST_CHANGES:
         raise RequestError(f"items: expected 1 to {MOST_CHANGES:,} of them, got {len(changes):,}; send more calls")
     for at, one in enumerate(changes):
         if one.item_id not in INT64:
             _wrong(at, "item_id", "an int64", one.item_id)
-        if one.on is None and one.pacing is None and not one.values:
-            raise RequestError(f"items[{at}]: expected at least one of on, pacing and values")
+        if one.removed and one != ItemChange(one.item_id, removed=True):
+            raise RequestError(f"items[{at}]: expected nothing beside removed, for the item is gone")
+        if one == ItemChange(one.item_id):
+            raise RequestError(f"items[{at}]: expected at least one of on, pacing, values, columns and removed")
         if one.pacing is not None and not (isfinite(one.pacing) and one.pacing >= 0):
             _wrong(at, "pacing", "a finite number of 0 or more", one.pacing)
         for name, value in one.values.items():

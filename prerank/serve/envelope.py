@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from prerank.errors import DeadlineExceeded, PrerankError, RequestError
+from prerank.errors import DeadlineExceeded, NoRoom, PrerankError, RequestError
 from prerank.serve.metrics import ServeMetrics
 from prerank.serve.wire import MalformedBody, encode_error
 
@@ -81,6 +81,8 @@ def _told(error: Exception) -> tuple[int, str, str]:
             return 422, "RequestError", str(error)
         case DeadlineExceeded():
             return 504, "DeadlineExceeded", str(error)
+        case NoRoom():
+            return 507, "NoRoom", str(error)
         case _:
             return 500, "InternalError", "the server made a mistake; its log has this request_id"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -16,14 +15,16 @@ from types import TracebackType
 
 import torch
 
+from prerank.bundle.inventory import Inventory
 from prerank.bundle.load import Bundle, load
+from prerank.bundle.publish import ITEMS_UNTIL
 from prerank.bundle.registry import Registry
 from prerank.errors import BundleError, RegistryError, RequestError
 from prerank.features.transforms import Transforms
 from prerank.kernels.engine import Engine
 from prerank.kernels.native import level, library
 from prerank.serve.answer import Answer, Winner, check_request
-from prerank.serve.changes import Changed, check_changes
+from prerank.serve.changes import Changed, Changes
 from prerank.serve.graph import Deadline, GraphRun, RequestGraph
 from prerank.serve.record import Recorded, check_contexts, check_events
 from prerank.serve.stages import Describe, ExpandUser, Rank, RankBySimilarity, Retrieve
@@ -46,9 +47,9 @@ class Funnel:
         changes: ItemStore | None = None,
     ) -> None:
         items, config = bundle.scorer.items, bundle.config
-        if metadata.columns and metadata.num_rows != items.num_items:
+        if metadata.columns and metadata.num_rows != items.num_published:
             raise BundleError(
-                f"{bundle.path}: metadata of {metadata.num_rows} rows for {items.num_items} items; publish again"
+                f"{bundle.path}: metadata of {metadata.num_rows} rows for {items.num_published} items; publish again"
             )
         self.version = bundle.version
         self.engine = engine
@@ -61,9 +62,9 @@ class Funnel:
         self.example_events = _example_events(users.event_names, int(items.item_ids[0]), said)
         self._users, self._items, self._transforms = users, items, bundle.transforms
         self._tasks = bundle.scorer.ranker.tasks
-        self._live, self._changes = bundle.scorer.live, changes
-        if changes is not None:
-            self._take(list(changes.all()))
+        self._store = changes
+        self.inventory = Inventory(bundle, metadata)
+        self._changes = Changes(self.inventory, bundle.scorer.live, changes, _items_until(bundle))
         self.example_items = [{"item_id": int(items.item_ids[0]), "on": True, "pacing": 0.5}]
         self._graph = RequestGraph(
             [
@@ -72,7 +73,7 @@ class Funnel:
                     bundle.towers,
                     bundle.index,
                     items,
-                    min(config.retrieval.keep, items.num_items),
+                    min(config.retrieval.keep, items.num_rows),
                     targeting,
                     bundle.scorer.live,
                 ),
@@ -127,7 +128,7 @@ class Funnel:
         start = time.perf_counter() if arrived is None else arrived
         check_request(request, self.max_k)
         deadline = None if request.deadline_ms is None else Deadline(start, request.deadline_ms)
-        with torch.inference_mode():
+        with torch.inference_mode(), self.inventory.readers.reading():
             run = self._graph.run({"request": request}, deadline)
             return self._answer(request, run)
 
@@ -147,20 +148,9 @@ class Funnel:
         """Take all of `changes` or none; every request that begins after this knows of them.
 
         What is taken is on the disk, and applies to later versions too. Raises RequestError for a field that is wrong,
-        DataError if the store cannot be written.
+        NoRoom where more items come than there is slack for, DataError if the store cannot be written.
         """
-        check_changes(changes, self._live.names)
-        if self._changes is not None:
-            self._changes.put(changes)
-        return Changed(len(changes), self._take(changes))
-
-    def _take(self, changes: Sequence[ItemChange]) -> int:
-        """How many are of items that this version does not have; a value it does not read is another version's."""
-        rows = self._items.rows_of(torch.tensor([one.item_id for one in changes], dtype=torch.int64)).tolist()
-        known = set(self._live.names)
-        read = [replace(one, values={n: v for n, v in one.values.items() if n in known}) for one in changes]
-        self._live.change(rows, read)
-        return sum(row < 0 for row in rows)
+        return self._changes.take(changes)
 
     def sweep(self) -> int:
         """Forget the recorded events that the log has by now: how many. For the one process that serves a store."""
@@ -174,8 +164,8 @@ class Funnel:
     def close(self) -> None:
         """Let go of the stores and the threads; the funnel answers no more."""
         self._users.close()
-        if self._changes is not None:
-            self._changes.close()
+        if self._store is not None:
+            self._store.close()
         if self.engine is not None:
             self.engine.close()
 
@@ -198,6 +188,13 @@ class Funnel:
         said = [run.outputs[notes] for notes in ("user_notes", "retrieve_notes", "rank_notes")]
         notes = [*chain.from_iterable(said), *run.notes]
         return Answer(request.request_id, self.version, winners, run.reports, run.degraded, notes)
+
+
+def _items_until(bundle: Bundle) -> int:
+    """The moment of the last of the items that came while another version served, and that this one was made with."""
+    parents = bundle.manifest.get("parents")
+    said = parents.get(ITEMS_UNTIL, "0") if isinstance(parents, Mapping) else "0"
+    return int(said) if isinstance(said, str) and said.isdecimal() else 0
 
 
 def _engine(workers: int | None) -> Engine | None:

@@ -26,6 +26,9 @@ class ServeMetrics:
         self._unknown_changed = Counter(
             "prerank_items_unknown", "Changes accepted of items the version lacks.", registry=self._registry
         )
+        self._free_rows = Gauge(
+            "prerank_items_free_rows", "Rows of slack for items that come.", registry=self._registry
+        )
         self._ranks_by = Gauge(
             "prerank_ranks_by",
             "1 for what ranks: the instructions of the native kernels, or torch where there are none.",
@@ -79,6 +82,7 @@ class ServeMetrics:
         """Note the changes of one call."""
         self._changed.inc(changed.accepted)
         self._unknown_changed.inc(changed.unknown_items)
+        self._free_rows.set(changed.free_rows)
 
     def serves(self, version: str, ranks_by: str) -> None:
         """Note the version that serves, and what ranks: a level of the native kernels, or torch."""

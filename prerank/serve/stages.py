@@ -157,17 +157,29 @@ class Retrieve:
             eligible = self.live.among(eligible)
         if request.exclude:
             eligible = self._without(eligible, request.exclude)
-        num_eligible = self.items.num_items if eligible is None else len(eligible)
+        num_eligible = self._num(eligible)
         query = self.towers.user_side(values["features"])
         candidates = self.index.search(query, min(self.keep, max(num_eligible, 1)), eligible)
         notes = () if num_eligible else ("no item is eligible for this request",)
         return {"candidates": candidates, "num_eligible": num_eligible, "retrieve_notes": notes}
 
+    def _num(self, eligible: torch.Tensor | None) -> int:
+        if eligible is None:
+            return self.items.num_items
+        return len(eligible) if eligible.dtype == torch.int64 else int(eligible.sum())
+
     def _without(self, eligible: torch.Tensor | None, item_ids: tuple[int, ...]) -> torch.Tensor:
-        kept = torch.ones(self.items.num_items, dtype=torch.bool)
         rows = self.items.rows_of(torch.tensor(item_ids))
-        kept[rows[rows >= 0]] = False
-        return kept.nonzero().squeeze(1) if eligible is None else eligible[kept[eligible]]
+        rows = rows[rows >= 0]
+        if eligible is not None and eligible.dtype == torch.int64:
+            kept = torch.ones(self.items.num_rows, dtype=torch.bool)
+            kept[rows] = False
+            return eligible[kept[eligible]]
+        if eligible is None:
+            num = self.items.num_rows
+            eligible = torch.ones(num, dtype=torch.bool) if self.live is None else self.live.on.clone()
+        eligible[rows] = False
+        return eligible
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """Eligible items in, the candidates out."""
@@ -190,6 +202,7 @@ class Rank:
         lost = {
             "had no finite utility": int(winners.num_nonfinite.sum()),
             "were below the reserve or a floor": int(winners.num_below.sum()),
+            "are not resident and were not fetched in time,": int(winners.num_absent.sum()),
         }
         notes = tuple(f"{num} candidates {why} and could not win" for why, num in lost.items() if num)
         return {"winners": winners, "rank_notes": notes}

@@ -115,6 +115,14 @@ class ItemBody(msgspec.Struct, forbid_unknown_fields=True):
     on: Annotated[bool, Meta(description="Whether it may win at all.")] | None = None
     pacing: Annotated[_NotNegative, Meta(description="What its utility is multiplied by.")] | None = None
     values: Annotated[dict[str, float], Meta(description="New numbers of what the utility reads, such as bids.")] = {}
+    columns: (
+        Annotated[
+            dict[str, _ContextValue],
+            Meta(description="The whole item anew, by the names of the items table; null where a value is not known."),
+        ]
+        | None
+    ) = None
+    removed: Annotated[bool, Meta(description="Whether it is taken out; then there is nothing beside it.")] = False
 
 
 class ItemsBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -124,7 +132,7 @@ class ItemsBody(msgspec.Struct, forbid_unknown_fields=True):
 
     def changes(self) -> list[ItemChange]:
         """Every change, as the noun."""
-        return [ItemChange(one.item_id, one.on, one.pacing, one.values) for one in self.items]
+        return [ItemChange(one.item_id, one.on, one.pacing, one.values, one.columns, one.removed) for one in self.items]
 
 
 class ChangedBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -132,6 +140,7 @@ class ChangedBody(msgspec.Struct, forbid_unknown_fields=True):
 
     accepted: Annotated[int, Meta(description="All of the call.")]
     unknown_items: Annotated[int, Meta(description="Of those, of items that this version does not have.")]
+    free_rows: Annotated[int, Meta(description="For how many items that come, or are written anew, there is room yet.")]
 
 
 class _SplitBody(msgspec.Struct, forbid_unknown_fields=True):

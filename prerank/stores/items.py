@@ -1,14 +1,18 @@
 """What was changed of items while serving: one LMDB file, a record an item, read whole when a version is opened.
 
 The key is the item_id, big-endian and of flipped sign so that keys are in its order; the value is JSON. An item that
-no version has yet keeps its record for the one that will.
+no version has yet keeps its record for the one that will. Whole items, and that items left, have a moment, so that a
+version can tell those that it was made with.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeAlias
 
 import lmdb
 import msgspec
@@ -21,10 +25,34 @@ from prerank.types import ItemChange
 _MAP_BYTES = 1 << 36  # address space, not disk
 
 
+_Plain: TypeAlias = str | int | float | bool | None
+
+
 class _Record(msgspec.Struct, omit_defaults=True):
     on: bool | None = None
     pacing: float | None = None
     values: dict[str, float] = {}
+    columns: dict[str, _Plain | list[_Plain]] | None = None
+    removed: bool = False
+    time_ns: int = 0
+
+    @classmethod
+    def of(cls, change: ItemChange, time_ns: int) -> _Record:
+        """As it is kept."""
+        columns = None if change.columns is None else dict(change.columns)
+        return cls(change.on, change.pacing, dict(change.values), columns, change.removed, time_ns)
+
+    def change(self, item_id: int) -> ItemChange:
+        """All of it as one change of the item."""
+        return ItemChange(item_id, self.on, self.pacing, self.values, self.columns, self.removed)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """All that was changed of one item, as one; `time_ns` is when it came whole or left, and 0 where it did neither."""
+
+    change: ItemChange
+    time_ns: int
 
 
 class ItemStore:
@@ -42,30 +70,33 @@ class ItemStore:
         except (lmdb.Error, OSError) as error:
             raise DataError(f"{path}: not a store of items: {error}; move it away to start an empty one") from None
 
-    def put(self, changes: Sequence[ItemChange]) -> None:
-        """Merge each change into its item's record; all are on the disk when this returns, or none is.
+    def put(self, changes: Sequence[ItemChange]) -> list[ItemChange]:
+        """Merge each change into its item's record, and give what every item's is then, each once.
 
-        Raises DataError if the file cannot be written.
+        All are on the disk when this returns, or none is. Raises DataError if the file cannot be written.
         """
+        merged: dict[int, ItemChange] = {}
         try:
             with self._env.begin(write=True) as turn:
+                # within the turn, so that whoever writes later has the later time
+                now_ns = time.time_ns()
                 for change in changes:
                     record = self._decoded(turn.get(key_of(change.item_id)))
-                    if change.on is not None:
-                        record.on = change.on
-                    if change.pacing is not None:
-                        record.pacing = change.pacing
-                    record.values |= change.values
-                    turn.put(key_of(change.item_id), msgspec.json.encode(record))
+                    whole = record.change(change.item_id).then(change)
+                    is_dated = change.columns is not None or change.removed
+                    kept = _Record.of(whole, now_ns if is_dated else record.time_ns)
+                    turn.put(key_of(change.item_id), msgspec.json.encode(kept))
+                    merged[change.item_id] = whole
         except (lmdb.Error, OSError) as error:
             raise DataError(f"{self._path}: cannot be written: {error}") from None
+        return list(merged.values())
 
-    def all(self) -> Iterator[ItemChange]:
+    def all(self) -> Iterator[Stored]:
         """Every item's record, by rising item_id. Raises DataError for one that is damaged."""
         with self._env.begin() as turn:
             for key, content in turn.cursor():
                 record = self._decoded(bytes(content))
-                yield ItemChange(id_of(bytes(key)), record.on, record.pacing, record.values)
+                yield Stored(record.change(id_of(bytes(key))), record.time_ns)
 
     def close(self) -> None:
         """Let go of the file."""

@@ -5,7 +5,7 @@ Only the pages of the rows asked for are touched. Row numbers are those of one v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ class MetadataTable:
         self._path = path
         self.columns: tuple[str, ...] = tuple(table.column_names)
         self.num_rows: int = table.num_rows
+        self._later: dict[int, Mapping[str, Given]] = {}
 
     @classmethod
     def open(cls, path: Path) -> MetadataTable:
@@ -59,10 +60,26 @@ class MetadataTable:
         names = list(columns) or list(self.columns)
         if not names:
             return [{} for _ in rows]
-        assert len(rows) == 0 or (rows.min() >= 0 and rows.max() < self.num_rows), "a row of another version"
+        is_ours = len(rows) == 0 or (rows.min() >= 0 and (rows.max() < self.num_rows or self._later))
+        assert is_ours, "a row of another version"
+        if self._later and len(rows) and rows.max() >= self.num_rows:
+            return self._mixed(rows, names)
         taken = self._table.select(names).take(pa.array(rows, pa.int64()))
         values = [_plain(column.combine_chunks()) for column in taken.columns]
         return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+
+    def put(self, rows: Sequence[int], said: pa.Table) -> None:
+        """What to say of rows [n] after those of the file: `said` [n], with every column of it."""
+        values = [_plain(column.combine_chunks()) for column in said.columns] or [[None] * len(rows)]
+        for row, one in zip(rows, zip(*values, strict=True), strict=True):
+            assert row >= self.num_rows, "the file's rows are as published"
+            self._later[row] = dict(zip(said.column_names, one, strict=False))
+
+    def _mixed(self, rows: Array, names: Sequence[str]) -> list[dict[str, Given]]:
+        in_file = rows < self.num_rows
+        said = iter(self.take(rows[in_file], names))
+        later = ({name: self._later[row][name] for name in names} for row in rows[~in_file].tolist())
+        return [next(said) if is_first else next(later) for is_first in in_file.tolist()]
 
 
 def _plain(column: pa.Array) -> list[Given]:

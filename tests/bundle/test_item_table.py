@@ -108,13 +108,23 @@ def test_what_cannot_be_kept_as_it_is_is_refused(ids, columns, said):
         ({"item_ids": torch.tensor([2, 1])}, "strictly ascending; the table is damaged"),
         ({"item_ids": torch.tensor([1, 2]), "feature_x": torch.zeros(3)}, r"'x' is \[3\] for 2 items"),
         ({"item_ids": torch.tensor([1]), "feature_x": torch.zeros(1, dtype=torch.float16)}, "'x' is float16; expected"),
-        ({"feature_x": torch.zeros(1)}, "found no item_ids"),
-        ({"item_ids": torch.tensor([1]), "y": torch.zeros(1)}, r"found \['item_ids', 'y'\]"),
+        ({"item_ids": None, "feature_x": torch.zeros(1)}, r"found \['published'\]"),
+        ({"item_ids": torch.tensor([1]), "y": torch.zeros(1)}, r"found \['item_ids', 'published', 'y'\]"),
+        ({"item_ids": torch.tensor([1]), "published": torch.tensor(2)}, "2 of 1 rows published; the table is damaged"),
+        ({"item_ids": torch.tensor([1]), "published": torch.tensor(1.0)}, r"published int64 \[\], found float32 \[\]"),
+        ({"item_ids": torch.tensor([1]), "slots": torch.tensor([0])}, r"slots int32 \[1\], found int64 \[1\]"),
+        (
+            {"item_ids": torch.tensor([1]), "slots": torch.tensor([1], dtype=torch.int32), "feature_x": torch.zeros(1)},
+            "slots from -1 to 0; the table is damaged",
+        ),
+        ({"item_ids": torch.tensor([1]), "popularity": torch.zeros(2, 1)}, r"popularity is \[2, 1\] for 1 rows"),
     ],
 )
 def test_a_damaged_state_is_refused(state, said):
+    ids = state["item_ids"]
+    whole = {"item_ids": ids, "published": torch.tensor(1 if ids is None else len(ids)), **state}
     with pytest.raises(BundleError, match=said):
-        ItemTable.from_state(state)
+        ItemTable.from_state({name: tensor for name, tensor in whole.items() if tensor is not None})
 
 
 SCHEMA = FeatureSchema(

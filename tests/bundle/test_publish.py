@@ -37,7 +37,7 @@ def test_a_version_is_exactly_the_files_of_the_format(tmp_path):
     assert re.fullmatch(r"\d{8}T\d{4}-[0-9a-f]{12}", version)
     assert files_below(tmp_path / "versions") == {f"{version}/{name}" for name in STORES_FILES}
     said = json.loads((tmp_path / "versions" / version / "manifest.json").read_text())
-    assert said["format"] == 1
+    assert said["format"] == 2
     assert said["version"] == version
     assert said["num_items"] == 300
     assert said["parents"] == {"data": "f00", "run": "r1"}

@@ -36,7 +36,7 @@ class FakeFunnel:
 
     def change(self, changes: Sequence[ItemChange]) -> Changed:
         self.changed += changes
-        return Changed(len(changes), 1)
+        return Changed(len(changes), 1, 7)
 
     def recommend(self, request: Request, arrived: float | None = None) -> Answer:
         assert arrived is not None

@@ -71,7 +71,7 @@ def test_what_was_changed_is_known_after_a_restart(store: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (ItemChange(1), r"items\[0\]: expected at least one of on, pacing and values"),
+        (ItemChange(1), r"items\[0\]: expected at least one of on, pacing, values, columns and removed"),
         (ItemChange(1, pacing=-0.5), r"items\[0\].pacing: expected a finite number of 0 or more, got -0.5"),
         (ItemChange(1, pacing=float("nan")), r"items\[0\].pacing: expected a finite number of 0 or more, got nan"),
         (ItemChange(1 << 63, on=True), r"items\[0\].item_id: expected an int64"),
@@ -117,7 +117,7 @@ def test_changes_over_http_are_taken_as_they_are_and_counted() -> None:
         body = {"items": [{"item_id": 5, "on": False}, {"item_id": 6, "pacing": 0.5, "values": {"bid": 3}}]}
         response = client.post("/v1/items", json=body)
         assert response.status_code == 200
-        assert response.json() == {"accepted": 2, "unknown_items": 1}
+        assert response.json() == {"accepted": 2, "unknown_items": 1, "free_rows": 7}
         assert funnel.changed == [ItemChange(5, on=False), ItemChange(6, pacing=0.5, values={"bid": 3.0})]
         text = client.get("/metrics").text
         assert "prerank_items_changed_total 2.0" in text
@@ -149,7 +149,7 @@ def test_the_example_of_the_docs_works(store: Path) -> None:
     with Funnel.open(store) as funnel, Client(create_app(funnel)) as client:
         path = client.get("/openapi.json").json()["paths"]["/v1/items"]["post"]
         example = path["requestBody"]["content"]["application/json"]["example"]
-        assert client.post("/v1/items", json=example).json() == {"accepted": 1, "unknown_items": 0}
+        assert client.post("/v1/items", json=example).json() == {"accepted": 1, "unknown_items": 0, "free_rows": 0}
         assert "/v1/items" in client.get("/docs").text
         schema = client.get("/openapi.json").json()["components"]["schemas"]["ItemsBody"]
         assert schema["properties"]["items"]["maxItems"] == MOST_CHANGES

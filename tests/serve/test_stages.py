@@ -207,6 +207,7 @@ class GivenWinners(torch.nn.Module):
             *(rows, rows + 100, torch.ones(rows.shape), torch.ones(*rows.shape, 2), rows >= 0),
             num_nonfinite=torch.tensor([3]),
             num_below=torch.tensor([2]),
+            num_absent=torch.tensor([4]),
         )
 
 
@@ -218,6 +219,7 @@ def test_candidates_that_could_not_win_are_said_and_why() -> None:
     assert written["rank_notes"] == (
         "3 candidates had no finite utility and could not win",
         "2 candidates were below the reserve or a floor and could not win",
+        "4 candidates are not resident and were not fetched in time, and could not win",
     )
     assert stage.count(values, written) == (2, 1)
 

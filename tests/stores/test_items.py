@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import lmdb
@@ -15,10 +16,24 @@ def test_changes_are_merged_and_read_back_by_rising_item_id(tmp_path: Path) -> N
         store.put([ItemChange(7, on=False), ItemChange(-3, values={"bid": 2.0})])
         store.put([ItemChange(7, pacing=0.5, values={"bid": 1.5}), ItemChange(7, values={"worth": 3.0})])
     with ItemStore.open(path) as again:
-        assert list(again.all()) == [
+        assert [one.change for one in again.all()] == [
             ItemChange(-3, values={"bid": 2.0}),
             ItemChange(7, on=False, pacing=0.5, values={"bid": 1.5, "worth": 3.0}),
         ]
+
+
+def test_an_item_that_comes_is_anew_and_says_when_and_one_that_leaves_is_nothing_else(tmp_path: Path) -> None:
+    with ItemStore.open(tmp_path / "items.lmdb") as store:
+        before = time.time_ns()
+        store.put([ItemChange(7, on=False, values={"bid": 2.0}), ItemChange(8, pacing=0.5), ItemChange(9, pacing=0.5)])
+        after = store.put([ItemChange(7, columns={"bid": 9, "tags": ["a", None]}), ItemChange(8, removed=True)])
+        assert after == [ItemChange(7, on=False, columns={"bid": 9, "tags": ["a", None]}), ItemChange(8, removed=True)]
+        assert store.put([ItemChange(7, values={"bid": 3.0}), ItemChange(7, pacing=2.0)]) == [
+            ItemChange(7, on=False, pacing=2.0, values={"bid": 3.0}, columns={"bid": 9, "tags": ["a", None]})
+        ]
+        times = {one.change.item_id: one.time_ns for one in store.all()}
+        assert before <= times[7] == times[8] <= time.time_ns()
+        assert times[9] == 0
 
 
 def test_a_file_that_is_no_store_is_refused_and_says_what_to_do(tmp_path: Path) -> None:

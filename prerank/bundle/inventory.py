@@ -1,0 +1,252 @@
+"""Items that come, change and leave while a version serves: new rows in its slack, and the old ones out of the way.
+
+An item that is changed is written anew, in a row that nobody has, and then takes the old one's place; so no reader
+ever sees half of it. Order makes that so: a row's vector, without which it is not found, is written last, and rows are
+swapped under the lock that readers of what is live take. A row that was left is given away again when every request
+that began before has ended; one of those published never is, for their order is that of the item_ids.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from prerank.bundle.load import Bundle
+from prerank.bundle.readers import Readers
+from prerank.business.targeting import Listed
+from prerank.errors import DataError, NoRoom, RequestError
+from prerank.stores.metadata import MetadataTable
+from prerank.types import Array, Features, Given, ItemChange
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """n items read, ready to be put: all that can be wrong with them has been looked for.
+
+    item_ids int64 [n], each once; encoded features [n, ...]; what they list by targeting rule; their groups int32
+    [n, G]; and what answers show of each.
+    """
+
+    item_ids: Array
+    features: Features
+    listed: Listed
+    groups: Tensor | None
+    shown: pa.Table
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """Of n items: features with their rates, the ranker's item side, popularity and the item tower's vectors."""
+
+    features: Features
+    side: Features
+    popularity: Tensor
+    vectors: Tensor
+
+
+class Inventory:
+    """The items of `bundle`, whose answers show `metadata`. Threads may call; they write in turn."""
+
+    def __init__(self, bundle: Bundle, metadata: MetadataTable) -> None:
+        self._bundle, self._metadata = bundle, metadata
+        self._items, self._scorer = bundle.scorer.items, bundle.scorer
+        config = bundle.config
+        shown = [name for name in metadata.columns if name not in config.item_columns()]
+        self.columns = (*config.item_columns(), *shown)
+        self.readers = Readers()
+        self._lock = threading.Lock()
+        self._next = self._items.num_published  # the high-water mark: rows from here on were never taken
+        self._left: deque[tuple[int, int]] = deque()  # slack rows that items left, and after which line of readers
+        self._unseen: Tensor | None = None  # the popularity of items that nobody was shown
+        self._rates: dict[str, dict[int, float]] = {}
+
+    @property
+    def num_free(self) -> int:
+        """How many rows of slack are free, now or as soon as the requests that run have ended."""
+        return self._items.num_rows - self._next + len(self._left)
+
+    def rows_of(self, item_ids: Sequence[int]) -> list[int]:
+        """Where items are, -1 for one that is not here."""
+        return list(self._items.rows_of(torch.tensor(item_ids, dtype=torch.int64)).tolist())
+
+    def check_room(self, num: int) -> None:
+        """Raises NoRoom where there are not so many free rows."""
+        free = self._items.num_rows - self._next + self._num_left()
+        if num > free:
+            slack = self._items.num_rows - self._items.num_published
+            raise NoRoom(
+                f"items: {num} of them need a row each, and of {slack} rows of slack {free} are free; publish again, "
+                "which makes those that came the version's own, or with more [inventory] slack"
+            )
+
+    def read(self, items: Sequence[ItemChange], names: Sequence[str]) -> Arrivals:
+        """Items, each once, as plain values, one, if only None, for each of `columns`; errors call them by `names`.
+
+        Raises RequestError naming the first item, and its column, that is wrong.
+        """
+        rows = [one.columns or {} for one in items]
+        for name, row in zip(names, rows, strict=True):
+            missing = [column for column in self.columns if column not in row]
+            if missing:
+                raise RequestError(
+                    f"{name}: expected a value, or null where it is not known, for each of {list(self.columns)}; "
+                    f"{missing} are missing"
+                )
+            extra = [column for column in row if column not in self.columns]
+            if extra:
+                raise RequestError(f"{name}: expected {list(self.columns)}, and nothing reads {extra}")
+        return self._arrivals([one.item_id for one in items], self._table(rows, names), names)
+
+    def _arrivals(self, item_ids: Sequence[int], rows: pa.Table, names: Sequence[str]) -> Arrivals:
+        features = self._encoded(rows, names)
+        scorer = self._scorer
+        try:
+            listed: Listed = []
+            if scorer.targeting is not None:
+                listed = scorer.targeting.read({name: rows[name] for name in rows.column_names})
+            groups = None if scorer.diversity is None else scorer.diversity.codes_of(rows)
+        except DataError as error:
+            raise RequestError(f"items: {error}") from None
+        shown = rows.select(list(self._metadata.columns))
+        return Arrivals(np.asarray(item_ids, np.int64), features, listed, groups, shown)
+
+    def put(self, arrivals: Arrivals, said: Sequence[ItemChange]) -> None:
+        """Let every request that begins after this find these items, and none the rows that they had before.
+
+        They are as `said`, one change an item; where it does not say, an item is on, and paced, as it was, and a new
+        one on. All of them or none: raises NoRoom, with nothing changed, where they are more than there are free rows.
+        """
+        if not said:
+            return
+        with self._lock, torch.inference_mode():
+            ids = torch.from_numpy(arrivals.item_ids)
+            before = self._items.rows_of(ids)
+            is_new = before < 0
+            made = self._made(arrivals.features, before)
+            new = torch.tensor(self._take(len(ids)), dtype=torch.int64)
+            try:
+                self._write(arrivals, made, new, before, said)
+            except BaseException:
+                self._leave(new)
+                raise
+            live = self._scorer.live
+            on = live.on[before.clamp_min(0)] | is_new
+            for at, one in enumerate(said):
+                on[at] = on[at] if one.on is None else one.on
+            live.swap(new, on, before[~is_new])
+            self._items.move(ids, new)
+            self._leave(before[~is_new])
+
+    def remove(self, item_ids: Sequence[int]) -> int:
+        """Let no request that begins after this find these items; how many of them there were."""
+        with self._lock, torch.inference_mode():
+            ids = torch.tensor(list(dict.fromkeys(item_ids)), dtype=torch.int64)
+            rows = self._items.rows_of(ids)
+            gone, rows = ids[rows >= 0], rows[rows >= 0]
+            self._scorer.live.swap(rows[:0], rows[:0].bool(), rows)
+            self._items.move(gone, torch.full_like(gone, -1))
+            self._leave(rows)
+            return len(rows)
+
+    def _num_left(self) -> int:
+        """How many rows that items left nobody reads any more; those left first are the first."""
+        return sum(1 for _ in takewhile(lambda one: self.readers.are_past(one[1]), self._left))
+
+    def _take(self, num: int) -> list[int]:
+        """Rows that nobody has or reads."""
+        self.check_room(num)
+        again = [self._left.popleft()[0] for _ in range(min(self._num_left(), num))]
+        first = self._next
+        self._next += num - len(again)
+        return [*again, *range(first, self._next)]
+
+    def _made(self, features: Features, before: Tensor) -> _Made:
+        """What the models make of items [n] that were in rows int64 [n], -1 for new ones."""
+        whole = dict(features)
+        for name, rate in self._bundle.config.features.rates().items():
+            whole[name] = self._rate(name, rate.by, features, before)
+        popularity = self._items.popularity
+        assert popularity is not None, "a table with slack has it"
+        if self._unseen is None:
+            self._unseen = popularity[: self._items.num_published].amin(0)
+        popularity = torch.where((before < 0).unsqueeze(1), self._unseen, popularity[before.clamp_min(0)])
+        side, vectors = self._scorer.ranker.item_side(whole), self._bundle.towers.item_side(whole, popularity)
+        for made in (*side.values(), vectors):
+            if made.is_floating_point() and not bool(made.isfinite().all()):
+                at = int((~made.reshape(len(made), -1).isfinite().all(1)).nonzero()[0, 0])
+                raise RequestError(f"items[{at}].columns: the models make numbers of them that are not finite")
+        return _Made(whole, side, popularity, vectors)
+
+    def _rate(self, name: str, by: str, features: Features, before: Tensor) -> Tensor:
+        """An item's rate as it was, and of a new one what its group's is, or 0, as all items' together."""
+        held = self._items.features()
+        if by and name not in self._rates:
+            codes, first = np.unique(held[by][: self._items.num_resident].numpy(), return_index=True)
+            self._rates[name] = dict(zip(codes.tolist(), held[name].numpy()[first].tolist(), strict=True))
+        if by:
+            return torch.tensor([self._rates[name].get(code, 0.0) for code in features[by].tolist()])
+        slots = self._items.slots_of(before.clamp_min(0))
+        return torch.where((before < 0) | (slots < 0), 0.0, held[name][slots.clamp_min(0)])
+
+    def _write(self, arrivals: Arrivals, made: _Made, new: Tensor, before: Tensor, said: Sequence[ItemChange]) -> None:
+        """All of rows `new`, their vectors last."""
+        items, scorer = self._items, self._scorer
+        items.put(new, torch.from_numpy(arrivals.item_ids), made.features)
+        assert items.popularity is not None
+        items.popularity[new] = made.popularity
+        scorer.put_side(items.slots_of(new), made.side)
+        if scorer.diversity is not None and arrivals.groups is not None:
+            scorer.diversity.codes[new] = arrivals.groups
+        if scorer.targeting is not None:
+            scorer.targeting.put(new, arrivals.listed)
+        live = scorer.live
+        pacing = torch.where(before < 0, 1.0, live.pacing[before.clamp_min(0)])
+        values = {name: made.features[name].float() for name in live.names}
+        for at, one in enumerate(said):
+            pacing[at] = pacing[at] if one.pacing is None else one.pacing
+            for name, value in one.values.items():
+                values[name][at] = value
+        live.prepare(new, values, pacing)
+        self._metadata.put(new.tolist(), arrivals.shown)
+        self._bundle.index.put(new, made.vectors)
+
+    def _leave(self, rows: Tensor) -> None:
+        self._bundle.index.put(rows, None)
+        line = self.readers.mark()
+        self._left.extend((row, line) for row in rows.tolist() if row >= self._items.num_published)
+
+    def _table(self, rows: Sequence[Mapping[str, Given]], names: Sequence[str]) -> pa.Table:
+        columns = {}
+        for column in self.columns:
+            try:
+                columns[column] = pa.array([row[column] for row in rows])
+            except (pa.ArrowException, TypeError, OverflowError):
+                self._refuse_first(rows, names)
+                kinds = sorted({type(row[column]).__name__ for row in rows})
+                raise RequestError(f"items: columns.{column}: expected values of one type, got {kinds}") from None
+        return pa.table(columns)
+
+    def _encoded(self, rows: pa.Table, names: Sequence[str]) -> dict[str, Tensor]:
+        transforms = self._bundle.transforms
+        try:
+            encoded = transforms.encode("item", rows)
+        except DataError as error:
+            self._refuse_first(rows.to_pylist(), names)
+            raise RequestError(f"items: {error}") from None
+        return {name: torch.from_numpy(np.array(column)) for name, column in encoded.items()}
+
+    def _refuse_first(self, rows: Sequence[Mapping[str, Given]], names: Sequence[str]) -> None:
+        """Raises RequestError naming the first row with a value that its feature cannot read."""
+        for name, row in zip(names, rows, strict=True):
+            try:
+                self._bundle.transforms.encode_row("item", row)
+            except RequestError as error:
+                raise RequestError(f"{name}: {str(error).removeprefix('item.')}") from None
