@@ -13,18 +13,20 @@ from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
 from math import isfinite
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from prerank._toml import Problems, structure
+from prerank._toml import Problems, columns_named, structure
 from prerank.errors import ConfigError
-from prerank.schema import IMPRESSION, Category, FeatureSchema, Owner, Value
+from prerank.schema import IMPRESSION, Category, FeatureSchema, Kind, Owner, Value
 
 Days: TypeAlias = tuple[str, str]
 Tables: TypeAlias = Literal["own", "retrieval"]
 """Where a ranker's item tables come from: learned with it, or taken from the retrieval towers and left as they are."""
 Crossing: TypeAlias = Literal["attention", "matches"]
 """What of user and item crosses before the layers: target attention over histories, match counts and counters."""
+ItemNumber: TypeAlias = Annotated[str, Value()]
+"""The type of a rule's option that names a column of the items table, one of numbers: `Config.ruled` finds it by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +316,10 @@ class Config:
         """The columns of users, requests or items that the rules of [targeting] read, each once."""
         columns: list[str] = [getattr(rule, owner) for rule in self.targeting.values()]
         return [name for name in dict.fromkeys(columns) if name]
+
+    def ruled(self) -> dict[str, tuple[str, Kind]]:
+        """The columns of the items table that [rules] reads, by the key that names them, and what they must hold."""
+        return columns_named(self.rules, "rules")
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON types, features by kind."""

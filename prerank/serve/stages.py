@@ -189,7 +189,7 @@ class Rank:
         winners: Ranked = self.scorer(values["features"], values["candidates"], values["request"].k)
         lost = {
             "had no finite utility": int(winners.num_nonfinite.sum()),
-            "were below the reserve or a floor": int(winners.num_below.sum()),
+            f"were {self.scorer.why_below}": int(winners.num_below.sum()),
         }
         notes = tuple(f"{num} candidates {why} and could not win" for why, num in lost.items() if num)
         return {"winners": winners, "rank_notes": notes}
