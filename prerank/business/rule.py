@@ -49,7 +49,8 @@ class Rule(nn.Module, ABC):
     def put(self, rows: Tensor, items: pa.Table) -> None:
         """Keep what the rule reads of the raw `items` [n] as that of rows int64 [n]; other rows stay as they are.
 
-        Raises DataError where a column is missing or not as it must be, and then nothing was written.
+        Where requests are ranked meanwhile, the caller keeps them apart from this. Raises DataError where a column is
+        missing or not as it must be, and then nothing was written.
         """
 
 
