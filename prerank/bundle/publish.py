@@ -154,7 +154,7 @@ def _write_files(folder: Path, parts: Parts) -> int:
     raw = parts.item_table.take(pa.array(_order(parts.item_ids)))
     diversity = Diversity.build(config.diversity, raw) if config.diversity else None
     tasks, targeting = parts.ranker.tasks, _targeting(parts)
-    utility, rules = Utility.build(tasks, config.utility), fit_rules(tasks, config.rules, raw)
+    utility, rules = Utility.build(tasks, config.utility), fit_rules(tasks, config.rules, raw, items.num_items)
     scorer = Scorer(items, parts.ranker, utility, diversity=diversity, rules=rules, targeting=targeting).eval()
     for name, side in scorer.item_side.tensors().items():
         _refuse_nonfinite(side, f"the ranker's item side {name!r}")

@@ -31,7 +31,7 @@ class Reserve(Rule):
         self.register_buffer("floors", torch.tensor(list(rules.floor.values()), dtype=torch.float32))
 
     @classmethod
-    def build(cls, tasks: Sequence[str], rules: Rules, num_items: int) -> Self | None:
+    def build(cls, tasks: Sequence[str], rules: Rules, num_rows: int) -> Self | None:
         """As [rules] says it, or None where it asks for neither."""
         return cls(tasks, rules) if rules.floor or rules.reserve_micros is not None else None
 

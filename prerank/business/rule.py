@@ -19,8 +19,8 @@ class Rule(nn.Module, ABC):
     """One rule. It has `build`, `adjust` or `may_win`, and `put` if it keeps anything of the items.
 
     Its buffers are all it knows: they are stored with a version and come back with it. Loading builds the rule anew and
-    fills it, so their shapes and types must follow from what `build` is given; what is of the items is [I, ...], in
-    row order, and written by `put` alone. A rule sees nothing of the request but what the ranker made of it.
+    fills it, so their shapes and types must follow from what `build` is given; what is of the items is [num_rows, ...]
+    and written by `put` alone. A rule sees nothing of the request but what the ranker made of it.
 
     `why` follows "candidates were" in an answer's notes, of those that the rule kept from winning.
     """
@@ -29,10 +29,10 @@ class Rule(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, tasks: Sequence[str], rules: Rules, num_items: int) -> Self | None:
-        """As [rules] says it, or None where it does not ask for this rule; of `num_items` items nothing is known yet.
+    def build(cls, tasks: Sequence[str], rules: Rules, num_rows: int) -> Self | None:
+        """As [rules] says it, or None where it does not ask for this rule; of the items nothing is known yet.
 
-        `tasks` are the ranker's, in its order.
+        `tasks` are the ranker's, in its order. A row that is never put may stay as it is built: no item is in it.
         """
 
     def adjust(self, probs: Tensor, utility: Tensor, rows: Tensor) -> Tensor:

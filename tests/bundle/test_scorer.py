@@ -186,13 +186,13 @@ class Halved(Rule):
 
     why = "worn"
 
-    def __init__(self, num_items):
+    def __init__(self, num_rows):
         super().__init__()
-        self.register_buffer("worn", torch.zeros(num_items, dtype=torch.bool))
+        self.register_buffer("worn", torch.zeros(num_rows, dtype=torch.bool))
 
     @classmethod
-    def build(cls, tasks, rules, num_items):
-        return cls(num_items)
+    def build(cls, tasks, rules, num_rows):
+        return cls(num_rows)
 
     def adjust(self, probs, utility, rows):
         return torch.where(self.worn[rows], utility / 2, utility)

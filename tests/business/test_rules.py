@@ -22,14 +22,14 @@ class Share(Rule):
 
     why = "of no share"
 
-    def __init__(self, column, num_items):
+    def __init__(self, column, num_rows):
         super().__init__()
         self.column = column
-        self.register_buffer("shares", torch.full((num_items,), torch.nan))
+        self.register_buffer("shares", torch.full((num_rows,), torch.nan))
 
     @classmethod
-    def build(cls, tasks, rules, num_items):
-        return cls(rules.share, num_items) if rules.share else None
+    def build(cls, tasks, rules, num_rows):
+        return cls(rules.share, num_rows) if rules.share else None
 
     def put(self, rows, items):
         self.shares[rows] = item_numbers(items, self.column, "rules.share").float()
@@ -48,10 +48,10 @@ def test_only_the_rules_that_the_funnel_file_asks_for_are_built():
 
 def test_a_rule_fitted_knows_each_items_value_and_one_that_is_built_has_places_for_them():
     asked = WithShare(share="s")
-    fitted, built = fit_rules([], asked, pa.table({"s": [3, None, 5]})), build_rules([], asked, 3)
-    assert fitted["share"].shares.nan_to_num(-1).tolist() == [3.0, -1.0, 5.0]
+    fitted, built = fit_rules([], asked, pa.table({"s": [3, None, 5]}), 4), build_rules([], asked, 4)
+    assert fitted["share"].shares.nan_to_num(-1).tolist() == [3.0, -1.0, 5.0, -1.0]
     built["share"].load_state_dict(fitted["share"].state_dict(), assign=True)
-    assert built["share"].shares.nan_to_num(-1).tolist() == [3.0, -1.0, 5.0]
+    assert built["share"].shares.nan_to_num(-1).tolist() == [3.0, -1.0, 5.0, -1.0]
 
 
 def test_a_rule_on_nothing_of_its_own_lets_all_win_and_keeps_nothing():
@@ -98,4 +98,4 @@ def test_a_column_of_anything_else_is_refused_by_the_key_that_names_it(column, s
 
 def test_a_column_that_the_items_lack_is_refused_by_the_key_that_names_it():
     with pytest.raises(DataError, match=r"rules.share: expected numbers in .* 's', found the columns \['t'\]"):
-        fit_rules([], WithShare(share="s"), pa.table({"t": [1]}))
+        fit_rules([], WithShare(share="s"), pa.table({"t": [1]}), 1)

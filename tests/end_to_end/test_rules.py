@@ -57,13 +57,13 @@ class BegunRule(Rule):
 
     why = "not begun"
 
-    def __init__(self, num_items):
+    def __init__(self, num_rows):
         super().__init__()
-        self.register_buffer("at", torch.zeros(num_items, dtype=torch.float64))
+        self.register_buffer("at", torch.zeros(num_rows, dtype=torch.float64))
 
     @classmethod
-    def build(cls, tasks, rules, num_items):
-        return None if rules.begun is None else cls(num_items)
+    def build(cls, tasks, rules, num_rows):
+        return None if rules.begun is None else cls(num_rows)
 
     def put(self, rows, items):
         self.at[rows] = item_numbers(items, "start_ms", "rules.begun.column")
