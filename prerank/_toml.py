@@ -6,7 +6,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from prerank.errors import ConfigError
 from prerank.schema import KINDS, OWNERS, Counter, FeatureSchema, Kind
@@ -61,6 +61,21 @@ def structure(plain: Mapping[str, object], into: type[T], path: str, problems: P
         elif _required(declared):
             problems.add(key, f"missing; expected {_describe(hints[name])}")
     return into(**chosen) if len(problems) == before else None
+
+
+def columns_named(options: object, path: str) -> dict[str, tuple[str, Kind]]:
+    """The options of a dataclass, and of those in it, that name columns: their type is text annotated with a kind.
+
+    By dotted key: the column, and the kind of what it must hold.
+    """
+    found: dict[str, tuple[str, Kind]] = {}
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        key, given = _join(path, name), getattr(options, name)
+        if is_dataclass(given):
+            found |= columns_named(given, key)
+        elif get_origin(hint) is Annotated:
+            found[key] = given, hint.__metadata__[0]
+    return found
 
 
 def _convert(given: object, wanted: object, key: str, problems: Problems) -> object:

@@ -11,20 +11,22 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
-from math import isfinite
 from pathlib import Path
-from typing import Literal, TypeAlias
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from typing import Annotated, Literal, TypeAlias
 
-from prerank._toml import Problems, structure
+from prerank._funnel_checks import GATES as GATES
+from prerank._funnel_checks import check_names
+from prerank._toml import Problems, columns_named, structure
 from prerank.errors import ConfigError
-from prerank.schema import IMPRESSION, Category, FeatureSchema, Owner, Value
+from prerank.schema import IMPRESSION, FeatureSchema, Kind, Owner, Value
 
 Days: TypeAlias = tuple[str, str]
 Tables: TypeAlias = Literal["own", "retrieval"]
 """Where a ranker's item tables come from: learned with it, or taken from the retrieval towers and left as they are."""
 Crossing: TypeAlias = Literal["attention", "matches"]
 """What of user and item crosses before the layers: target attention over histories, match counts and counters."""
+ItemNumber: TypeAlias = Annotated[str, Value()]
+"""The type of a rule's option that names a column of the items table, one of numbers: `Config.ruled` finds it by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,9 +345,14 @@ class Config:
         columns: list[str] = [getattr(rule, owner) for rule in self.targeting.values()]
         return [name for name in dict.fromkeys(columns) if name]
 
+    def ruled(self) -> dict[str, tuple[str, Kind]]:
+        """The columns of the items table that [rules] reads, by the key that names them, and what they must hold."""
+        return columns_named(self.rules, "rules")
+
     def item_columns(self) -> list[str]:
         """The columns of the items table that a version reads of an item, each once; those that answers show beside."""
         names = [*self.features.columns("item"), *self.targeted("item"), *self.diversity, *self.metadata.columns]
+        names += [column for column, _ in self.ruled().values()]
         return list(dict.fromkeys(names))
 
     def known_of_all(self) -> frozenset[str]:
@@ -360,10 +367,6 @@ class Config:
         plain = asdict(self)
         plain["features"] = self.features.to_dict()
         return dict(json.loads(json.dumps(plain)))
-
-
-GATES = ("retrieval_recall", "recall_over_popularity", "normalised_entropy", "calibration_error", "golden")
-"""The validation gates a funnel file may bound; `lifecycle.validate` measures them."""
 
 
 def load_config(path: Path) -> Config:
@@ -382,159 +385,7 @@ def parse_config(plain: Mapping[str, object], where: str) -> Config:
     problems = Problems()
     config = structure(plain, Config, "", problems)
     if config is not None and not problems:
-        _check_names(config, problems)
+        check_names(config, problems)
     if problems or config is None:
         raise ConfigError("\n".join(f"{where}: {p}" for p in problems))
     return config
-
-
-def _check_names(config: Config, problems: Problems) -> None:
-    _check_days(config.data, problems)
-    if not config.retrieval.targets:
-        problems.add("retrieval.targets", "expected the weight of at least one event, such as { is_click = 1.0 }")
-    if not config.tasks:
-        problems.add("tasks", 'expected at least one task, such as click = { label = "is_click" }')
-    if not config.features.item:
-        problems.add("features.item", "expected at least one item feature")
-    for task in config.utility:
-        problems.known(f"utility.{task}", task, list(config.tasks), "a task of [tasks]")
-    if not config.utility:
-        problems.add("utility", "expected what at least one task is worth")
-    values = [n for n, kind in config.features.item.items() if isinstance(kind, Value)]
-    for task, term in config.utility.items():
-        if isinstance(term.value, str):
-            problems.known(f"utility.{task}.value", term.value, values, "a value of [features.item] or a number")
-    _check_rules(config, problems)
-    for gate, bound in config.validate.items():
-        problems.known(f"validate.{gate}", gate, list(GATES), "a gate")
-        if bound.at_least is None and bound.at_most is None:
-            problems.add(f"validate.{gate}", "expected at_least, at_most, or both")
-    _check_domain(config, problems)
-    _check_segments(config, problems)
-    _check_targeting(config.targeting, problems)
-    _check_ranges(config, problems)
-
-
-def _check_rules(config: Config, problems: Problems) -> None:
-    for task, term in config.utility.items():
-        others = [name for name in config.tasks if name != task]
-        for name in term.given:
-            problems.known(f"utility.{task}.given", name, others, "another task of [tasks]")
-        if len(set(term.given)) != len(term.given):
-            problems.add(f"utility.{task}.given", f"expected each task once, got {list(term.given)}")
-    reserve = config.rules.reserve_micros
-    if reserve is not None and not isfinite(reserve):
-        problems.add("rules.reserve_micros", f"expected a finite number, got {reserve}")
-    for task, floor in config.rules.floor.items():
-        problems.known(f"rules.floor.{task}", task, list(config.tasks), "a task of [tasks]")
-        if not 0 <= floor <= 1:
-            problems.add(f"rules.floor.{task}", f"expected a probability, 0 to 1, got {floor}")
-    for column, rule in config.diversity.items():
-        if rule.at_most < 1:
-            problems.add(f"diversity.{column}.at_most", f"expected 1 or more, got {rule.at_most}")
-
-
-def _check_domain(config: Config, problems: Problems) -> None:
-    model, domain = config.ranker.model, config.ranker.domain
-    if domain and model != "mtmd":
-        problems.add("ranker.domain", f'expected none with model = "{model}", only "mtmd" has domains; got {domain!r}')
-    elif domain:
-        categories = [name for name, kind in config.features.context.items() if isinstance(kind, Category)]
-        problems.known("ranker.domain", domain, categories, "a category of [features.context]")
-
-
-def _check_segments(config: Config, problems: Problems) -> None:
-    segments = config.segments
-    if segments is None:
-        return
-    known = [n for n, kind in config.features.context.items() if isinstance(kind, Category) and not kind.hash]
-    problems.known("segments.by", segments.by, known, "a category of [features.context] without hash")
-    if not segments.own or len(set(segments.own)) != len(segments.own):
-        problems.add("segments.own", f"expected at least one value, each once, got {list(segments.own)}")
-
-
-def _check_targeting(rules: Mapping[str, TargetingRule], problems: Problems) -> None:
-    for name, rule in rules.items():
-        given = [key for key in ("user", "context", "schedule") if getattr(rule, key)]
-        if len(given) != 1:
-            said = " and ".join(given) or "none"
-            problems.add(f"targeting.{name}", f"expected exactly one of user, context and schedule, got {said}")
-        if not rule.item:
-            problems.add(f"targeting.{name}.item", "expected a column of the items table, got ''")
-        if rule.schedule:
-            _check_zone(f"targeting.{name}.schedule", rule.schedule, problems)
-
-
-def _check_zone(key: str, name: str, problems: Problems) -> None:
-    try:
-        ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        problems.add(key, f'expected an IANA name such as "Asia/Shanghai", got {name!r}')
-
-
-def _check_days(data: Data, problems: Problems) -> None:
-    _check_zone("data.timezone", data.timezone, problems)
-    last = ""
-    for part in ("train", "validate", "test"):
-        first_last: Days = getattr(data, part)
-        try:
-            first, final = (date.fromisoformat(d).isoformat() for d in first_last)
-        except ValueError:
-            problems.add(f"data.{part}", f"expected two ISO days [first, last], got {list(first_last)}")
-            return
-        if first > final:
-            problems.add(f"data.{part}", f"the first day {first} is after the last, {final}")
-        if last and first <= last:
-            problems.add(f"data.{part}", f"starts on {first}, not after the part before it, which ends on {last}")
-        last = final
-
-
-_POSITIVE = {
-    "inventory": ("cached", "ttl_s", "fetch_ms"),
-    "retrieval": ("dim", "batch", "epochs", "keep", "temperature", "learning_rate", "group"),
-    "segments": ("least",),
-    "heavy_ranker": ("width", "experts", "cross_layers", "low_rank", "heads", "batch", "epochs", "learning_rate"),
-    "distillation": ("among",),
-    "ranker": (
-        *("dim", "width", "experts", "cross_layers", "low_rank", "heads"),
-        *("batch", "epochs", "keep", "learning_rate"),
-    ),
-    "serve": ("deadline_ms", "max_k"),
-}
-
-
-def _check_ranges(config: Config, problems: Problems) -> None:
-    retrieval, ranker = config.retrieval, config.ranker
-    for section, names in _POSITIVE.items():
-        for name in names:
-            options = getattr(config, section)
-            number = 1 if options is None else getattr(options, name)
-            if not number > 0:
-                problems.add(f"{section}.{name}", f"expected more than 0, got {number}")
-    rates = {"retrieval.dropout": retrieval.dropout, "ranker.dropout": ranker.dropout, "ranker.average": ranker.average}
-    resident = config.inventory.resident
-    if resident is not None and resident.top < 1:
-        problems.add("inventory.resident.top", f"expected 1 or more, got {resident.top}")
-    whole = {
-        "inventory.slack": config.inventory.slack,
-        "ranker.patience": ranker.patience,
-        "distillation.candidates": config.distillation.candidates,
-    }
-    for name in ("candidate_weight", "label_weight"):
-        whole[f"distillation.{name}"] = getattr(config.distillation, name)
-    if config.heavy_ranker is not None:
-        heavy = config.heavy_ranker
-        rates |= {f"heavy_ranker.{name}": getattr(heavy, name) for name in ("dropout", "id_dropout", "average")}
-        whole |= {f"heavy_ranker.{name}": getattr(heavy, name) for name in ("patience", "folds")}
-    for key, number in whole.items():
-        if number < 0:
-            problems.add(key, f"expected 0 or more, got {number}")
-    for key, rate in rates.items():
-        if not 0 <= rate < 1:
-            problems.add(key, f"expected at least 0 and below 1, got {rate}")
-    for half_life in retrieval.popularity.half_life_days:
-        if not half_life > 0:
-            problems.add("retrieval.popularity.half_life_days", f"expected more than 0 days, got {half_life}")
-    for label, weight in retrieval.targets.items():
-        if not weight > 0:
-            problems.add(f"retrieval.targets.{label}", f"expected a weight above 0, got {weight}")

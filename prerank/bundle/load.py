@@ -20,8 +20,9 @@ from prerank.bundle.item_table import ItemTable
 from prerank.bundle.manifest import verify as verify
 from prerank.bundle.scorer import Scorer
 from prerank.business.diversity import Diversity
+from prerank.business.rules import RULES, build_rules
 from prerank.business.targeting import Targeting
-from prerank.business.utility import Reserve, Utility
+from prerank.business.utility import Utility
 from prerank.config import Config, parse_config
 from prerank.errors import BundleError, ConfigError, DataError, SchemaMismatch
 from prerank.features.transforms import Transforms
@@ -34,8 +35,8 @@ from prerank.stores.metadata import MetadataTable
 
 _DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 _ITEMS, _RANKER, _UTILITY, _ITEM_SIDE = "items.", "ranker.", "utility.", "item_side."
-_RESERVE, _DIVERSITY, _TARGETING = "reserve.", "diversity.", "targeting."
-_PARTS = (_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE, _RESERVE, _DIVERSITY, _TARGETING)
+_DIVERSITY, _TARGETING = "diversity.", "targeting."
+_PARTS = (_ITEMS, _RANKER, _UTILITY, _ITEM_SIDE, _DIVERSITY, _TARGETING, *(f"{rule}." for rule in RULES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +83,16 @@ def load(path: Path) -> Bundle:
     fault = items.first_fault(config.features, sizes)
     if fault:
         raise BundleError(f"{where}: {fault}")
-    utility, reserve = Utility.build(ranker.tasks, config.utility), Reserve.build(ranker.tasks, config.rules)
+    utility = Utility.build(ranker.tasks, config.utility)
     _fill(utility, _below(tensors, _UTILITY), where)
-    _fill(nn.Module() if reserve is None else reserve, _below(tensors, _RESERVE), where)
+    rules = build_rules(ranker.tasks, config.rules, items.num_rows)
+    for name in RULES:  # one that is not asked for has no weights either
+        _fill(rules.get(name, nn.Module()), _below(tensors, f"{name}."), where)
     item_side = _item_side(tensors, ranker, items, where)
     targeting = _targeting(path, config, said, _below(tensors, _TARGETING), items.num_rows)
     try:
         diversity = _diversity(path, config, said, _below(tensors, _DIVERSITY))
-        scorer = Scorer(items, ranker, utility, item_side, diversity, reserve, targeting).eval()
+        scorer = Scorer(items, ranker, utility, item_side, diversity, rules, targeting).eval()
     except (BundleError, SchemaMismatch) as error:
         raise BundleError(f"{where}: {error}") from None
 

@@ -29,8 +29,9 @@ from prerank.bundle.residency import room_for
 from prerank.bundle.scorer import Scorer
 from prerank.bundle.toml import to_toml
 from prerank.business.diversity import Diversity
+from prerank.business.rules import fit_rules
 from prerank.business.targeting import Targeting
-from prerank.business.utility import Reserve, Utility
+from prerank.business.utility import Utility
 from prerank.config import Config
 from prerank.errors import BundleError, DataError, SchemaMismatch
 from prerank.features.transforms import Transforms
@@ -157,8 +158,8 @@ def _write_files(folder: Path, parts: Parts) -> int:
     index = INDEXES[config.retrieval.index.kind](_vectors(parts, items), config.retrieval.index.storage)
     diversity = Diversity.build(config.diversity, raw, room.slack) if config.diversity else None
     tasks, targeting = parts.ranker.tasks, _targeting(parts)
-    utility, reserve = Utility.build(tasks, config.utility), Reserve.build(tasks, config.rules)
-    scorer = Scorer(items, parts.ranker, utility, diversity=diversity, reserve=reserve, targeting=targeting).eval()
+    utility, rules = Utility.build(tasks, config.utility), fit_rules(tasks, config.rules, raw, items.num_rows)
+    scorer = Scorer(items, parts.ranker, utility, diversity=diversity, rules=rules, targeting=targeting).eval()
     for name, side in scorer.item_side.tensors().items():
         _refuse_nonfinite(side, f"the ranker's item side {name!r}")
     user = {name: torch.from_numpy(np.array(column)) for name, column in parts.golden_user.items()}

@@ -5,6 +5,7 @@ Candidates come in as rows and winners go out; what a loser was worth never leav
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,9 @@ from prerank.bundle.executor import NativeRanker
 from prerank.bundle.item_table import ItemTable
 from prerank.business.diversity import Diversity, groups_of
 from prerank.business.live import LiveItems
+from prerank.business.rule import Rule
 from prerank.business.targeting import Targeting
-from prerank.business.utility import Reserve, Utility
+from prerank.business.utility import Utility
 from prerank.errors import SchemaMismatch
 from prerank.kernels.engine import Engine
 from prerank.kernels.greedy import greedy_top_k
@@ -30,9 +32,9 @@ _ITEMS_AT_ONCE = 1 << 16
 class Ranked(TopK):
     """The winners, and how many valid candidates could not win.
 
-    num_nonfinite int64 [B] had a utility or a probability that is not finite; num_below int64 [B] had less utility than
-    the reserve, or less of a probability than its floor; num_absent int64 [B] are of items that are not resident, and
-    whose features nobody fetched.
+    num_nonfinite int64 [B] had a utility or a probability that is not finite; num_below int64 [B] of the others were
+    kept from it by a rule, such as a utility below the reserve or a probability below its floor; num_absent int64 [B]
+    are of items that are not resident, and whose features nobody fetched.
     """
 
     num_nonfinite: Tensor
@@ -67,9 +69,9 @@ class Scorer(nn.Module):
     """Candidates to winners. Its state_dict is its whole behaviour.
 
     `item_side` is the ranker's of every item; it is computed unless given. Without `diversity` no group is ever full,
-    without `reserve` every finite utility may win; `targeting` is asked before retrieval, without it every item is
-    eligible. `live` is what changes while it serves, and no part of the state_dict. Raises SchemaMismatch if the items
-    lack a value the utility reads, or the groups or the targeting are of other items.
+    without `rules`, by name, every finite utility may win; `targeting` is asked before retrieval, without it every item
+    is eligible. `live` is what changes while it serves, and no part of the state_dict. Raises SchemaMismatch if the
+    items lack a value the utility reads, or the groups or the targeting are of other items.
     """
 
     ranker: Ranker
@@ -81,7 +83,7 @@ class Scorer(nn.Module):
         utility: Utility,
         item_side: Features | None = None,
         diversity: Diversity | None = None,
-        reserve: Reserve | None = None,
+        rules: Mapping[str, Rule] | None = None,
         targeting: Targeting | None = None,
     ) -> None:
         super().__init__()
@@ -95,7 +97,7 @@ class Scorer(nn.Module):
         self.items = items
         self.ranker = ranker
         self.utility = utility
-        self.reserve = reserve
+        self.rules = dict(rules or {})
         self.diversity = diversity
         self.targeting = targeting
         self.live = LiveItems(
@@ -103,6 +105,14 @@ class Scorer(nn.Module):
         )
         self.item_side = ItemSide(self._computed() if item_side is None else item_side)
         self._native: NativeRanker | None = None
+        for name, rule in self.rules.items():  # each under its own name in the state_dict, as every version has it
+            assert not hasattr(self, name), f"a rule cannot be called {name!r}: a part of the scorer is"
+            self.add_module(name, rule)
+
+    @property
+    def why_below(self) -> str:
+        """What the candidates that `Ranked.num_below` counts were, after "were"."""
+        return " or ".join(rule.why for rule in self.rules.values())
 
     def refresh(self) -> None:
         """Compute `item_side` again, as new weights or items want; torch ranks from here on."""
@@ -143,8 +153,8 @@ class Scorer(nn.Module):
     def forward(self, user: Features, candidates: CandidateSet, k: int) -> Ranked:
         """user [B, ...] and candidates [B, N] -> the k winners [B, k], best first.
 
-        Only valid candidates that are on win, of finite utility and probabilities, if they are enough for the reserve,
-        and of a group at most as many as diversity lets; where there are fewer than k the rest is not valid, with row
+        Only valid candidates that are on win, of finite utility and probabilities, if every rule lets them, and of a
+        group at most as many as diversity lets; where there are fewer than k the rest is not valid, with row
         and item_id -1. Equal utilities are ordered by item_id. A row given twice is ranked twice.
         """
         rows = torch.where(candidates.valid, candidates.rows, 0)
@@ -154,10 +164,14 @@ class Scorer(nn.Module):
         valid = valid & (slots >= 0)
         probs = self.probs(user, slots.clamp_min(0))
         utility = pacing * self.utility(probs, values)
+        for rule in self.rules.values():
+            utility = rule.adjust(probs, utility, rows)
         # as published rows ascend with item_id, so the smaller row is the smaller item_id
         names = rows if self.items.is_in_order else self.items.item_ids[rows]
         is_finite = valid & utility.isfinite() & probs.isfinite().all(-1)
-        is_enough = is_finite if self.reserve is None else is_finite & self.reserve(probs, utility)
+        is_enough = is_finite
+        for rule in self.rules.values():
+            is_enough = is_enough & rule.may_win(probs, utility, rows)
         kept = greedy_top_k(utility, names, is_enough, *groups_of(self.diversity, rows), min(k, rows.shape[1]))
         won = kept >= 0
         kept = kept.clamp_min(0)

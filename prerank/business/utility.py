@@ -1,4 +1,4 @@
-"""Probabilities and bids to what one impression is expected to be worth, and what it must be worth to win."""
+"""Probabilities and bids to what one impression is expected to be worth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from prerank.config import Rules, UtilityTerm
+from prerank.config import UtilityTerm
 from prerank.types import Features
 
 
@@ -58,33 +58,3 @@ class Utility(nn.Module):
                 prob = prob * probs[..., place].float()
             total = total + prob * worth
         return total
-
-
-class Reserve(nn.Module):
-    """Who may win: a utility of at least reserve_micros, float32 [], and each task's probability at least its floor.
-
-    floors float32 [F] are those of the tasks in `rules.floor`. Both are in the state_dict; no reserve is -infinity.
-    """
-
-    reserve_micros: Tensor
-    floors: Tensor
-
-    def __init__(self, tasks: Sequence[str], rules: Rules) -> None:
-        super().__init__()
-        assert set(rules.floor) <= set(tasks), "the configuration has checked these names"
-        self.places = [list(tasks).index(task) for task in rules.floor]
-        reserve = -torch.inf if rules.reserve_micros is None else rules.reserve_micros
-        self.register_buffer("reserve_micros", torch.tensor(reserve, dtype=torch.float32))
-        self.register_buffer("floors", torch.tensor(list(rules.floor.values()), dtype=torch.float32))
-
-    @classmethod
-    def build(cls, tasks: Sequence[str], rules: Rules) -> Self | None:
-        """As [rules] says it, or None where it asks for nothing."""
-        return None if rules == Rules() else cls(tasks, rules)
-
-    def forward(self, probs: Tensor, utility: Tensor) -> Tensor:
-        """probs [B, N, T] and utility float32 [B, N] -> bool [B, N]; a NaN is not enough."""
-        is_enough = utility >= self.reserve_micros
-        for n, place in enumerate(self.places):
-            is_enough = is_enough & (probs[..., place].float() >= self.floors[n])
-        return is_enough

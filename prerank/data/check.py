@@ -86,6 +86,7 @@ class _Check:
         if name == "items":
             wanted |= {c: "metadata.columns" for c in self.config.metadata.columns if c not in wanted}
             wanted |= {c: f"diversity.{c}" for c in self.config.diversity if c not in wanted}
+            wanted |= {c: key for key, (c, _) in self.config.ruled().items() if c not in wanted}
         for rule_name, rule in self.config.targeting.items():
             column = getattr(rule, _OWNERS[name])
             if column:
@@ -97,9 +98,11 @@ class _Check:
             yield from self._table_ids(name, source, key)
         for feature, kind in features.items():
             if not isinstance(kind, DERIVED):
-                yield from self._feature(name, source, feature, kind)
+                yield from self._column(name, source, column_of(feature, kind), kind)
         if name == "items":
             yield from self._groups(source)
+            for column, kind in dict.fromkeys(self.config.ruled().values()):
+                yield from self._column(name, source, column, kind)
         for column in self.config.targeted(_OWNERS[name]):
             if column in source.schema.names:
                 yield from self._targeted(name, source, column)
@@ -130,8 +133,7 @@ class _Check:
                 if problem is not None:
                     yield problem
 
-    def _feature(self, name: str, source: Source, feature: str, kind: Kind) -> Iterator[Problem]:
-        column = column_of(feature, kind)
+    def _column(self, name: str, source: Source, column: str, kind: Kind) -> Iterator[Problem]:
         if column not in source.schema.names:
             return
         problem = type_problem(f"{name}.{column}", kind, source.schema.field(column).type, source.format)

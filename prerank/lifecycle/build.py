@@ -58,7 +58,7 @@ def publish_trained(trained: Trained, tables: Tables, home: Path, metrics: Mappi
     prepared, config = trained.prepared, trained.config
     items = tables.items().sort_by(config.data.item_id)
     columns = list(config.metadata.columns) or [c for c in items.column_names if c != config.data.item_id]
-    columns = list(dict.fromkeys([*columns, *config.diversity]))
+    columns = list(dict.fromkeys([*columns, *config.diversity, *(column for column, _ in config.ruled().values())]))
     last = np.flatnonzero(prepared.events["logged"])
     moments = last[np.argsort(prepared.events["time_ms"][last], kind="stable")[-NUM_GOLDEN:]]
     golden = UserExamples(prepared, config.features).at(moments)

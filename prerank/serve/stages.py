@@ -201,7 +201,7 @@ class Rank:
         winners: Ranked = self.scorer(values["features"], values["candidates"], values["request"].k)
         lost = {
             "had no finite utility": int(winners.num_nonfinite.sum()),
-            "were below the reserve or a floor": int(winners.num_below.sum()),
+            f"were {self.scorer.why_below}": int(winners.num_below.sum()),
             "are not resident and were not fetched in time,": int(winners.num_absent.sum()),
         }
         notes = tuple(f"{num} candidates {why} and could not win" for why, num in lost.items() if num)

@@ -254,10 +254,10 @@ def test_rules_that_do_not_fit_are_refused(with_diversity, tmp_path, change, sai
 def test_reserve_and_floors_come_back_as_published_and_a_version_without_them_has_none(tmp_path, version):
     rules = {"reserve_micros": 2.0**38, "floor": {"like": 0.3}}
     path = tmp_path / "versions" / publish(tmp_path, world.parts(settings=world.config(rules=rules)))
-    scorer = load(path).scorer
-    assert float(scorer.reserve.reserve_micros) == 2.0**38
-    assert scorer.reserve.floors.tolist() == [torch.tensor(0.3).item()]
-    assert load(version).scorer.reserve is None
+    reserve = load(path).scorer.rules["reserve"]
+    assert float(reserve.reserve_micros) == 2.0**38
+    assert reserve.floors.tolist() == [torch.tensor(0.3).item()]
+    assert load(version).scorer.rules == {}
     refused(
         with_tensors(path, "scorer.safetensors", lambda t: t.pop("reserve.floors")),
         r"weights 'floors': expected float32 \[1\], found none",

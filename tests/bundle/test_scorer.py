@@ -9,7 +9,9 @@ from torch import nn
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.scorer import ItemSide, Scorer
 from prerank.business.diversity import Diversity
-from prerank.business.utility import Reserve, Utility
+from prerank.business.reserve import Reserve
+from prerank.business.rule import Rule
+from prerank.business.utility import Utility
 from prerank.config import DiversityRule, Rules
 from prerank.errors import SchemaMismatch
 from prerank.types import CandidateSet
@@ -170,14 +172,88 @@ def test_what_is_below_the_reserve_or_a_floor_never_wins_takes_no_place_and_is_c
     reserve = Reserve(("click", "like"), Rules(reserve_micros=0.9, floor={"like": 0.25}))
     one = Diversity.build({"brand": DiversityRule(1)}, pa.table({"brand": [1, 1, 2, 3, 4, 5]}))
     # item 0 is the best and liked too little, 3 is worth too little, 4 is not valid, 5 is worth nothing finite
-    model = scorer(
-        a=[9.0, 8.0, 7.0, 1.0, 0.0, np.nan], b=[-3.0, 0.0, 0.0, 0.0, -3.0, 0.0], diversity=one, reserve=reserve
-    )
+    rules = {"reserve": reserve}
+    model = scorer(a=[9.0, 8.0, 7.0, 1.0, 0.0, np.nan], b=[-3.0, 0.0, 0.0, 0.0, -3.0, 0.0], diversity=one, rules=rules)
     top = model(user(), candidates([[0, 1, 2, 3, 4, 5]], [[True, True, True, True, False, True]]), 6)
     assert top.rows[top.valid].tolist() == [1, 2]
     assert top.num_below.tolist() == [2]
     assert top.num_nonfinite.tolist() == [1]
     assert scorer(a=[1.0])(user(), candidates([[0]]), 1).num_below.tolist() == [0]
+
+
+class Halved(Rule):
+    """Items that are `worn` are worth half."""
+
+    why = "worn"
+
+    def __init__(self, num_rows):
+        super().__init__()
+        self.register_buffer("worn", torch.zeros(num_rows, dtype=torch.bool))
+
+    @classmethod
+    def build(cls, tasks, rules, num_rows):
+        return cls(num_rows)
+
+    def adjust(self, probs, utility, rows):
+        return torch.where(self.worn[rows], utility / 2, utility)
+
+    def put(self, rows, items):
+        self.worn[rows] = torch.from_numpy(items["worn"].to_numpy().copy())
+
+
+def halved(*worn):
+    rule = Halved(len(worn))
+    rule.put(torch.arange(len(worn)), pa.table({"worn": list(worn)}))
+    return rule
+
+
+def test_a_rule_changes_the_utility_and_every_rule_judges_what_all_of_them_left():
+    # probabilities of one half: the utility is half the bid
+    bid = [8, 6, 4, 2]
+    reserve = Reserve(("click", "like"), Rules(reserve_micros=2.5))
+    for rules in ({"reserve": reserve, "halved": halved(True, False, True, False)},
+                  {"halved": halved(True, False, True, False), "reserve": reserve}):  # fmt: skip
+        model = scorer([0.0] * 4, bid=bid, rules=rules)
+        top = model(user(0.0), candidates([[0, 1, 2, 3]]), 4)
+        assert top.rows[top.valid].tolist() == [1]
+        assert top.utility[top.valid].tolist() == [3.0]
+        assert top.num_below.tolist() == [3]
+    top = scorer([0.0] * 4, bid=bid, rules={"halved": halved(True, False, False, False)})(
+        user(0.0), candidates([[0, 1, 2, 3]]), 4
+    )
+    assert top.rows.tolist() == [[1, 0, 2, 3]]
+    assert top.num_below.tolist() == [0]
+
+
+def test_what_a_rule_keeps_of_the_items_is_in_the_state_and_rows_of_it_are_put_anew():
+    new, old = (scorer([0.0] * 3, bid=[8, 6, 4], rules={"halved": halved(*worn)}) for worn in ([False] * 3, [True] * 3))
+    assert "halved.worn" in new.state_dict()
+    new.load_state_dict(old.state_dict())
+    assert new(user(0.0), candidates([[0, 1, 2]]), 3).utility.tolist() == [[2.0, 1.5, 1.0]]
+    with torch.inference_mode():
+        new.rules["halved"].put(torch.tensor([2, 0]), pa.table({"worn": [False, False]}))
+    assert new(user(0.0), candidates([[0, 1, 2]]), 3).utility.tolist() == [[4.0, 2.0, 1.5]]
+
+
+def test_what_a_rule_makes_not_finite_cannot_win():
+    class Broken(Halved):
+        def adjust(self, probs, utility, rows):
+            return utility.masked_fill(rows == 0, torch.nan)
+
+    top = scorer([0.0] * 2, rules={"broken": Broken(2)})(user(0.0), candidates([[0, 1]]), 2)
+    assert top.rows.tolist() == [[1, -1]]
+    assert (top.num_nonfinite.tolist(), top.num_below.tolist()) == ([1], [0])
+
+
+def test_each_rule_says_why_what_it_keeps_out_cannot_win():
+    rules = {"reserve": Reserve((), Rules(reserve_micros=1.0)), "halved": Halved(1)}
+    assert scorer([0.0], rules=rules).why_below == "below the reserve or a floor or worn"
+
+
+def test_a_rule_of_the_name_of_a_part_of_the_scorer_is_a_mistake():
+    for name in ("items", "live", "item_side"):
+        with pytest.raises(AssertionError, match=f"a rule cannot be called '{name}'"):
+            scorer([0.0], rules={name: Halved(1)})
 
 
 def test_groups_of_other_items_are_refused():
@@ -188,7 +264,11 @@ def test_groups_of_other_items_are_refused():
 
 def test_the_compiler_sees_the_whole_of_it_in_one_graph():
     brands = Diversity.build({"brand": DiversityRule(1)}, pa.table({"brand": [1, 1, 2, None]}))
-    model = scorer(a=[1.0, 2.0, 3.0, 4.0], diversity=brands)
+    rules = {
+        "reserve": Reserve(("click", "like"), Rules(reserve_micros=0.1)),
+        "halved": halved(False, True, False, True),
+    }
+    model = scorer(a=[1.0, 2.0, 3.0, 4.0], diversity=brands, rules=rules)
     compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
     asked = candidates([[3, 2, 1, 0]])
     for k in (2, 3, 6):

@@ -1,7 +1,7 @@
 import torch
 
-from prerank.business.utility import Reserve, Utility
-from prerank.config import Rules, UtilityTerm
+from prerank.business.utility import Utility
+from prerank.config import UtilityTerm
 
 
 def test_utility_is_the_sum_of_probability_times_worth():
@@ -29,31 +29,3 @@ def test_an_event_given_others_is_as_probable_as_all_of_them_together():
     probs = torch.tensor([[[0.5, 0.25, 0.5], [0.25, 1.0, 1.0]]])
     assert utility.values == ("price",)
     assert utility(probs, {"price": torch.tensor([[1600, 400]])}).tolist() == [[4.0 + 100.0, 2.0 + 100.0]]
-
-
-def test_who_may_win_has_the_reserve_and_every_floor_exactly_or_more():
-    reserve = Reserve(["click", "like"], Rules(reserve_micros=10.0, floor={"like": 0.25}))
-    utility = torch.tensor([[10.0, 9.999, 50.0, 50.0, torch.nan, 50.0]])
-    like = torch.tensor([[0.25, 0.25, 0.249, 0.9, 0.9, torch.nan]])
-    probs = torch.stack([torch.zeros(1, 6), like], dim=-1)
-    assert reserve(probs, utility).tolist() == [[True, False, False, True, False, False]]
-
-
-def test_a_floor_alone_asks_for_no_utility():
-    reserve = Reserve(["click"], Rules(floor={"click": 0.5}))
-    probs = torch.tensor([[[0.5], [0.4]]], dtype=torch.bfloat16)
-    assert reserve(probs, torch.tensor([[-1e30, 5.0]])).tolist() == [[True, False]]
-
-
-def test_no_rules_ask_for_nothing_and_are_no_state():
-    assert Reserve.build(["click"], Rules()) is None
-
-
-def test_reserve_and_floors_are_part_of_the_state():
-    low, high = (Reserve.build(["click"], Rules(reserve_micros=r, floor={"click": f})) for r, f in ((1, 0), (9, 0.5)))
-    assert low is not None
-    assert high is not None
-    low.load_state_dict(high.state_dict())
-    assert low(torch.tensor([[[0.5], [0.4], [0.9]]]), torch.tensor([[9.0, 9.0, 8.0]])).tolist() == [
-        [True, False, False]
-    ]

@@ -1,11 +1,12 @@
 import re
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prerank.config import parse_config
+from prerank.config import ItemNumber, Rules, parse_config
 from prerank.data import check_leaks, sources
 from prerank.data.check import check
 from prerank.data.check_duplicates import RowHashes
@@ -75,6 +76,32 @@ def test_a_diversity_rule_names_a_column_of_identities_of_the_items_table(tmp_pa
     missing = one(found, "missing column")
     assert (missing.where, missing.expected) == ("items.brand", "the column diversity.brand reads")
     assert ("items.tags", "an integer, string or boolean", "double") in [(p.where, p.expected, p.found) for p in found]
+
+
+@dataclass(frozen=True)
+class Discount:
+    column: ItemNumber
+    by: float = 0.5
+
+
+@dataclass(frozen=True)
+class WithDiscount(Rules):
+    discount: Discount | None = None
+
+
+def test_a_column_that_a_rule_reads_is_one_of_the_items_table_of_finite_numbers(tmp_path):
+    def said(column, values=None):
+        settings = replace(world.config(), rules=WithDiscount(discount=Discount(column)))
+        table = world.items() if values is None else world.put(world.items(), column, values)
+        found = check(settings, find_tables(settings, world.write(tmp_path, items=table), tmp_path / "work"))
+        return [(p.where, p.what, p.expected, p.found) for p in found]
+
+    (missing,) = said("bid_micro")
+    assert missing[:3] == ("items.bid_micro", "missing column", "the column rules.discount.column reads")
+    assert missing[3].endswith('did you mean "bid_micros"?')
+    assert said("bid_micros") == said("worn", [0.5, None] * (world.ITEMS // 2)) == []
+    assert [p[1] for p in said("worn", ["yes"] * world.ITEMS)] == ["wrong type"]
+    assert [p[1] for p in said("worn", [0.5, np.nan] * (world.ITEMS // 2))] == ["not a finite number"]
 
 
 def test_metadata_columns_must_be_of_the_items_table(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.scorer import Ranked
 from prerank.business.diversity import Diversity
+from prerank.business.reserve import Reserve
 from prerank.config import DiversityRule
 from prerank.errors import DataError, RequestError, SchemaMismatch
 from prerank.features.histories import Timeline
@@ -200,6 +201,8 @@ def test_the_ranks_fallback_keeps_to_the_diversity_rules(table: ItemTable) -> No
 
 class GivenWinners(torch.nn.Module):
     """A scorer that says three candidates had no finite utility, and two too little of it."""
+
+    why_below = Reserve.why
 
     def forward(self, user: Features, candidates: CandidateSet, k: int) -> Ranked:
         rows = candidates.rows[:, :k]

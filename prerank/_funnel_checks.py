@@ -1,0 +1,181 @@
+"""What names and numbers of a funnel file must be, beside their types: every problem, told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from datetime import date
+from math import isfinite
+from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from prerank._toml import Problems
+from prerank.schema import Category, Value
+
+if TYPE_CHECKING:
+    from prerank.config import Config, Data, Days, TargetingRule
+
+GATES = ("retrieval_recall", "recall_over_popularity", "normalised_entropy", "calibration_error", "golden")
+"""The validation gates a funnel file may bound; `lifecycle.validate` measures them."""
+
+
+def check_names(config: Config, problems: Problems) -> None:
+    """Add to `problems` whatever of `config` does not meet or is out of range."""
+    _check_days(config.data, problems)
+    if not config.retrieval.targets:
+        problems.add("retrieval.targets", "expected the weight of at least one event, such as { is_click = 1.0 }")
+    if not config.tasks:
+        problems.add("tasks", 'expected at least one task, such as click = { label = "is_click" }')
+    if not config.features.item:
+        problems.add("features.item", "expected at least one item feature")
+    for task in config.utility:
+        problems.known(f"utility.{task}", task, list(config.tasks), "a task of [tasks]")
+    if not config.utility:
+        problems.add("utility", "expected what at least one task is worth")
+    values = [n for n, kind in config.features.item.items() if isinstance(kind, Value)]
+    for task, term in config.utility.items():
+        if isinstance(term.value, str):
+            problems.known(f"utility.{task}.value", term.value, values, "a value of [features.item] or a number")
+    _check_rules(config, problems)
+    for gate, bound in config.validate.items():
+        problems.known(f"validate.{gate}", gate, list(GATES), "a gate")
+        if bound.at_least is None and bound.at_most is None:
+            problems.add(f"validate.{gate}", "expected at_least, at_most, or both")
+    _check_domain(config, problems)
+    _check_segments(config, problems)
+    _check_targeting(config.targeting, problems)
+    _check_ranges(config, problems)
+
+
+def _check_rules(config: Config, problems: Problems) -> None:
+    for task, term in config.utility.items():
+        others = [name for name in config.tasks if name != task]
+        for name in term.given:
+            problems.known(f"utility.{task}.given", name, others, "another task of [tasks]")
+        if len(set(term.given)) != len(term.given):
+            problems.add(f"utility.{task}.given", f"expected each task once, got {list(term.given)}")
+    for key, number in _numbers(asdict(config.rules), "rules"):
+        if not isfinite(number) and not key.startswith("rules.floor."):
+            problems.add(key, f"expected a finite number, got {number}")
+    for task, floor in config.rules.floor.items():
+        problems.known(f"rules.floor.{task}", task, list(config.tasks), "a task of [tasks]")
+        if not 0 <= floor <= 1:
+            problems.add(f"rules.floor.{task}", f"expected a probability, 0 to 1, got {floor}")
+    for column, rule in config.diversity.items():
+        if rule.at_most < 1:
+            problems.add(f"diversity.{column}.at_most", f"expected 1 or more, got {rule.at_most}")
+
+
+def _numbers(options: Mapping[str, object], where: str) -> Iterator[tuple[str, float]]:
+    """Every number by its key, of options in options too."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{where}.{name}")
+        elif isinstance(value, float):
+            yield f"{where}.{name}", value
+
+
+def _check_domain(config: Config, problems: Problems) -> None:
+    model, domain = config.ranker.model, config.ranker.domain
+    if domain and model != "mtmd":
+        problems.add("ranker.domain", f'expected none with model = "{model}", only "mtmd" has domains; got {domain!r}')
+    elif domain:
+        categories = [name for name, kind in config.features.context.items() if isinstance(kind, Category)]
+        problems.known("ranker.domain", domain, categories, "a category of [features.context]")
+
+
+def _check_segments(config: Config, problems: Problems) -> None:
+    segments = config.segments
+    if segments is None:
+        return
+    known = [n for n, kind in config.features.context.items() if isinstance(kind, Category) and not kind.hash]
+    problems.known("segments.by", segments.by, known, "a category of [features.context] without hash")
+    if not segments.own or len(set(segments.own)) != len(segments.own):
+        problems.add("segments.own", f"expected at least one value, each once, got {list(segments.own)}")
+
+
+def _check_targeting(rules: Mapping[str, TargetingRule], problems: Problems) -> None:
+    for name, rule in rules.items():
+        given = [key for key in ("user", "context", "schedule") if getattr(rule, key)]
+        if len(given) != 1:
+            said = " and ".join(given) or "none"
+            problems.add(f"targeting.{name}", f"expected exactly one of user, context and schedule, got {said}")
+        if not rule.item:
+            problems.add(f"targeting.{name}.item", "expected a column of the items table, got ''")
+        if rule.schedule:
+            _check_zone(f"targeting.{name}.schedule", rule.schedule, problems)
+
+
+def _check_zone(key: str, name: str, problems: Problems) -> None:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        problems.add(key, f'expected an IANA name such as "Asia/Shanghai", got {name!r}')
+
+
+def _check_days(data: Data, problems: Problems) -> None:
+    _check_zone("data.timezone", data.timezone, problems)
+    last = ""
+    for part in ("train", "validate", "test"):
+        first_last: Days = getattr(data, part)
+        try:
+            first, final = (date.fromisoformat(d).isoformat() for d in first_last)
+        except ValueError:
+            problems.add(f"data.{part}", f"expected two ISO days [first, last], got {list(first_last)}")
+            return
+        if first > final:
+            problems.add(f"data.{part}", f"the first day {first} is after the last, {final}")
+        if last and first <= last:
+            problems.add(f"data.{part}", f"starts on {first}, not after the part before it, which ends on {last}")
+        last = final
+
+
+_POSITIVE = {
+    "inventory": ("cached", "ttl_s", "fetch_ms"),
+    "retrieval": ("dim", "batch", "epochs", "keep", "temperature", "learning_rate", "group"),
+    "segments": ("least",),
+    "heavy_ranker": ("width", "experts", "cross_layers", "low_rank", "heads", "batch", "epochs", "learning_rate"),
+    "distillation": ("among",),
+    "ranker": (
+        *("dim", "width", "experts", "cross_layers", "low_rank", "heads"),
+        *("batch", "epochs", "keep", "learning_rate"),
+    ),
+    "serve": ("deadline_ms", "max_k"),
+}
+
+
+def _check_ranges(config: Config, problems: Problems) -> None:
+    retrieval, ranker = config.retrieval, config.ranker
+    for section, names in _POSITIVE.items():
+        for name in names:
+            options = getattr(config, section)
+            number = 1 if options is None else getattr(options, name)
+            if not number > 0:
+                problems.add(f"{section}.{name}", f"expected more than 0, got {number}")
+    rates = {"retrieval.dropout": retrieval.dropout, "ranker.dropout": ranker.dropout, "ranker.average": ranker.average}
+    resident = config.inventory.resident
+    if resident is not None and resident.top < 1:
+        problems.add("inventory.resident.top", f"expected 1 or more, got {resident.top}")
+    whole = {
+        "inventory.slack": config.inventory.slack,
+        "ranker.patience": ranker.patience,
+        "distillation.candidates": config.distillation.candidates,
+    }
+    for name in ("candidate_weight", "label_weight"):
+        whole[f"distillation.{name}"] = getattr(config.distillation, name)
+    if config.heavy_ranker is not None:
+        heavy = config.heavy_ranker
+        rates |= {f"heavy_ranker.{name}": getattr(heavy, name) for name in ("dropout", "id_dropout", "average")}
+        whole |= {f"heavy_ranker.{name}": getattr(heavy, name) for name in ("patience", "folds")}
+    for key, number in whole.items():
+        if number < 0:
+            problems.add(key, f"expected 0 or more, got {number}")
+    for key, rate in rates.items():
+        if not 0 <= rate < 1:
+            problems.add(key, f"expected at least 0 and below 1, got {rate}")
+    for half_life in retrieval.popularity.half_life_days:
+        if not half_life > 0:
+            problems.add("retrieval.popularity.half_life_days", f"expected more than 0 days, got {half_life}")
+    for label, weight in retrieval.targets.items():
+        if not weight > 0:
+            problems.add(f"retrieval.targets.{label}", f"expected a weight above 0, got {weight}")
