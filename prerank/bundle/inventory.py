@@ -32,14 +32,24 @@ class Arrivals:
     """n items read, ready to be put: all that can be wrong with them has been looked for.
 
     item_ids int64 [n], each once; encoded features [n, ...]; what they list by targeting rule; their groups int32
-    [n, G]; and what answers show of each.
+    [n, G]; and the columns that they came as.
     """
 
     item_ids: Array
     features: Features
     listed: Listed
     groups: Tensor | None
-    shown: pa.Table
+    raw: pa.Table
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """n items in rows of their own that nobody finds yet: item_ids and rows int64 [n], features, vectors [n, ...]."""
+
+    item_ids: Tensor
+    rows: Tensor
+    features: Features
+    vectors: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,35 +125,51 @@ class Inventory:
             groups = None if scorer.diversity is None else scorer.diversity.codes_of(rows)
         except DataError as error:
             raise RequestError(f"items: {error}") from None
-        shown = rows.select(list(self._metadata.columns))
-        return Arrivals(np.asarray(item_ids, np.int64), features, listed, groups, shown)
+        return Arrivals(np.asarray(item_ids, np.int64), features, listed, groups, rows)
 
-    def put(self, arrivals: Arrivals, said: Sequence[ItemChange]) -> None:
-        """Let every request that begins after this find these items, and none the rows that they had before.
+    def write(self, arrivals: Arrivals) -> Written:
+        """The items in rows that nobody has, whole, but found by nobody before they are swapped in, or `leave`.
 
-        They are as `said`, one change an item; where it does not say, an item is on, and paced, as it was, and a new
-        one on. All of them or none: raises NoRoom, with nothing changed, where they are more than there are free rows.
+        Raises NoRoom where there are more of them than free rows, RequestError where a model or a rule cannot take one.
         """
-        if not said:
-            return
         with self._lock, torch.inference_mode():
             ids = torch.from_numpy(arrivals.item_ids)
             before = self._items.rows_of(ids)
-            is_new = before < 0
             made = self._made(arrivals.features, before)
-            new = torch.tensor(self._take(len(ids)), dtype=torch.int64)
+            rows = torch.tensor(self._take(len(ids)), dtype=torch.int64)
             try:
-                self._write(arrivals, made, new, before, said)
+                self._write(arrivals, made, rows)
             except BaseException:
-                self._leave(new)
+                self._leave(rows)
                 raise
-            live = self._scorer.live
-            on = live.on[before.clamp_min(0)] | is_new
+            return Written(ids, rows, made.features, made.vectors)
+
+    def swap(self, written: Written, said: Sequence[ItemChange]) -> None:
+        """Let every request that begins after this find these items, and none the rows that they had before.
+
+        They are as `said`, one change an item; where it does not say, an item is on, and paced, as it was, and a new
+        one on.
+        """
+        with self._lock, torch.inference_mode():
+            live, before = self._scorer.live, self._items.rows_of(written.item_ids)
+            is_new, was = before < 0, before.clamp_min(0)
+            on, pacing = live.on[was] | is_new, torch.where(is_new, 1.0, live.pacing[was])
+            values = {name: written.features[name].float() for name in live.names}
             for at, one in enumerate(said):
                 on[at] = on[at] if one.on is None else one.on
-            live.swap(new, on, before[~is_new])
-            self._items.move(ids, new)
+                pacing[at] = pacing[at] if one.pacing is None else one.pacing
+                for name, value in one.values.items():
+                    values[name][at] = value
+            live.prepare(written.rows, values, pacing)
+            self._bundle.index.put(written.rows, written.vectors)
+            live.swap(written.rows, on, before[~is_new])
+            self._items.move(written.item_ids, written.rows)
             self._leave(before[~is_new])
+
+    def leave(self, written: Written) -> None:
+        """Give rows back that were not swapped in."""
+        with self._lock:
+            self._leave(written.rows)
 
     def remove(self, item_ids: Sequence[int]) -> int:
         """Let no request that begins after this find these items; how many of them there were."""
@@ -196,27 +222,23 @@ class Inventory:
         slots = self._items.slots_of(before.clamp_min(0))
         return torch.where((before < 0) | (slots < 0), 0.0, held[name][slots.clamp_min(0)])
 
-    def _write(self, arrivals: Arrivals, made: _Made, new: Tensor, before: Tensor, said: Sequence[ItemChange]) -> None:
-        """All of rows `new`, their vectors last."""
+    def _write(self, arrivals: Arrivals, made: _Made, rows: Tensor) -> None:
+        """All of `rows` but what is live of them, and their vectors."""
         items, scorer = self._items, self._scorer
-        items.put(new, torch.from_numpy(arrivals.item_ids), made.features)
+        try:
+            for rule in scorer.rules.values():
+                rule.put(rows, arrivals.raw)
+        except DataError as error:
+            raise RequestError(f"items: {error}") from None
+        items.put(rows, torch.from_numpy(arrivals.item_ids), made.features)
         assert items.popularity is not None
-        items.popularity[new] = made.popularity
-        scorer.put_side(items.slots_of(new), made.side)
+        items.popularity[rows] = made.popularity
+        scorer.put_side(items.slots_of(rows), made.side)
         if scorer.diversity is not None and arrivals.groups is not None:
-            scorer.diversity.codes[new] = arrivals.groups
+            scorer.diversity.codes[rows] = arrivals.groups
         if scorer.targeting is not None:
-            scorer.targeting.put(new, arrivals.listed)
-        live = scorer.live
-        pacing = torch.where(before < 0, 1.0, live.pacing[before.clamp_min(0)])
-        values = {name: made.features[name].float() for name in live.names}
-        for at, one in enumerate(said):
-            pacing[at] = pacing[at] if one.pacing is None else one.pacing
-            for name, value in one.values.items():
-                values[name][at] = value
-        live.prepare(new, values, pacing)
-        self._metadata.put(new.tolist(), arrivals.shown)
-        self._bundle.index.put(new, made.vectors)
+            scorer.targeting.put(rows, arrivals.listed)
+        self._metadata.put(rows.tolist(), arrivals.raw.select(list(self._metadata.columns)))
 
     def _leave(self, rows: Tensor) -> None:
         self._bundle.index.put(rows, None)

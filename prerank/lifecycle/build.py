@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from prerank.bundle.publish import Parts, publish
+from prerank.bundle.publish import ITEMS_UNTIL, Parts, publish
 from prerank.config import Config
 from prerank.data.logs import Tables
 from prerank.errors import DataError
 from prerank.evaluate.ranking import RankingQuality, evaluate_ranking
 from prerank.evaluate.retrieval import FLOORS, RetrievalQuality, evaluate_retrieval
+from prerank.lifecycle.arrivals import Stock, with_arrivals
 from prerank.lifecycle.training import Trained
 from prerank.stores.contexts import UNKNOWN, columns_of, digest
 from prerank.stores.records import EXPOSED
@@ -57,8 +58,18 @@ def publish_trained(trained: Trained, tables: Tables, home: Path, metrics: Mappi
     """The version id of the published models; its popularity is that of the whole log, for it serves from now on."""
     prepared, config = trained.prepared, trained.config
     items = tables.items().sort_by(config.data.item_id)
-    columns = list(config.metadata.columns) or [c for c in items.column_names if c != config.data.item_id]
-    columns = list(dict.fromkeys([*columns, *config.diversity, *(column for column, _ in config.ruled().values())]))
+    shown = list(config.metadata.columns) or [c for c in items.column_names if c != config.data.item_id]
+    read = dict.fromkeys([*shown, *config.item_columns()])
+    if config.inventory.resident is not None:
+        read[config.inventory.resident.by] = None
+    stock = Stock(
+        item_ids=prepared.item_ids,
+        columns={name: column.numpy() for name, column in DailyItems(prepared, config).latest().items()},
+        table=items.select(list(read)),
+        popularity=ItemPopularity(prepared, config).latest().numpy(),
+        until_ns=0,
+    )
+    stock = with_arrivals(stock, config, prepared.transforms, tables, home)
     last = np.flatnonzero(prepared.events["logged"])
     moments = last[np.argsort(prepared.events["time_ms"][last], kind="stable")[-NUM_GOLDEN:]]
     golden = UserExamples(prepared, config.features).at(moments)
@@ -67,14 +78,18 @@ def publish_trained(trained: Trained, tables: Tables, home: Path, metrics: Mappi
         transforms=prepared.transforms,
         towers=trained.towers,
         ranker=trained.ranker,
-        item_ids=prepared.item_ids,
-        item_columns={name: column.numpy() for name, column in DailyItems(prepared, config).latest().items()},
-        item_table=items.select(columns),
-        popularity=ItemPopularity(prepared, config).latest().numpy(),
+        item_ids=stock.item_ids,
+        item_columns=stock.columns,
+        item_table=stock.table,
+        popularity=stock.popularity,
         golden_user={name: column.numpy() for name, column in golden.items()},
-        parents={"data": preparation_key(config, tables), "run": trained.run},
+        parents={
+            "data": preparation_key(config, tables),
+            "run": trained.run,
+            **({ITEMS_UNTIL: str(stock.until_ns)} if stock.until_ns else {}),
+        },
         metrics=metrics,
-        targeting=items.select(config.targeted("item")) if config.targeting else None,
+        targeting=stock.table.select(config.targeted("item")) if config.targeting else None,
     )
     return publish(home, parts)
 

@@ -57,11 +57,17 @@ class Changes:
         coming = [one for one in wanted if one.columns is not None]
         arrivals = self._inventory.read(coming, [f"items[{place[one.item_id]}].columns" for one in coming])
         with self._writing:
-            self._inventory.check_room(len(coming))
+            written = self._inventory.write(arrivals) if coming else None
+            try:
+                known = wanted if self._store is None else self._store.put(changes)
+            except BaseException:
+                if written is not None:
+                    self._inventory.leave(written)
+                raise
             # what was said of an item before it came is true of it now
-            known = wanted if self._store is None else self._store.put(changes)
             after = {one.item_id: one for one in known}
-            self._inventory.put(arrivals, [after[one.item_id] for one in coming])
+            if written is not None:
+                self._inventory.swap(written, [after[one.item_id] for one in coming])
             num_unknown = self._rest([one for one in wanted if one.columns is None])
             return Changed(len(changes), num_unknown, self._inventory.num_free)
 
@@ -86,7 +92,9 @@ class Changes:
         if coming:
             coming.sort(key=lambda one: one.time_ns)
             fits = [one.change for one in coming[: self._inventory.num_free]]
-            self._inventory.put(self._inventory.read(fits, [f"item {one.item_id}" for one in fits]), fits)
+            if fits:
+                arrivals = self._inventory.read(fits, [f"item {one.item_id}" for one in fits])
+                self._inventory.swap(self._inventory.write(arrivals), fits)
             if len(fits) < len(coming):
                 _log.warning("no slack for items that came", left_out=len(coming) - len(fits), taken=len(fits))
         if num_unfit:
