@@ -172,6 +172,11 @@ class Ready:
         stages = [StageReport(f"stage {n}", 0.0, 1, 1) for n in range(4)]
         return Answer(request.request_id, self.version, self.winners, stages, False, [])
 
+    @property
+    def tail_counts(self) -> dict[str, int]:
+        """All items are resident."""
+        return {}
+
     def change(self, changes: Sequence[ItemChange]) -> Changed:
         """Nothing is changed."""
         return Changed(len(changes), 0, 0)

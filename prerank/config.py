@@ -91,7 +91,7 @@ class Resident:
     """
 
     top: int
-    by: str
+    by: ItemNumber
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +348,10 @@ class Config:
     def ruled(self) -> dict[str, tuple[str, Kind]]:
         """The columns of the items table that [rules] reads, by the key that names them, and what they must hold."""
         return columns_named(self.rules, "rules")
+
+    def numbers(self) -> dict[str, tuple[str, Kind]]:
+        """Those of `ruled`, and those that publishing alone reads."""
+        return self.ruled() | columns_named(self.inventory, "inventory")
 
     def item_columns(self) -> list[str]:
         """The columns of the items table that a version reads of an item, each once; those that answers show beside."""

@@ -133,6 +133,7 @@ class Inventory:
         Raises NoRoom where there are more of them than free rows, RequestError where a model or a rule cannot take one.
         """
         with self._lock, torch.inference_mode():
+            self.check_room(len(arrivals.item_ids))
             ids = torch.from_numpy(arrivals.item_ids)
             before = self._items.rows_of(ids)
             made = self._made(arrivals.features, before)
@@ -187,8 +188,7 @@ class Inventory:
         return sum(1 for _ in takewhile(lambda one: self.readers.are_past(one[1]), self._left))
 
     def _take(self, num: int) -> list[int]:
-        """Rows that nobody has or reads."""
-        self.check_room(num)
+        """Rows that nobody has or reads, of which there are so many."""
         again = [self._left.popleft()[0] for _ in range(min(self._num_left(), num))]
         first = self._next
         self._next += num - len(again)

@@ -90,6 +90,8 @@ class ItemTable(nn.Module):
                 if column.dtype not in (*_INTEGERS, torch.float32):
                     raise BundleError(f"items: {name!r} is {_dtype(column)}; expected whole numbers or float32")
                 self.register_buffer(prefix + name, column)
+        # of the items published, in the first slots; others may have one for a while
+        self.num_resident = num_published if slots is None else int((slots[:num_published] >= 0).sum())
         self._moved: tuple[Tensor, Tensor] | None = None
         self.num_items = num_published
 
@@ -171,11 +173,6 @@ class ItemTable(nn.Module):
     def num_slots(self) -> int:
         """S: how many items' features there is room for."""
         return self.num_rows if self.slots is None or not self.names else len(self._column(self.names[0]))
-
-    @property
-    def num_resident(self) -> int:
-        """Of the items published, how many are resident; their slots are the first."""
-        return self.num_published if self.slots is None else int((self.slots[: self.num_published] >= 0).sum())
 
     @property
     def is_in_order(self) -> bool:

@@ -23,7 +23,7 @@ from prerank.data.check import check as check_tables
 from prerank.data.logs import Tables, find_tables, open_tables
 from prerank.errors import ConfigError, GateFailed, PrerankError, RequestError
 from prerank.lifecycle.build import evaluate as evaluate_trained
-from prerank.lifecycle.build import load_users, publish_trained
+from prerank.lifecycle.build import load_tail, load_users, publish_trained
 from prerank.lifecycle.training import Trained
 from prerank.lifecycle.training import train as train_models
 from prerank.lifecycle.validate import validate as validate_version
@@ -49,6 +49,9 @@ FunnelName = Annotated[str, typer.Option("--funnel", "-f", help="Which funnel of
 Teacher = Annotated[
     Path | None,
     typer.Option("--teacher", "-t", help="A teacher.safetensors of the same features, instead of training one."),
+]
+TailUrl = Annotated[
+    str | None, typer.Option("--tail", help="redis://... that holds the items not in memory; by default the store.")
 ]
 Version = Annotated[str, typer.Argument(help="A version id, or an unambiguous beginning of one.")]
 Why = Annotated[str, typer.Option("--why", help="The reason, kept in the history.")]
@@ -160,7 +163,11 @@ def evaluate(
 
 @app.command()
 def publish(
-    config: ConfigPath = _CONFIG, data: DataFolder = _DATA, store: StoreFolder = _STORE, teacher: Teacher = None
+    config: ConfigPath = _CONFIG,
+    data: DataFolder = _DATA,
+    store: StoreFolder = _STORE,
+    teacher: Teacher = None,
+    tail: TailUrl = None,
 ) -> None:
     """Write one immutable version and measure its gates.
 
@@ -170,6 +177,7 @@ def publish(
     home = _home(store, trained.config.name)
     with progress(err) as report:
         load_users(trained.config, tables, trained.prepared, home, report)
+        load_tail(trained.config, tables, trained.prepared, home, tail, report)
         quality = evaluate_trained(trained, home)
         version = publish_trained(trained, tables, home, render.plain(quality))
     out.print(f"published {version}")
@@ -233,6 +241,7 @@ def serve(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Native threads that rank; one a core by default, 0 lets torch rank.")
     ] = None,
+    tail: TailUrl = None,
 ) -> None:
     """Serve the live version over HTTP.
 
@@ -240,7 +249,7 @@ def serve(
     """
     from prerank.serve.http import serve as serve_http  # the HTTP stack is only needed here
 
-    serve_http(_found(store, funnel), host=host, port=port, workers=workers)
+    serve_http(_found(store, funnel), host=host, port=port, workers=workers, tail=tail)
 
 
 @app.command()
@@ -251,12 +260,13 @@ def recommend(
     exclude: Annotated[list[int], typer.Option("--exclude", "-e", help="An item_id that must not win; repeat.")] = [],  # noqa: B006 - typer reads the default
     store: StoreFolder = _STORE,
     funnel: FunnelName = "",
+    tail: TailUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as the server would send it.")] = False,
 ) -> None:
     """Answer for one user, without a server."""
     from prerank.serve.funnel import Funnel
 
-    with Funnel.open(_found(store, funnel)) as opened:
+    with Funnel.open(_found(store, funnel), tail=tail) as opened:
         said = dict(_field(one) for one in context)
         now_ms = int(time.time() * 1000)
         answer = opened.recommend(Request(user, k, now_ms, said, exclude=tuple(exclude)))

@@ -28,7 +28,7 @@ from prerank.config import Config, load_config
 from prerank.data.check import check
 from prerank.data.logs import Tables, open_tables
 from prerank.errors import ConfigError, DataError, GateFailed, PrerankError
-from prerank.lifecycle.build import evaluate, load_users, publish_trained
+from prerank.lifecycle.build import evaluate, load_tail, load_users, publish_trained
 from prerank.lifecycle.training import Trained, train
 from prerank.lifecycle.validate import validate
 from prerank.market.generate import generate_market
@@ -67,6 +67,7 @@ def demo(config_path: Path | None, data: Path | None, store: Path, out: Console,
     with progress(err) as report:
         trained = train(config, tables, home, report)
         load_users(config, tables, trained.prepared, home, report)
+        load_tail(config, tables, trained.prepared, home, report=report)
     quality = evaluate(trained, home)
     version = publish_trained(trained, tables, home, render.plain(quality))
     gates = _promoted(home, version, trained)

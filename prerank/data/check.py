@@ -86,7 +86,7 @@ class _Check:
         if name == "items":
             wanted |= {c: "metadata.columns" for c in self.config.metadata.columns if c not in wanted}
             wanted |= {c: f"diversity.{c}" for c in self.config.diversity if c not in wanted}
-            wanted |= {c: key for key, (c, _) in self.config.ruled().items() if c not in wanted}
+            wanted |= {c: key for key, (c, _) in self.config.numbers().items() if c not in wanted}
         for rule_name, rule in self.config.targeting.items():
             column = getattr(rule, _OWNERS[name])
             if column:
@@ -101,7 +101,7 @@ class _Check:
                 yield from self._column(name, source, column_of(feature, kind), kind)
         if name == "items":
             yield from self._groups(source)
-            for column, kind in dict.fromkeys(self.config.ruled().values()):
+            for column, kind in dict.fromkeys(self.config.numbers().values()):
                 yield from self._column(name, source, column, kind)
         for column in self.config.targeted(_OWNERS[name]):
             if column in source.schema.names:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from prerank.bundle.publish import ITEMS_UNTIL, Parts, publish
 from prerank.config import Config
@@ -19,6 +20,8 @@ from prerank.lifecycle.arrivals import Stock, with_arrivals
 from prerank.lifecycle.training import Trained
 from prerank.stores.contexts import UNKNOWN, columns_of, digest
 from prerank.stores.records import EXPOSED
+from prerank.stores.redis_tail import RedisTail
+from prerank.stores.tail import RATE, TAIL, LmdbTail
 from prerank.stores.users import Events, UserStore
 from prerank.train.examples import UserExamples
 from prerank.train.items import DailyItems
@@ -29,6 +32,7 @@ from prerank.types import Array, Report, silent
 NUM_GOLDEN = 16
 MOST_QUESTIONS = 5_000
 USERS = "users.lmdb"
+_REDIS_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +63,7 @@ def publish_trained(trained: Trained, tables: Tables, home: Path, metrics: Mappi
     prepared, config = trained.prepared, trained.config
     items = tables.items().sort_by(config.data.item_id)
     shown = list(config.metadata.columns) or [c for c in items.column_names if c != config.data.item_id]
-    read = dict.fromkeys([*shown, *config.item_columns()])
-    if config.inventory.resident is not None:
-        read[config.inventory.resident.by] = None
+    read = dict.fromkeys([*shown, *config.item_columns(), *(column for column, _ in config.numbers().values())])
     stock = Stock(
         item_ids=prepared.item_ids,
         columns={name: column.numpy() for name, column in DailyItems(prepared, config).latest().items()},
@@ -113,6 +115,27 @@ def load_users(config: Config, tables: Tables, prepared: Prepared, home: Path, r
     UserStore.write(path, users, events, labels=prepared.labels, contexts=list(digests), user_id=user_id)
     mark.write_text(key)
     return path
+
+
+def load_tail(
+    config: Config, tables: Tables, prepared: Prepared, home: Path, redis: str | None = None, report: Report = silent
+) -> None:
+    """Every item's columns into the store of those that are not resident, if [inventory] leaves any out.
+
+    All items, for which are resident differs between versions; at the url `redis`, or in `tail.lmdb`.
+    """
+    if config.inventory.resident is None:
+        return
+    columns = list(dict.fromkeys([config.data.item_id, *config.features.columns("item")]))
+    items = tables.items(columns).sort_by(config.data.item_id)
+    latest = DailyItems(prepared, config).latest() if config.features.rates() else {}
+    for name in config.features.rates():
+        items = items.append_column(RATE + name, pa.array(latest[name].numpy()))
+    stored = [name for name in items.column_names if name != config.data.item_id or name in columns[1:]]
+    if redis is None:
+        LmdbTail.write(home / TAIL, items, config.data.item_id, stored, report)
+    else:
+        RedisTail.open(redis, config.name, _REDIS_TIMEOUT_S).write(items, config.data.item_id, stored, report)
 
 
 def _stored_columns(path: Path) -> tuple[str, ...]:

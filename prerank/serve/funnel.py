@@ -25,13 +25,16 @@ from prerank.kernels.engine import Engine
 from prerank.kernels.native import level, library
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed, Changes
-from prerank.serve.graph import Deadline, GraphRun, RequestGraph
+from prerank.serve.graph import Deadline, GraphRun, RequestGraph, Stage
 from prerank.serve.record import Recorded, check_contexts, check_events
 from prerank.serve.stages import Describe, ExpandUser, Rank, RankBySimilarity, Retrieve
+from prerank.serve.tail import Locate, Tail
 from prerank.stores.events import LiveEvent
 from prerank.stores.items import ItemStore
 from prerank.stores.live import LiveUsers
 from prerank.stores.metadata import MetadataTable
+from prerank.stores.redis_tail import RedisTail
+from prerank.stores.tail import TAIL, LmdbTail, TailStore
 from prerank.types import Given, ItemChange, Request, TopK
 
 
@@ -45,6 +48,7 @@ class Funnel:
         metadata: MetadataTable,
         engine: Engine | None = None,
         changes: ItemStore | None = None,
+        tail: TailStore | None = None,
     ) -> None:
         items, config = bundle.scorer.items, bundle.config
         if metadata.columns and metadata.num_rows != items.num_published:
@@ -66,6 +70,11 @@ class Funnel:
         self.inventory = Inventory(bundle, metadata)
         self._changes = Changes(self.inventory, bundle.scorer.live, changes, _items_until(bundle))
         self.example_items = [{"item_id": int(items.item_ids[0]), "on": True, "pacing": 0.5}]
+        self.tail: Tail | None = None
+        located: list[Stage] = []
+        if tail is not None:
+            self.tail = Tail(bundle, tail, self.inventory.readers)
+            located.append(Locate(self.tail))
         self._graph = RequestGraph(
             [
                 ExpandUser(users, bundle.transforms, items, targeting),
@@ -77,7 +86,8 @@ class Funnel:
                     targeting,
                     bundle.scorer.live,
                 ),
-                Rank(bundle.scorer),
+                *located,
+                Rank(bundle.scorer, "located" if located else "candidates"),
                 Describe(metadata, config.metadata.columns),
             ],
             inputs=frozenset({"request"}),
@@ -87,8 +97,12 @@ class Funnel:
         )
 
     @classmethod
-    def open(cls, store: Path, version: str | None = None, workers: int | None = None) -> Funnel:
+    def open(
+        cls, store: Path, version: str | None = None, workers: int | None = None, tail: str | None = None
+    ) -> Funnel:
         """`version` of the funnel at `store`, the live one unless named.
+
+        `tail` is the url of the Redis that holds the items that are not resident; by default they are in `tail.lmdb`.
 
         `workers` native threads rank, one a core unless told otherwise; with 0, and where there are no native kernels,
         torch does on the calling thread.
@@ -107,17 +121,20 @@ class Funnel:
             bundle.accelerate(engine)
         metadata = MetadataTable.open(path / "metadata.arrow")
         users = LiveUsers.open(store / "users.lmdb", store / "events.lmdb")
-        changes = None
+        opened: list[TailStore | ItemStore] = []
         try:
             changes = ItemStore.open(store / "items.lmdb")
-            funnel = cls(bundle, users, metadata, engine, changes)
+            opened.append(changes)
+            rest = _tail(store, bundle, tail)
+            opened += [] if rest is None else [rest]
+            funnel = cls(bundle, users, metadata, engine, changes, rest)
             # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
             funnel.recommend(Request(user_id=0, k=1, time_ms=0, context=funnel.example_context))
             return funnel
         except BaseException:
             users.close()
-            if changes is not None:
-                changes.close()
+            for one in opened:
+                one.close()
             raise
 
     def recommend(self, request: Request, arrived: float | None = None) -> Answer:
@@ -161,11 +178,18 @@ class Funnel:
         """What ranks: one of `kernels.native.LEVELS`, or "torch"."""
         return "torch" if self.engine is None else self.engine.level
 
+    @property
+    def tail_counts(self) -> Mapping[str, int]:
+        """What came of candidates that are not resident, by outcome (`serve.tail.OUTCOMES`); none where all are."""
+        return {} if self.tail is None else self.tail.counts()
+
     def close(self) -> None:
         """Let go of the stores and the threads; the funnel answers no more."""
         self._users.close()
         if self._store is not None:
             self._store.close()
+        if self.tail is not None:
+            self.tail.close()
         if self.engine is not None:
             self.engine.close()
 
@@ -188,6 +212,17 @@ class Funnel:
         said = [run.outputs[notes] for notes in ("user_notes", "retrieve_notes", "rank_notes")]
         notes = [*chain.from_iterable(said), *run.notes]
         return Answer(request.request_id, self.version, winners, run.reports, run.degraded, notes)
+
+
+def _tail(store: Path, bundle: Bundle, url: str | None) -> TailStore | None:
+    """Where the items are that are not resident, or None where there are none."""
+    if bundle.scorer.items.slots is None:
+        return None
+    if url is None:
+        return LmdbTail.open(store / TAIL)
+    # longer than a request waits: what comes late is for the next one
+    timeout_s = max(0.1, 4 * bundle.config.inventory.fetch_ms / 1000)
+    return RedisTail.open(url, bundle.config.name, timeout_s)
 
 
 def _items_until(bundle: Bundle) -> int:

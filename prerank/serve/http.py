@@ -83,6 +83,11 @@ class Recommender(Protocol):
         """Changes of items that work, as `POST /v1/items` takes them."""
         ...
 
+    @property
+    def tail_counts(self) -> Mapping[str, int]:
+        """What came of candidates that are not resident, by outcome; nothing where all are."""
+        ...
+
     def recommend(self, request: Request, arrived: float | None = None) -> Answer:
         """The winners; see `Funnel.recommend`."""
         ...
@@ -145,10 +150,11 @@ def serve(
     port: int = 8000,
     limits: Limits = Limits(),
     workers: int | None = None,
+    tail: str | None = None,
 ) -> None:
     """Serve `version` of the funnel at `store` (the live one unless named) until a signal ends it.
 
-    `workers` are as `Funnel.open`'s.
+    `workers` and `tail` are as `Funnel.open`'s.
     Raises RegistryError at once where there is nothing to serve. A version or store that cannot be loaded is said on
     stderr in one line, and by /readyz for as long as the process lives.
     """
@@ -165,7 +171,7 @@ def serve(
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     torch.set_num_threads(1)  # two requests that share cores by spinning cost each other more than they gain
-    funnel = _open(store, version, workers)
+    funnel = _open(store, version, workers, tail)
     try:
         if isinstance(funnel, Funnel):
             funnel.sweep()
@@ -176,9 +182,11 @@ def serve(
             funnel.close()
 
 
-def _open(store: Path, version: str | None, workers: int | None = None) -> Funnel | PrerankError:
+def _open(
+    store: Path, version: str | None, workers: int | None = None, tail: str | None = None
+) -> Funnel | PrerankError:
     try:
-        return Funnel.open(store, version, workers)
+        return Funnel.open(store, version, workers, tail)
     except PrerankError as error:
         line = " ".join(str(error).split())
         print(f"prerank serve: not ready: {type(error).__name__}: {line}", file=sys.stderr, flush=True)
@@ -217,7 +225,7 @@ class _Server:
         self.answers = _Lane("recommend", limits.threads, limits.waiting, self.metrics.in_flight)
         self.records = _Lane("events", 1, limits.waiting, self.metrics.events_in_flight)
         if not isinstance(funnel, PrerankError):
-            self.metrics.serves(funnel.version, funnel.ranks_by)
+            self.metrics.serves(funnel.version, funnel.ranks_by, lambda: funnel.tail_counts)
 
     def close(self) -> None:
         """Finish what is running."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter as Counts
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from prerank.serve.answer import Answer
 from prerank.serve.changes import Changed
@@ -14,6 +16,22 @@ from prerank.stores.events import LiveEvent
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = tuple(n * 10.0**e for e in (-4, -3, -2, -1, 0) for n in (1.0, 2.0, 5.0))
+
+
+class _TailCounts(Collector):
+    """Counts that are kept where they are counted."""
+
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """As prometheus_client asks for it."""
+        family = CounterMetricFamily(
+            "prerank_tail_candidates", "Candidates that are not resident, by what came of them.", labels=["outcome"]
+        )
+        for outcome, number in self._counts().items():
+            family.add_metric([outcome], number)
+        yield family
 
 
 class ServeMetrics:
@@ -84,8 +102,12 @@ class ServeMetrics:
         self._unknown_changed.inc(changed.unknown_items)
         self._free_rows.set(changed.free_rows)
 
-    def serves(self, version: str, ranks_by: str) -> None:
-        """Note the version that serves, and what ranks: a level of the native kernels, or torch."""
+    def serves(self, version: str, ranks_by: str, tail_counts: Callable[[], Mapping[str, int]]) -> None:
+        """Note the version that serves, and what ranks: a level of the native kernels, or torch.
+
+        `tail_counts` is asked whenever somebody scrapes: candidates that are not resident, by what came of them.
+        """
+        self._registry.register(_TailCounts(tail_counts))
         self._version.labels(version).set(1)
         self._ranks_by.labels(ranks_by).set(1)
 

@@ -188,17 +188,22 @@ class Retrieve:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """The `k` candidates of highest utility, by the scorer."""
+    """The `k` of highest utility, by the scorer, of the CandidateSet that is called `candidates`."""
 
     scorer: Scorer
+    candidates: str = "candidates"
 
     name: ClassVar[str] = "rank"
-    reads: ClassVar[frozenset[str]] = frozenset({"request", "features", "candidates"})
     writes: ClassVar[frozenset[str]] = frozenset({"winners", "rank_notes"})
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The request, the features and the candidates."""
+        return frozenset({"request", "features", self.candidates})
 
     def run(self, values: Values) -> Values:
         """Ranker, utility and top-k in one module."""
-        winners: Ranked = self.scorer(values["features"], values["candidates"], values["request"].k)
+        winners: Ranked = self.scorer(values["features"], values[self.candidates], values["request"].k)
         lost = {
             "had no finite utility": int(winners.num_nonfinite.sum()),
             f"were {self.scorer.why_below}": int(winners.num_below.sum()),
@@ -209,7 +214,7 @@ class Rank:
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """Candidates in, winners out."""
-        return values["candidates"].num_valid, int(written["winners"].valid.sum())
+        return values[self.candidates].num_valid, int(written["winners"].valid.sum())
 
 
 @dataclass(frozen=True, slots=True)
