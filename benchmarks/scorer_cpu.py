@@ -33,7 +33,7 @@ from prerank.types import Features
 CANDIDATES = (1_000, 10_000, 100_000)
 SLOW = 20_000  # of as many candidates or more, all but the native are called less often
 BARS = {"eager float32": 1 / 7, "eager bfloat16": 1 / 2.5}
-SETTLE_S = 0.01  # for which others' threads look for more work before they sleep
+SETTLE_S = 0.02  # for which others' threads, and ours, look for more work before they sleep
 
 
 @dataclass(frozen=True, slots=True)
