@@ -64,10 +64,9 @@ class Peers:
 
     def of(self, num: int, is_quick: bool) -> Iterator[tuple[str, Version | Row]]:
         """By name, for `num` rows: what answers, or the row that says why it cannot; few where it should be quick."""
-        makes: dict[str, Callable[[], Version]] = {
-            "eager float32": lambda: partial(_called, self.full, self.full_sides),
-            "eager bfloat16": lambda: partial(_called, self.half, self.half_sides),
-        }
+        yield "eager float32", partial(_called, self.full, self.full_sides)
+        yield "eager bfloat16", partial(_called, self.half, self.half_sides)
+        makes: dict[str, Callable[[], Version]] = {}
         if not is_quick:
             makes["torch.compile bfloat16"] = self._compiled
             makes["AOTInductor float32"] = partial(self._ahead, num, is_half=False)
