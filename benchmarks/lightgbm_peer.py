@@ -1,4 +1,4 @@
-"""The heavy ranker's peer: LightGBM on the same features, where it is installed (`pip install lightgbm`)."""
+"""The heavy ranker's peer: LightGBM on the same features, where it is installed (the extra `bench`)."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from typing import TypeVarTuple
 from benchmarks.result import Hardware
 
 REPOSITORY = Path(__file__).parents[1]
-_PACKAGES = ("prerank", "torch", "numpy", "pyarrow")
+_PACKAGES = ("prerank", "torch", "numpy", "pyarrow", "onnxruntime", "pyroaring", "lightgbm")
 _COPY_BYTES = 1 << 28
 Args = TypeVarTuple("Args")
 
@@ -123,12 +123,17 @@ def in_own_process(work: Callable[[*Args], int], *args: *Args, repeats: int = 1)
 
 
 def _spend(work: Callable[..., int], args: tuple[object, ...], repeats: int) -> Spent:
-    start, times, made = _memory("VmRSS"), [], 0
+    start, times, made = resident_bytes(), [], 0
     for _ in range(repeats):
         started = time.perf_counter()
         made = work(*args)
         times.append(time.perf_counter() - started)
     return Spent(tuple(times), _memory("VmHWM"), start, made)
+
+
+def resident_bytes() -> int:
+    """What this process holds now."""
+    return _memory("VmRSS")
 
 
 def _memory(field: str) -> int:

@@ -47,9 +47,11 @@ TABLES = {
     "market_versions": ("market_serving", "publish.*|validate.*|start serving.*|serve: .*"),
     "scorer_ranker": (
         "scorer_cpu",
-        "(native(?!: (overlap|captured))|eager(?! bfloat16:)|compiled|onnxruntime|ranker).*",
+        r"(native(?!: (overlap|captured)| over)|eager(?! bfloat16:)|torch\.compile|AOTInductor|ONNX|ranker).*",
     ),
-    "scorer_whole": ("scorer_cpu", "(Scorer|straightforward|eligib|greedy|the same).*"),
+    "scorer_over_peers": ("scorer_cpu", "native over .*"),
+    "scorer_eligibility": ("scorer_cpu", "eligib.*"),
+    "scorer_whole": ("scorer_cpu", "(Scorer|straightforward|greedy|the same).*"),
     "scorer_agreement": ("scorer_cpu", ".* of float64's top 1,000.*"),
     "index_parts": ("serving_parts", "(ExactIndex|matmul).*"),
     "scorer_parts": ("serving_parts", "Scorer.*"),

@@ -1,9 +1,9 @@
 """What does ranking 1K, 10K and 100K candidates of a million items cost on this processor?
 
 A cross-feature ranker of about 1.9 MFLOP a candidate, target attention over 50 events and matches included, weights as
-drawn. The native program beside what torch makes of the same weights: eager in float32 and bfloat16, compiled, exported
-to ONNX Runtime where that is installed; all called in turn. The ceiling is the arithmetic over the rate of a bfloat16
-product as large as a layer of the ranker's, measured before and after.
+drawn. The native program beside what others make of the same weights: torch in float32 and bfloat16, torch.compile,
+AOTInductor, ONNX Runtime; all called in turn. Then all of a request, and what resident items take. The ceiling is the
+arithmetic over the rate of a bfloat16 product as large as a layer of the ranker's, measured before and after.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
+from time import perf_counter, sleep
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.machine import best_s, say, times_ms
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
-from benchmarks.scorer_peers import Version, torch_versions
+from benchmarks.scorer_memory import memory_rows
+from benchmarks.scorer_peers import Peers, best_rows
 from benchmarks.scorer_whole import whole_rows
 from benchmarks.scorer_world import SEED, Drawn, agreement_rows, drawn_world
 from prerank.bundle.executor import NativeRanker
@@ -31,20 +31,22 @@ from prerank.kernels.native import LEVELS, level
 from prerank.types import Features
 
 CANDIDATES = (1_000, 10_000, 100_000)
-SLOW = 20_000  # of as many candidates or more, eager versions are called thrice
-BARS = {"eager float32": 1 / 7, "eager bfloat16": 1 / 2.5, "compiled": 1 / 1.4, "onnxruntime": 1 / 1.4}
+SLOW = 20_000  # of as many candidates or more, all but the native are called less often
+BARS = {"eager float32": 1 / 7, "eager bfloat16": 1 / 2.5}
+SETTLE_S = 0.02  # for which others' threads, and ours, look for more work before they sleep
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Items of the tables, and how often each version is called."""
+    """Items of the tables, and how often each version is called: slow ones, of many candidates, less often."""
 
     items: int = 1_000_000
     calls: int = 41
+    slow_calls: int = 3
 
 
 def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
-    sizes = Sizes(items=50_000, calls=5) if options.quick else Sizes()
+    sizes = Sizes(items=50_000, calls=5, slow_calls=1) if options.quick else Sizes()
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     with torch.random.fork_rng(), torch.inference_mode():
@@ -55,6 +57,7 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
         rows, config = _ranker_rows(world, sizes, cores, before, options.quick)
         rows += whole_rows(world, before[f"bf16_layer_gflop_s_{cores}_threads"], ceilings["copy_gb_s"], sizes.calls)
         after = layer_rates(cores)
+    rows += memory_rows(sizes.items)
     if not options.quick:  # which trains a ranker
         rows += agreement_rows(options.data)
     ends = {
@@ -83,23 +86,25 @@ def _ranker_rows(
     rows: list[Row] = [Row.of("ranker: FLOP a candidate", program.flops, "FLOP")]
     engines = {threads: Engine(threads) for threads in dict.fromkeys((1, cores))}
     natives = {threads: NativeRanker(ranker, item_side, engine) for threads, engine in engines.items()}
-    peers = dict(torch_versions(ranker, user_side, item_side, is_quick))
-    if "onnxruntime" not in peers:
-        rows.append(Row.skipped("onnxruntime", "it is not installed, could not run the export, or it should be quick"))
+    peers = Peers(ranker, user_side, item_side)
     medians: dict[tuple[str, int], float] = {}
     for num in CANDIDATES:
         chosen = torch.randint(sizes.items, (1, num))
         works: dict[str, Callable[[], object]] = {}
         for name, native in (("native", natives[cores]), ("native, one worker", natives[1])):
             works[name] = partial(native, user_side, chosen)
-        for name, peer in peers.items():
-            works[name] = _called(peer, chosen)
-        calls = {name: sizes.calls if num < SLOW or name.startswith("native") else 3 for name in works}
+        say(f"scorer_cpu: compiling the peers for {num:,} candidates")
+        for name, peer in peers.of(num, is_quick):
+            if isinstance(peer, Row):
+                rows.append(peer)
+            else:
+                works[name] = partial(peer, chosen)
+        calls = {name: sizes.calls if num < SLOW or name.startswith("native") else sizes.slow_calls for name in works}
         times = _in_turn(works, calls)
         for name, spent in times.items():
             medians[name, num] = float(np.median(spent))
             rows.append(Row.timed(f"{name}, {num:,} candidates", spent, num))
-        rows += _comparisons(times, num, program.flops, rate)
+        rows += [*_comparisons(times, num, program.flops, rate), *best_rows(medians, num)]
         say(f"scorer_cpu: {num:,} candidates done")
     rows.append(
         _bounded("native: 100,000 candidates over 10,000", medians["native", 100_000] / medians["native", 10_000], 10.5)
@@ -120,10 +125,6 @@ def _ranker_rows(
     return rows, {"items": sizes.items, "calls": sizes.calls, "level": level(), "workers": cores, "seed": SEED}
 
 
-def _called(version: Version, rows: Tensor) -> Callable[[], object]:
-    return lambda: version(rows)
-
-
 def _in_turn(works: Mapping[str, Callable[[], object]], calls: Mapping[str, int]) -> dict[str, list[float]]:
     """Milliseconds of each call; all that have calls left take turns, so that all see the same machine."""
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -132,6 +133,7 @@ def _in_turn(works: Mapping[str, Callable[[], object]], calls: Mapping[str, int]
     for number in range(max(calls.values())):
         for name, work in works.items():
             if number < calls[name]:
+                sleep(SETTLE_S)
                 times[name] += times_ms(work, 1, warm_up=0)
     return times
 

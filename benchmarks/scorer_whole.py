@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from threading import Event, Thread
 
@@ -16,32 +16,31 @@ import torch
 
 from benchmarks.machine import times_ms
 from benchmarks.result import Row
+from benchmarks.scorer_eligibility import ASKED, Audience, eligibility_rows
 from benchmarks.scorer_world import WINNERS, Drawn
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.scorer import Scorer
 from prerank.business.diversity import Diversity
 from prerank.business.live import LiveItems
-from prerank.business.targeting import Targeting
 from prerank.business.utility import Utility
-from prerank.config import DiversityRule, TargetingRule, UtilityTerm
+from prerank.config import DiversityRule, UtilityTerm
 from prerank.index.exact import ExactIndex
 from prerank.kernels.engine import Engine
 from prerank.kernels.greedy import greedy_top_k
-from prerank.types import Array, Given, ItemChange
+from prerank.types import Array, CandidateSet, Given, ItemChange
 
 KEEP, DIM = 10_000, 64
+LEAVING = 100  # fewer than the least candidates, of which rules leave some out
 CAPS = {"advertiser": 5, "creative": 1, "campaign": 20}
-VALUES = {"country": 60, "age": 8, "device": 5, "language": 30, "interests": 200, "placement": 20}
-LISTED = {"country": 20, "age": 5, "device": 4, "language": 15, "interests": 100, "placement": 12}
-"""Of a restricted item, how many of an attribute's values it lists; seven items in ten are restricted."""
 
 
 def whole_rows(world: Drawn, gflop_s: float, copy_gb_s: float, calls: int) -> Iterator[Row]:
     """Bars are of a million items and two cores."""
     stages = _Stages(world)
-    profile: dict[str, Given] = {name: "1" if name != "interests" else ["1", "7", "30"] for name in VALUES}
-    yield from _eligibility(stages, profile, calls)
+    profile = stages.audience.profile()
+    yield from eligibility_rows(stages.audience, copy_gb_s, calls)
     yield from _greedy(stages, calls)
+    yield from _leaving(stages)
     sizes = {KEEP: "10,000", 10 * KEEP: "100,000"}
     for num, name in sizes.items():
         if num > stages.num_eligible(profile):
@@ -49,7 +48,7 @@ def whole_rows(world: Drawn, gflop_s: float, copy_gb_s: float, calls: int) -> It
         parts = stages.parts(profile, num)
         slow = 3 if num > KEEP else max(3, calls // 8)
         times = {part: times_ms(work, calls) for part, work in parts.items()}
-        plain = times_ms(partial(stages.straightforward, profile, num), slow, warm_up=1)
+        plain = times_ms(partial(stages.straightforward, num), slow, warm_up=1)
         whole = float(np.median(times["whole"]))
         for part, spent in times.items():
             yield Row.timed(f"Scorer, {name} candidates: {part}", spent, num)
@@ -62,6 +61,19 @@ def whole_rows(world: Drawn, gflop_s: float, copy_gb_s: float, calls: int) -> It
             yield _bar(Row.of("Scorer, 10,000 candidates: over that", whole / least, "times", num), 1.3)
     yield from _changing(stages, profile, calls)
     stages.engine.close()
+
+
+def _leaving(stages: _Stages) -> Iterator[Row]:
+    """Bytes of the memory behind what a request returns: the winners', and nothing of a candidate that lost."""
+    first = 0
+    for num in (1_000, 10_000, 100_000):
+        rows = torch.randint(stages.targeting.num_items, (1, num))
+        candidates = CandidateSet(rows, torch.zeros(rows.shape), torch.ones_like(rows, dtype=torch.bool))
+        ranked = stages.scorer(stages.world.user, candidates, LEAVING)
+        held = sum(getattr(ranked, field.name).untyped_storage().nbytes() for field in fields(ranked))
+        first = first or held
+        row = Row.of(f"Scorer, {num:,} candidates: bytes that leave with {LEAVING} winners", held, "bytes", num)
+        yield replace(row, bar=first, holds=held == first)
 
 
 def _changing(stages: _Stages, profile: Mapping[str, Given], calls: int) -> Iterator[Row]:
@@ -105,9 +117,9 @@ class _Stages:
     def __init__(self, world: Drawn) -> None:
         num, made = len(world.items["price"]), np.random.default_rng(7)
         self.world = world
-        rules = {name: TargetingRule(item=name, user=name) for name in VALUES}
-        self.listed = {name: _lists(made, num, VALUES[name], LISTED[name]) for name in VALUES}
-        self.targeting = Targeting.fit(rules, {name: pa.chunked_array([one]) for name, one in self.listed.items()}, num)
+        self.audience = Audience.draw(num, made)
+        self.targeting = self.audience.targeting
+        self.masks = list(self.audience.masks().values())  # the straightforward way's index
         groups = {"advertiser": world.items["advertiser"].numpy(), "creative": made.integers(0, num // 2, num)}
         groups["campaign"] = made.integers(0, num // 50, num)
         self.diversity = Diversity.build({n: DiversityRule(m) for n, m in CAPS.items()}, pa.table(groups))
@@ -142,14 +154,14 @@ class _Stages:
 
     def least_ms(self, gflop_s: float, copy_gb_s: float) -> float:
         """Bitmaps and vectors at the copy's bytes a second, the ranker's arithmetic at a product's rate."""
-        read = self.targeting.bitmaps.shape[1] * 8 * len(VALUES) + self.index.vectors.nbytes
+        read = self.targeting.bitmaps.shape[1] * 8 * sum(map(len, ASKED.values())) + self.index.vectors.nbytes
         flops = self.world.ranker.program().flops * KEEP
         return read / copy_gb_s / 1e6 + flops / gflop_s / 1e6
 
-    def straightforward(self, profile: Mapping[str, Given], num: int) -> list[int]:
+    def straightforward(self, num: int) -> list[int]:
         """Booleans in numpy, a product and topk, eager float32 over gathered features, scores out, rules in Python."""
         user, items = self.world.user, self.world.items
-        mask = torch.from_numpy(np.logical_and.reduce([self.masks()[name] for name in profile]))
+        mask = torch.from_numpy(np.logical_and.reduce(self.masks))
         similar = (self.query @ self.index.vectors.float().T)[0].masked_fill(~mask, -torch.inf)
         rows = similar.topk(num).indices
         ranker = self.world.ranker
@@ -157,50 +169,6 @@ class _Stages:
         logits = ranker(ranker.user_side(user), {name: tensor.unsqueeze(0) for name, tensor in side.items()})
         worth = (logits[0, :, 0].sigmoid() * items["bid_micros"][rows]).numpy()
         return plain_greedy(worth, rows.numpy(), self.diversity.codes[rows].numpy(), WINNERS)
-
-    def masks(self) -> dict[str, Array]:
-        """bool [I] of each attribute for the profile of the benchmark, made once: the straightforward way's index."""
-        if not hasattr(self, "_masks"):
-            self._masks = {name: _allowed(self.targeting, name) for name in VALUES}
-        return self._masks
-
-
-def _lists(made: np.random.Generator, num: int, values: int, listed: int) -> pa.Array:
-    """Of three items in ten nothing, of the others `listed` of so many values each."""
-    lengths = np.where(made.random(num) < 0.3, 0, listed)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    starts = made.integers(0, values, num).repeat(lengths)
-    place = np.arange(offsets[-1]) - offsets[:-1].repeat(lengths)
-    return pa.ListArray.from_arrays(offsets, ((starts + place) % values).astype(np.int16))
-
-
-def _allowed(targeting: Targeting, name: str) -> Array:
-    one: dict[str, Given] = dict.fromkeys(VALUES)
-    wanted: dict[str, Given] = {**one, name: ["1", "7", "30"] if name == "interests" else "1"}
-    chosen, starts, _ = targeting.choose(wanted, {}, 0)
-    group = list(VALUES).index(name)
-    rows = chosen[starts[group] : starts[group + 1]]
-    bits = targeting.bitmaps[rows.long()].numpy().view(np.uint8)
-    return np.unpackbits(np.bitwise_or.reduce(bits), bitorder="little")[: targeting.num_items].astype(bool)
-
-
-def _eligibility(stages: _Stages, profile: Mapping[str, Given], calls: int) -> Iterator[Row]:
-    masks, num = list(stages.masks().values()), stages.targeting.num_items
-    chosen = stages.targeting.choose(profile, {}, 0)
-
-    def by_numpy() -> Array:
-        mask = masks[0]
-        for other in masks[1:]:
-            mask = mask & other
-        return np.flatnonzero(mask)
-
-    assert np.array_equal(by_numpy(), stages.targeting(*chosen).numpy())
-    ours, numpys = times_ms(partial(stages.targeting, *chosen), calls), times_ms(by_numpy, calls)
-    yield Row.of("eligible of six attributes", float(len(by_numpy())), "rows", num)
-    row = Row.timed("eligibility, six attributes, to rows", ours, num)
-    yield replace(row, bar=0.5, holds=bool((row.value or 0.0) < 0.5))
-    yield Row.timed("eligibility by numpy booleans held ready", numpys, num)
-    yield _bar(Row.of("eligibility over numpy's", float(np.median(ours) / np.median(numpys)), "times", num), 1 / 8)
 
 
 def _greedy(stages: _Stages, calls: int) -> Iterator[Row]:

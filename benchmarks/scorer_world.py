@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from prerank.train.prepare import prepare
 SEED, LENGTH, ADVERTISERS, TOPICS = 7, 50, 20_000, 200
 WINNERS, REQUESTS = 1_000, 100
 _KUAIRAND = REPOSITORY / "examples" / "kuairand" / "funnel.toml"
-_FUNNEL = {
+FUNNEL: dict[str, Any] = {
     "name": "scorer",
     "data": {
         "impressions": "impressions",
@@ -86,7 +87,7 @@ class Drawn:
 
 def drawn_world(num_items: int) -> Drawn:
     """Over a million items or so."""
-    config = parse_config(_FUNNEL, "benchmarks/scorer_world.py")
+    config = parse_config(FUNNEL, "benchmarks/scorer_world.py")
     ranker = CrossFeatureRanker(config, _SIZES).eval()
     for weight in ranker.parameters():  # also of what begins at zero
         weight.add_(0.02 * torch.randn_like(weight))

@@ -79,11 +79,19 @@ def reference(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor,
     return bits.flatten()[:num_items].nonzero().flatten()
 
 
-def natively(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, num_items: int) -> Tensor:
-    """`eligible_rows` by the native library, which must be there; everything contiguous and on the CPU."""
+def natively(
+    bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, num_items: int, level: str | None = None
+) -> Tensor:
+    """`eligible_rows` by the native library, which must be there; everything contiguous and on the CPU.
+
+    `level` is one of `native.LEVELS` that this processor has, its best unless given.
+    """
     _check(bitmaps, chosen, starts, inverted, num_items)
     library, width, count = native.library(), num_words(num_items), len(inverted)
     assert library is not None
+    best = library.prerank_level()
+    instructions = ctypes.c_int64(best if level is None else native.LEVELS.index(level))
+    assert instructions.value <= best
     words = torch.empty(width, dtype=torch.int64)
     library.prerank_eligible_words.restype = ctypes.c_int64
     found = library.prerank_eligible_words(
@@ -95,11 +103,16 @@ def natively(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, 
         native.pointer(inverted, torch.bool, count),
         ctypes.c_int64(count),
         native.pointer(words, torch.int64, width),
+        instructions,
     )
     rows = torch.empty(found, dtype=torch.int64)
     library.prerank_rows_of_words.restype = None
     library.prerank_rows_of_words(
-        native.pointer(words, torch.int64, width), ctypes.c_int64(width), native.pointer(rows, torch.int64, found)
+        native.pointer(words, torch.int64, width),
+        ctypes.c_int64(width),
+        native.pointer(rows, torch.int64, found),
+        ctypes.c_int64(found),
+        instructions,
     )
     return rows
 

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 from prerank.kernels import native
 from prerank.kernels.eligible import eligible_rows, natively, num_words, pack_rows, reference
 
-EVERY = [reference, natively, eligible_rows, torch.ops.prerank.eligible_rows.default]
+HERE = native.LEVELS[: native.LEVELS.index(native.level()) + 1]
+LEVELS = [pytest.param(partial(natively, level=level), id=level) for level in HERE]
+EVERY = [reference, *(one.values[0] for one in LEVELS), eligible_rows, torch.ops.prerank.eligible_rows.default]
 SIZES = [1, 63, 64, 65, 127, 128, 700, 65_536, 65_537, 140_001]
 
 
@@ -75,6 +79,17 @@ def test_bitmaps_of_all_ones_or_all_zeros_are_everybody_or_nobody_and_never_more
     everybody = list(range(num_items))
     for row, inverted, expected in ((0, False, []), (0, True, everybody), (1, False, everybody), (1, True, [])):
         assert rows_of(bitmaps, *groups_of([([row], inverted)]), num_items).tolist() == expected
+
+
+@pytest.mark.parametrize("rows_of", LEVELS)
+@pytest.mark.parametrize("per_word", [0, 1, 7, 8, 9, 15, 16, 17, 24, 25, 63, 64])
+def test_words_of_any_number_of_bits_give_as_many_rows_up_to_the_last(rows_of, per_word):
+    """Also where the words before the last have few, and there is no room past the rows to write over."""
+    made = np.random.default_rng(per_word)
+    for counts in ([per_word] * 9, [per_word] + [0] * 70, [0] * 70 + [per_word], [64, per_word, 1, per_word]):
+        rows = np.concatenate([64 * w + np.sort(made.permutation(64)[:count]) for w, count in enumerate(counts)])
+        bitmap = pack_rows(torch.from_numpy(rows).long(), 64 * len(counts)).unsqueeze(0)
+        assert rows_of(bitmap, *groups_of([([0], False)]), 64 * len(counts)).tolist() == rows.tolist()
 
 
 @given(num_items=st.integers(1, 300), seed=st.integers(0, 99))
