@@ -20,7 +20,7 @@ from prerank.types import ItemChange
 
 _log = structlog.get_logger(__name__)
 
-MOST_CHANGES = 10_000
+MOST_CHANGES = 100_000
 """The most items of one call."""
 
 

@@ -29,6 +29,7 @@ from starlette.routing import Route
 
 from prerank.bundle.registry import Registry
 from prerank.errors import PrerankError, RegistryError
+from prerank.serve import arrow
 from prerank.serve.answer import Answer
 from prerank.serve.changes import Changed
 from prerank.serve.envelope import Envelope, Refused, read_body, refused_by_routing
@@ -105,7 +106,8 @@ class Recommender(Protocol):
 class Limits:
     """What one process takes on: `threads` requests run at once, `waiting` more may wait, of `body_bytes` each.
 
-    Calls with events or items run one at a time; as many may wait, of `events_bytes` or `items_bytes` each.
+    Calls with events or items run one at a time; as many may wait, of `events_bytes` or `items_bytes` each, or of
+    `stream_bytes` as an Arrow stream.
     """
 
     threads: int = 2
@@ -113,6 +115,7 @@ class Limits:
     body_bytes: int = 65_536
     events_bytes: int = 524_288
     items_bytes: int = 2_097_152
+    stream_bytes: int = 67_108_864
 
 
 def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) -> Starlette:
@@ -243,8 +246,10 @@ class _Server:
         return await self.records.run(lambda: self._record(funnel, content, now_ms))
 
     async def change(self, http: HttpRequest) -> Response:
-        funnel, content = self._ready(), await read_body(http, self.limits.items_bytes)
-        return await self.records.run(lambda: self._change(funnel, content))
+        is_stream = http.headers.get("content-type", "").partition(";")[0].strip() == arrow.CONTENT_TYPE
+        limit = self.limits.stream_bytes if is_stream else self.limits.items_bytes
+        funnel, content = self._ready(), await read_body(http, limit)
+        return await self.records.run(lambda: self._change(funnel, content, is_stream))
 
     def _ready(self) -> Recommender:
         if isinstance(self.funnel, PrerankError):
@@ -267,8 +272,9 @@ class _Server:
         self.metrics.recorded(events, recorded)
         return encode_recorded(recorded)
 
-    def _change(self, funnel: Recommender, content: bytes) -> bytes:
-        changed = funnel.change(decode_items(content).changes())
+    def _change(self, funnel: Recommender, content: bytes, is_stream: bool) -> bytes:
+        changes = arrow.decode_items_stream(content) if is_stream else decode_items(content).changes()
+        changed = funnel.change(changes)
         self.metrics.changed(changed)
         return encode_changed(changed)
 

@@ -8,6 +8,7 @@ import jinja2
 import msgspec
 
 from prerank import __version__
+from prerank.serve import arrow
 from prerank.serve.wire import (
     AnswerBody,
     ChangedBody,
@@ -40,12 +41,16 @@ def openapi(
     _, schemas = msgspec.json.schema_components(BODIES, ref_template="#/components/schemas/{name}")
     recommend = _post("recommend", "The winners for one user.", "RecommendBody", example)
     record = _post("record", "What users did: the next request knows of it.", "EventsBody", events)
-    change = _post("change", "What is live of items: on or off, pacing, bids.", "ItemsBody", items)
+    change = _post("change", "Items: on or off, pacing, bids; those that come, change and leave.", "ItemsBody", items)
+    change["requestBody"]["content"][arrow.CONTENT_TYPE] = {  # type: ignore[index]
+        "schema": {"type": "string", "format": "binary", "description": f"The same as columns: {arrow.COLUMNS}."}
+    }
     errors = {str(status): _answer(why, _json("ErrorBody")) for status, why in ERRORS.items()}
     recommend["responses"] = {"200": _answer("Winners, best first.", _json("AnswerBody")), **errors}
     del errors["504"]
     record["responses"] = {"200": _answer("All of it is on the disk.", _json("RecordedBody")), **errors}
-    change["responses"] = {"200": _answer("All of it is on the disk.", _json("ChangedBody")), **errors}
+    full = {"507": _answer("More items come than the version has free rows.", _json("ErrorBody"))}
+    change["responses"] = {"200": _answer("All of it is on the disk.", _json("ChangedBody")), **errors, **full}
     return {
         "openapi": "3.1.0",
         "info": {

@@ -1,8 +1,10 @@
 """Bids, budgets and pacing changed while a version serves."""
 
+import datetime
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from prerank.errors import RequestError
@@ -153,3 +155,67 @@ def test_the_example_of_the_docs_works(store: Path) -> None:
         assert "/v1/items" in client.get("/docs").text
         schema = client.get("/openapi.json").json()["components"]["schemas"]["ItemsBody"]
         assert schema["properties"]["items"]["maxItems"] == MOST_CHANGES
+
+
+def stream(**columns: pa.Array) -> bytes:
+    table, sink = pa.table(columns), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+ARROW = {"content-type": "application/vnd.apache.arrow.stream"}
+
+
+def test_changes_come_as_an_arrow_stream_too() -> None:
+    funnel = FakeFunnel()
+    content = stream(
+        item_id=pa.array([5, 6, 7, 8], pa.int32()),
+        on=pa.array([False, None, None, None]),
+        pacing=pa.array([None, 0.5, None, None], pa.float32()),
+        removed=pa.array([None, None, True, False]),
+        values=pa.array([None, {"bid": 3, "cost": None}, None, {"bid": None, "cost": 1}]),
+        columns=pa.array(
+            [None, None, None, {"title": None, "tags": ["a"], "made": datetime.date(2026, 1, 2)}],
+            pa.struct({"title": pa.string(), "tags": pa.list_(pa.string()), "made": pa.date32()}),
+        ),
+    )
+    with Client(create_app(funnel)) as client:
+        response = client.post("/v1/items", content=content, headers=ARROW)
+        assert response.json() == {"accepted": 4, "unknown_items": 1, "free_rows": 7}
+    assert funnel.changed == [
+        ItemChange(5, on=False),
+        ItemChange(6, pacing=0.5, values={"bid": 3.0}),
+        ItemChange(7, removed=True),
+        ItemChange(8, values={"cost": 1.0}, columns={"title": None, "tags": ["a"], "made": "2026-01-02"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "expected"),
+    [
+        (b"{}", 400, "body: expected an Arrow IPC stream"),
+        (stream(item=pa.array([1])), 422, "item: unknown column, expected item_id int64, and any of on bool"),
+        (stream(on=pa.array([True])), 422, "item_id: expected one in every row"),
+        (stream(item_id=pa.array([1, None])), 422, "item_id: expected one in every row"),
+        (stream(item_id=pa.array([2**63], pa.uint64())), 422, "item_id: expected int64, got uint64"),
+        (stream(item_id=pa.array([1]), pacing=pa.array([["x"]])), 422, "pacing: expected double, got list"),
+        (stream(item_id=pa.array([1]), values=pa.array([3.0])), 422, "values: expected a struct, got double"),
+        (stream(item_id=pa.array([1]), values=pa.array([{"bid": "x"}])), 422, "bid: expected double, got string"),
+    ],
+)
+def test_a_stream_that_is_wrong_is_said_in_a_sentence(content: bytes, status: int, expected: str) -> None:
+    with Client(create_app(FakeFunnel())) as client:
+        got, _, message = error_of(client.post("/v1/items", content=content, headers=ARROW))
+        assert got == status
+        assert expected in message
+
+
+def test_a_hundred_thousand_bids_come_in_one_call(store: Path) -> None:
+    with Funnel.open(store) as funnel, Client(create_app(funnel)) as client:
+        best = next(iter(winners(funnel)))
+        ids = [*range(10**6, 10**6 + 99_999), best]
+        content = stream(item_id=pa.array(ids), values=pa.array([{"bid_micros": 5e9}] * len(ids)))
+        told = client.post("/v1/items", content=content, headers=ARROW).json()
+        assert told == {"accepted": 100_000, "unknown_items": 99_999, "free_rows": 0}
+        assert winners(funnel)[best] == max(u for u in winners(funnel).values() if u is not None)
