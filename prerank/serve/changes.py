@@ -103,9 +103,13 @@ class Changes:
 
     def _rest(self, changes: Sequence[ItemChange]) -> int:
         """Changes of items that are there, or leave; how many are of items that this version does not have."""
+        if not changes:
+            return 0
         rows = self._inventory.rows_of([one.item_id for one in changes])
         self._live.change(rows, changes)
-        self._inventory.remove([one.item_id for one in changes if one.removed])
+        leaving = [one.item_id for one in changes if one.removed]
+        if leaving:
+            self._inventory.remove(leaving)
         return sum(row < 0 for row in rows)
 
 
