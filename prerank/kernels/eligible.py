@@ -107,9 +107,9 @@ def natively(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, 
 
 def by_triton(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, num_items: int) -> Tensor:
     """`eligible_rows` by the Triton kernels: on a GPU, or anywhere in Triton's interpreter."""
+    _check(bitmaps, chosen, starts, inverted, num_items)
     from prerank.kernels.triton.eligible import rows_of  # where there is no GPU there need be no triton
 
-    _check(bitmaps, chosen, starts, inverted, num_items)
     return rows_of(bitmaps, chosen, starts, inverted, num_items)
 
 

@@ -20,12 +20,14 @@ def check_shapes(operation: str, expected: Mapping[str, tuple[Tensor, torch.dtyp
     sizes: dict[str, int] = {}
     for name, (tensor, dtype, letters) in expected.items():
         fits = tensor.dtype == dtype and tensor.dim() == len(letters) and tensor.device == device
-        if not fits or any(sizes.setdefault(a, size) != size for a, size in zip(letters, tensor.shape, strict=True)):
+        found = dict(zip(letters, tensor.shape, strict=fits))
+        if not fits or any(sizes.get(letter, size) != size for letter, size in found.items()):
             wanted = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in letters)
             raise ValueError(
                 f"{operation}: expected {name} {_name(dtype)} [{wanted}] on {device}, got "
                 f"{_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}"
             )
+        sizes |= found
 
 
 def check_float(operation: str, name: str, tensor: Tensor) -> None:
