@@ -1,0 +1,95 @@
+"""Every operation is one node that the compiler and the exporter keep, and gives what it gives eagerly."""
+
+import pytest
+import torch
+
+from prerank.kernels import cross, eligible, gather_add, greedy, scan
+
+
+class Asked(torch.nn.Module):
+    """A module that does something before and after the operation."""
+
+    def __init__(self, operation) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def forward(self, *tensors):
+        first, *rest = tensors
+        found = self.operation(first + 0, *rest)
+        return tuple(one + 1 for one in (found if isinstance(found, tuple) else (found,)))
+
+
+def eligible_of_700(bitmaps, chosen, starts, inverted):
+    return eligible.eligible_rows(bitmaps, chosen, starts, inverted, 700)
+
+
+def greedy_7(utility, rows, valid, groups, at_most):
+    return greedy.greedy_top_k(utility, rows, valid, groups, at_most, 7)
+
+
+def scan_7(vectors, query):
+    return scan.scan_top_k(vectors, None, query, 7, None)
+
+
+def asked():
+    """By the operation's name: a function of tensors and some of them."""
+    made = torch.Generator().manual_seed(1)
+
+    def randn(*size):
+        return torch.randn(size, generator=made)
+
+    def randint(high, *size):
+        return torch.randint(0, high, size, generator=made)
+
+    rows, at_most = randint(50, 2, 60), torch.tensor([2, 3])
+    groups = (randn(2, 60), rows, rows > 5, randint(9, 2, 2, 60).int(), at_most)
+    some = (torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 1, 2]), torch.tensor([False, True]))
+    return {
+        "eligible_rows": (eligible_of_700, (randint(1 << 62, 3, 11), *some)),
+        "greedy_top_k": (greedy_7, groups),
+        "scan_top_k": (scan_7, (randn(90, 8), randn(2, 8))),
+        "gather_add": (gather_add.gather_add, (randn(50, 8), rows, randn(2, 8), randn(2, 60, 3), randn(8, 3))),
+        "cross_layer": (cross.cross_layer, (randn(9, 8), randn(9, 8), randn(2, 8), randn(8, 2), randn(8))),
+    }
+
+
+NAMES = sorted(asked())
+
+
+def is_same(found, expected):
+    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exported_program_has_it_as_one_node(name):
+    operation, tensors = asked()[name]
+    exported = torch.export.export(Asked(operation), tensors)
+    assert [node.target for node in exported.graph.nodes].count(getattr(torch.ops.prerank, name).default) == 1
+    assert is_same(exported.module()(*tensors), Asked(operation)(*tensors))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_compiler_keeps_it_as_one_node_of_one_graph(name):
+    operation, tensors = asked()[name]
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append([node.target for node in module.graph.nodes])
+        return module
+
+    torch._dynamo.reset()
+    expected = Asked(operation)(*tensors)
+    assert is_same(torch.compile(Asked(operation), backend=backend, fullgraph=True)(*tensors), expected)
+    (targets,) = graphs
+    wanted = getattr(torch.ops.prerank, name)
+    assert sum(target in (wanted, wanted.default) for target in targets) == 1
+    torch._dynamo.reset()
+    # fake tensors run through it here: what the compiler is told of the answer must be so
+    assert is_same(torch.compile(Asked(operation), backend="aot_eager", fullgraph=True)(*tensors), expected)
+
+
+@pytest.mark.parametrize("name", ["gather_add", "cross_layer"])
+def test_the_operation_is_what_the_compiler_is_told_it_is(name):
+    _, tensors = asked()[name]
+    checked = torch.library.opcheck(getattr(torch.ops.prerank, name).default, tensors)
+    assert set(checked.values()) == {"SUCCESS"}
