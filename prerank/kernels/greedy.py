@@ -78,6 +78,7 @@ def _falling(utility: Tensor, rows: Tensor, valid: Tensor) -> tuple[Tensor, Tens
     can_win = valid & utility.isfinite()
     # stable sorts, the last key first: by row, then by falling utility, minus infinity for who cannot win
     order = rows.argsort(dim=1, stable=True)
+    # + 0.0 as a sort by bits would put -0.0 below 0.0
     worth = (utility + 0.0).masked_fill(~can_win, -torch.inf)
     order = order.gather(1, worth.gather(1, order).argsort(dim=1, descending=True, stable=True))
     return order, can_win.gather(1, order)

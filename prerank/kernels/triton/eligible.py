@@ -23,13 +23,12 @@ def rows_of(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, n
         return words
     with launching_on(bitmaps):
         decide[(blocks,)](
-            bitmaps,
+            bitmaps.contiguous(),
             chosen.contiguous(),
             starts.contiguous(),
             inverted.contiguous(),
             words,
             counts,
-            *bitmaps.stride(),
             len(inverted),
             num_words,
             num_items,
@@ -57,8 +56,6 @@ def decide(
     inverted: tl.tensor,
     words: tl.tensor,
     counts: tl.tensor,
-    bitmap_step: tl.tensor,
-    word_step: tl.tensor,
     num_groups: tl.tensor,
     num_words: tl.tensor,
     num_items: tl.tensor,
@@ -76,7 +73,7 @@ def decide(
         at, end = tl.load(starts + group), tl.load(starts + group + 1)
         while at < end:
             bitmap = tl.load(chosen + at).to(tl.int64)
-            any_of |= tl.load(bitmaps + bitmap * bitmap_step + places * word_step, mask=inside, other=0)
+            any_of |= tl.load(bitmaps + bitmap * num_words + places, mask=inside, other=0)
             at += 1
         # all ones turn every bit around, zero none
         eligible &= any_of ^ -tl.load(inverted + group).to(tl.int64)
