@@ -16,6 +16,10 @@ from prerank.lifecycle.build import load_users, publish_trained
 from prerank.lifecycle.training import Trained, train
 from prerank.market.generate import generate_market
 
+# before anything imports triton, which decides then: without a GPU its kernels are interpreted
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # a loaded machine is slow, not wrong
 hypothesis.settings.register_profile("prerank", deadline=None)
 hypothesis.settings.load_profile("prerank")

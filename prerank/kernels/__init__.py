@@ -1,1 +1,1 @@
-"""The hot operations: each has a torch reference, a native version for CPUs, and one contract for both."""
+"""The hot operations: each has a torch reference, versions for CPUs and GPUs, and one contract for all of them."""

@@ -1,7 +1,6 @@
 """Eligible rows from packed bitmaps: for every group of a request, the OR of its bitmaps; of all groups, the AND.
 
-On CPUs it runs natively, elsewhere and without the library in torch. There is no Triton version yet: on a GPU the
-torch one is right, and slower than one kernel would be.
+On CPUs it runs natively, on GPUs in Triton, and in torch where either is missing.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from prerank.kernels import native
+from prerank.kernels import native, triton
 
 WORD = 64
 """Rows in one word of a bitmap."""
@@ -50,6 +49,8 @@ def eligible_rows(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Ten
 
 
 def _here(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, num_items: int) -> Tensor:
+    if triton.serves(bitmaps.device):
+        return by_triton(bitmaps, chosen, starts, inverted, num_items)
     if bitmaps.device.type != "cpu" or native.library() is None:
         return reference(bitmaps, chosen, starts, inverted, num_items)
     return natively(bitmaps, chosen, starts, inverted, num_items)
@@ -117,8 +118,16 @@ def natively(
     return rows
 
 
+def by_triton(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, num_items: int) -> Tensor:
+    """`eligible_rows` by the Triton kernels: on a GPU, or anywhere in Triton's interpreter."""
+    _check(bitmaps, chosen, starts, inverted, num_items)
+    from prerank.kernels.triton.eligible import rows_of  # where there is no GPU there need be no triton
+
+    return rows_of(bitmaps, chosen, starts, inverted, num_items)
+
+
 def _check(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, num_items: int) -> None:
-    """Native code believes what it is told, and both versions are told the same."""
+    """Kernels believe what they are told, and every version is told the same."""
     assert num_items >= 0
     assert bitmaps.shape[1:] == (num_words(num_items),), f"{list(bitmaps.shape)} for {num_items} items"
     for name, tensor, dtype in (
@@ -138,6 +147,6 @@ def _check(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, nu
 def _check_range(name: str, rows: Tensor, size: int) -> None:
     if not rows.numel():
         return
-    low, high = (int(end) for end in rows.aminmax())
+    low, high = torch.stack(rows.aminmax()).tolist()  # one wait for a GPU, not two
     if low < 0 or high >= size:
         raise IndexError(f"{name}: expected 0 to {size - 1}, got {low} to {high}")

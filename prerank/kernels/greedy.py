@@ -12,7 +12,8 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from prerank.kernels import native
+from prerank.kernels import native, triton
+from prerank.kernels.shapes import check_shapes
 
 _MOST = 1 << 32
 
@@ -33,6 +34,8 @@ def greedy_top_k(utility: Tensor, rows: Tensor, valid: Tensor, groups: Tensor, a
 
 
 def _here(utility: Tensor, rows: Tensor, valid: Tensor, groups: Tensor, at_most: Tensor, k: int) -> Tensor:
+    if triton.serves(utility.device):
+        return by_triton(utility, rows, valid, groups, at_most, k)
     _check(utility, rows, valid, groups, at_most, k)
     if utility.device.type == "cpu" and native.library() is not None:
         return _native(utility, rows, valid, groups, at_most, k)
@@ -51,15 +54,37 @@ def _(utility: Tensor, rows: Tensor, valid: Tensor, groups: Tensor, at_most: Ten
 
 def reference(utility: Tensor, rows: Tensor, valid: Tensor, groups: Tensor, at_most: Tensor, k: int) -> Tensor:
     """The same of tensors on any device: the order by torch, the groups one candidate after another in Python."""
-    # stable sorts, the last key first: who cannot win is behind, then by falling utility, then by row
-    can_win = valid & utility.isfinite()
-    order = rows.argsort(dim=1, stable=True)
-    order = order.gather(1, (utility + 0.0).gather(1, order).argsort(dim=1, descending=True, stable=True))
-    order = order.gather(1, can_win.gather(1, order).to(torch.int8).argsort(dim=1, descending=True, stable=True))
-    order = order.masked_fill(~can_win.gather(1, order), -1)
+    order, can_win = _falling(utility, rows, valid)
+    order = order.masked_fill(~can_win, -1)
     if groups.shape[1]:
         won = [_greedy(o, g, at_most.tolist(), k) for o, g in zip(order.tolist(), groups.tolist(), strict=True)]
         return torch.tensor(won, dtype=torch.int64, device=order.device).reshape(len(order), k)
+    return _first(order, k)
+
+
+def by_triton(utility: Tensor, rows: Tensor, valid: Tensor, groups: Tensor, at_most: Tensor, k: int) -> Tensor:
+    """The same with the groups walked by a Triton kernel: on a GPU, or anywhere in Triton's interpreter."""
+    _check(utility, rows, valid, groups, at_most, k)
+    order, can_win = _falling(utility, rows, valid)
+    if not groups.shape[1]:
+        return _first(order.masked_fill(~can_win, -1), k)
+    from prerank.kernels.triton.greedy import walk_down  # where there is no GPU there need be no triton
+
+    return walk_down(order, can_win.sum(1), groups, at_most, k)
+
+
+def _falling(utility: Tensor, rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions of all candidates, best first, and whether each of them can win: those who can are in front."""
+    can_win = valid & utility.isfinite()
+    # stable sorts, the last key first: by row, then by falling utility, minus infinity for who cannot win
+    order = rows.argsort(dim=1, stable=True)
+    # + 0.0 as a sort by bits would put -0.0 below 0.0
+    worth = (utility + 0.0).masked_fill(~can_win, -torch.inf)
+    order = order.gather(1, worth.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    return order, can_win.gather(1, order)
+
+
+def _first(order: Tensor, k: int) -> Tensor:
     kept = order[:, :k]
     return torch.nn.functional.pad(kept, (0, k - kept.shape[1]), value=-1)
 
@@ -100,27 +125,14 @@ def _native(utility: Tensor, rows: Tensor, valid: Tensor, groups: Tensor, at_mos
 
 
 def _check(utility: Tensor, rows: Tensor, valid: Tensor, groups: Tensor, at_most: Tensor, k: int) -> None:
-    """Native code believes what it is told."""
     expected = {
-        "utility": (utility, torch.float32, ("B", "N")),
-        "rows": (rows, torch.int64, ("B", "N")),
-        "valid": (valid, torch.bool, ("B", "N")),
-        "groups": (groups, torch.int32, ("B", "G", "N")),
-        "at_most": (at_most, torch.int64, ("G",)),
+        "utility": (utility, torch.float32, "BN"),
+        "rows": (rows, torch.int64, "BN"),
+        "valid": (valid, torch.bool, "BN"),
+        "groups": (groups, torch.int32, "BGN"),
+        "at_most": (at_most, torch.int64, "G"),
     }
-    sizes: dict[str, int] = {}
-    for name, (tensor, dtype, letters) in expected.items():
-        fits = tensor.dtype == dtype and tensor.dim() == len(letters) and tensor.device == utility.device
-        if not fits or any(sizes.setdefault(a, size) != size for a, size in zip(letters, tensor.shape, strict=True)):
-            wanted = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in letters)
-            raise ValueError(
-                f"greedy_top_k: expected {name} {_name(dtype)} [{wanted}] on {utility.device}, got "
-                f"{_name(tensor.dtype)} {list(tensor.shape)} on {tensor.device}"
-            )
+    check_shapes("greedy_top_k", expected)
     if k < 0:
         raise ValueError(f"greedy_top_k: expected k of 0 or more, got {k}")
     assert utility.shape[1] < _MOST, "the native positions are of 32 bits"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -41,7 +41,6 @@ def scan_top_k(
     Raises IndexError for rows that do not rise or that there are not.
     """
     _check(vectors, scales, query, eligible)
-    threads = torch.get_num_threads() if threads is None else threads
     if torch.compiler.is_compiling():
         similarity, rows = _operation(vectors, scales, query, k, eligible, threads)
         return similarity, rows
@@ -50,25 +49,26 @@ def scan_top_k(
 
 
 def _here(
-    vectors: Tensor, scales: Tensor | None, query: Tensor, k: int, eligible: Tensor | None, threads: int
+    vectors: Tensor, scales: Tensor | None, query: Tensor, k: int, eligible: Tensor | None, threads: int | None
 ) -> tuple[Tensor, Tensor]:
     if eligible is not None and eligible.dtype == torch.int64:
         _check_rows(eligible, len(vectors))
     if vectors.device.type == "cpu" and native.library() is not None:
+        threads = torch.get_num_threads() if threads is None else threads
         return scan_natively(vectors, scales, query, k, eligible, threads, native.level())
     return scan_by_torch(vectors, scales, query, k, eligible)
 
 
 @torch.library.custom_op("prerank::scan_top_k", mutates_args=())
 def _operation(
-    vectors: Tensor, scales: Tensor | None, query: Tensor, k: int, eligible: Tensor | None, threads: int
+    vectors: Tensor, scales: Tensor | None, query: Tensor, k: int, eligible: Tensor | None, threads: int | None
 ) -> tuple[Tensor, Tensor]:
     return _here(vectors, scales, query, k, eligible, threads)
 
 
 @_operation.register_fake
 def _(
-    vectors: Tensor, scales: Tensor | None, query: Tensor, k: int, eligible: Tensor | None, threads: int
+    vectors: Tensor, scales: Tensor | None, query: Tensor, k: int, eligible: Tensor | None, threads: int | None
 ) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], k)
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)

@@ -7,11 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prerank.kernels import native
-from prerank.kernels.eligible import eligible_rows, natively, num_words, pack_rows, reference
+from prerank.kernels.eligible import by_triton, eligible_rows, natively, num_words, pack_rows, reference
+from tests.kernels.ways import ways
 
 HERE = native.LEVELS[: native.LEVELS.index(native.level()) + 1]
 LEVELS = [pytest.param(partial(natively, level=level), id=level) for level in HERE]
-EVERY = [reference, *(one.values[0] for one in LEVELS), eligible_rows, torch.ops.prerank.eligible_rows.default]
+EVERY = ways(
+    eligible_rows,
+    reference,
+    by_triton,
+    **{level: partial(natively, level=level) for level in HERE},
+    operation=torch.ops.prerank.eligible_rows.default,
+)
 SIZES = [1, 63, 64, 65, 127, 128, 700, 65_536, 65_537, 140_001]
 
 
@@ -42,15 +49,15 @@ def truth(bits: np.ndarray, groups: list[tuple[list[int], bool]]) -> list[int]:
 GROUPS = st.lists(st.tuples(st.lists(st.integers(0, 4), max_size=4), st.booleans()), max_size=5)
 
 
+@pytest.mark.parametrize("rows_of", EVERY)
 @given(
     num_items=st.integers(0, 300), groups=GROUPS, seed=st.integers(0, 99), density=st.sampled_from([0.05, 0.5, 0.95])
 )
-def test_a_row_is_eligible_if_every_group_has_it_as_sets_in_plain_python_say(num_items, groups, seed, density):
+def test_a_row_is_eligible_if_every_group_has_it_as_sets_in_plain_python_say(rows_of, num_items, groups, seed, density):
     bits, bitmaps = made(num_items, 5, seed, density)
-    for rows_of in EVERY:
-        found = rows_of(bitmaps, *groups_of(groups), num_items)
-        assert found.dtype == torch.int64
-        assert found.tolist() == truth(bits, groups)
+    found = rows_of(bitmaps, *groups_of(groups), num_items)
+    assert found.dtype == torch.int64
+    assert found.tolist() == truth(bits, groups)
 
 
 @pytest.mark.parametrize("rows_of", EVERY)
@@ -107,7 +114,7 @@ def test_a_row_past_the_items_is_not_packed(row):
 
 @pytest.mark.parametrize("rows_of", EVERY)
 @pytest.mark.parametrize("row", [-1, 2])
-def test_a_bitmap_there_is_not_is_refused_before_native_code_sees_it(rows_of, row):
+def test_a_bitmap_there_is_not_is_refused_before_a_kernel_sees_it(rows_of, row):
     bitmaps = made(70, 2, seed=1)[1]
     with pytest.raises(IndexError, match="chosen: expected 0 to 1, got"):
         rows_of(bitmaps, *groups_of([([0, row], False)]), 70)

@@ -8,17 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prerank.kernels import greedy, native
-from prerank.kernels.greedy import greedy_top_k, reference
+from prerank.kernels.greedy import by_triton, greedy_top_k, reference
+from tests.kernels.ways import ways
 
+WAYS = ways(greedy_top_k, reference, by_triton, operation=torch.ops.prerank.greedy_top_k.default)
 BEST, WORST = np.finfo(np.float32).max, np.finfo(np.float32).min
 
 
-@pytest.fixture(params=["native", "torch"])
-def top_k(request, monkeypatch):
-    """The op, as a machine with a compiler has it and as one without."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
-    return greedy_top_k
+@pytest.fixture(params=WAYS)
+def top_k(request):
+    return request.param
 
 
 def expected(utility, rows, valid, groups, at_most, k):
@@ -65,17 +64,23 @@ def requests(draw):
     )
 
 
+@pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=200, deadline=None)
 @given(requests())
-def test_it_is_plain_greedy_whatever_ties_natively_and_in_torch(asked):
-    holds(greedy_top_k, *asked)
-    holds(reference, *asked)
+def test_it_is_plain_greedy_whatever_ties(way, asked):
+    holds(way, *asked)
+
+
+def test_without_the_library_torch_answers_the_same(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    holds(greedy_top_k, [[3.0, 2.0, 1.0]], [[0, 1, 2]], [[True] * 3], [[[0, 0, 1], [0, 1, 1]]], [1, 1], 3)
 
 
 @pytest.mark.parametrize("spread", ["wide", "narrow", "one value", "few values"])
 @pytest.mark.parametrize("at_most", [[1, 1], [3, 1000], [10**9, 10**9], [1, 0]])
 def test_when_the_best_thousands_do_not_make_k_more_of_them_follow(top_k, spread, at_most):
-    rng, num = np.random.default_rng(len(at_most)), 30_000
+    # interpreted, tens of blocks stand for hundreds
+    rng, num = np.random.default_rng(len(at_most)), 3_000 if top_k is by_triton else 30_000
     utility = {
         "wide": rng.lognormal(0, 20, (1, num)),
         "narrow": 1 + rng.random((1, num)) * 1e-3,
@@ -148,7 +153,7 @@ def test_other_tensors_may_have_any_strides_too(top_k):
         (5, -1, "expected k of 0 or more, got -1"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_native_code_sees_it(place, wrong, said):
+def test_what_does_not_fit_is_refused_before_a_kernel_sees_it(place, wrong, said):
     asked = [*case(), 2]
     asked[place] = wrong
     with pytest.raises(ValueError, match=re.escape(said)):
