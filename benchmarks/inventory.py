@@ -6,6 +6,7 @@ a request is all of `Funnel.recommend`. Changes come from a thread beside, as a 
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
         store = _published(Path(folder) / "whole", items, {"slack": num // 4})
         torch.set_num_threads(1)  # as `prerank serve` does
         with Funnel.open(store) as funnel:
+            gc.collect()
+            gc.freeze()
             rows += _changing(funnel, num, calls)
         say("inventory: publishing with a tail")
         torch.set_num_threads(threads)

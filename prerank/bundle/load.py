@@ -53,12 +53,16 @@ class Bundle:
     manifest: Mapping[str, object]
 
     def accelerate(self, engine: Engine) -> None:
-        """Let `engine` rank. Raises BundleError if it is further from the golden answers than rounding explains."""
+        """Let `engine` rank, and searches use as many threads as it has.
+
+        Raises BundleError if it is further from the golden answers than rounding explains.
+        """
         self.scorer.accelerate(engine)
         difference = _golden(self.path / manifest.GOLDEN, self.config).first_far_prob(self.scorer)
         if difference:
             self.scorer.accelerate(None)
             raise BundleError(f"{self.path}: the native kernels ({engine.level}) are far off: {difference}")
+        self.index.threads = engine.threads
 
 
 def load(path: Path) -> Bundle:

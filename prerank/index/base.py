@@ -17,10 +17,11 @@ class Index(Protocol):
     """The k most similar eligible rows.
 
     `is_exact` says whether none is ever missed; `models` is the version of each model the vectors were made with, by
-    name, as read by `load`.
+    name, as read by `load`. `threads` is how many a search may use, None for torch's number; it changes no answer.
     """
 
     is_exact: bool
+    threads: int | None
     models: Mapping[str, str]
 
     def __init__(self, vectors: Tensor, storage: Storage = "float32") -> None:

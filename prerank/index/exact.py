@@ -27,6 +27,7 @@ class ExactIndex(nn.Module):
     """
 
     is_exact = True
+    threads: int | None = None
     vectors: Tensor
     scales: Tensor | None
 
@@ -38,7 +39,7 @@ class ExactIndex(nn.Module):
 
     def search(self, query: Tensor, k: int, eligible: Tensor | None) -> CandidateSet:
         """The k rows of largest dot product with each query float32 [B, D]; see `Index.search`."""
-        similarity, rows = scan_top_k(self.vectors, self.scales, query, k, eligible)
+        similarity, rows = scan_top_k(self.vectors, self.scales, query, k, eligible, self.threads)
         return CandidateSet(rows=rows, similarity=similarity, valid=rows >= 0)
 
     def put(self, rows: Tensor, vectors: Tensor | None) -> None:

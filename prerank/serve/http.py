@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import sys
 import time
@@ -178,6 +179,9 @@ def serve(
     try:
         if isinstance(funnel, Funnel):
             funnel.sweep()
+            # what is loaded stays: without this every full collection looks through it, while all requests wait
+            gc.collect()
+            gc.freeze()
         app = create_app(funnel, limits)
         uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=10)
     finally:
