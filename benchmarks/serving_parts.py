@@ -46,8 +46,9 @@ from prerank.index.exact import ExactIndex
 from prerank.kernels.greedy import greedy_top_k
 from prerank.models.layers import VECTORS
 from prerank.models.rankers import build_ranker
+from prerank.serve.expand import ExpandUser
 from prerank.serve.graph import RequestGraph
-from prerank.serve.stages import ExpandUser
+from prerank.serve.passage import run_graph
 from prerank.stores.metadata import MetadataTable
 from prerank.stores.users import UserStore
 from prerank.types import CandidateSet, Request
@@ -225,7 +226,7 @@ def _graph_row(sizes: Sizes) -> Row:
     steps = [Step(f"step {k}", frozenset({f"value {k}"}), frozenset({f"value {k + 1}"})) for k in range(4)]
     first, last = "value 0", "value 4"
     graph = RequestGraph(steps, inputs=frozenset({first}), outputs=frozenset({last}), answer=last, fallbacks={})
-    times = times_ms(lambda: graph.run({first: 1}), sizes.calls, warm_up=20)
+    times = times_ms(lambda: run_graph(graph, {first: 1}), sizes.calls, warm_up=20)
     return Row.timed("RequestGraph, four stages without work", times, 1)
 
 

@@ -136,7 +136,9 @@ class Scorer(nn.Module):
 
     def probs(self, user: Features, slots: Tensor) -> Tensor:
         """user [B, ...] and slots int64 [B, N] -> each task's probability, float32 [B, N, T]."""
-        user_side = self.ranker.user_side(user)
+        return self._probs(self.ranker.user_side(user), slots)
+
+    def _probs(self, user_side: Features, slots: Tensor) -> Tensor:
         if self._native is not None:
             return self._native(user_side, slots).sigmoid()
         return self.ranker(user_side, self.item_side.gather(slots)).float().sigmoid()
@@ -151,7 +153,11 @@ class Scorer(nn.Module):
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def forward(self, user: Features, candidates: CandidateSet, k: int) -> Ranked:
-        """user [B, ...] and candidates [B, N] -> the k winners [B, k], best first.
+        """user [B, ...] and candidates [B, N] -> the k winners [B, k], best first; see `rank`."""
+        return self.rank(self.ranker.user_side(user), candidates, k)
+
+    def rank(self, user_side: Features, candidates: CandidateSet, k: int) -> Ranked:
+        """The ranker's side of the user [B, ...] and candidates [B, N] -> the k winners [B, k], best first.
 
         Only valid candidates that are on win, of finite utility and probabilities, if every rule lets them, and of a
         group at most as many as diversity lets; where there are fewer than k the rest is not valid, with row
@@ -162,7 +168,7 @@ class Scorer(nn.Module):
         valid = candidates.valid & on
         slots, num_absent = self._slots(candidates, rows, valid)
         valid = valid & (slots >= 0)
-        probs = self.probs(user, slots.clamp_min(0))
+        probs = self._probs(user_side, slots.clamp_min(0))
         utility = pacing * self.utility(probs, values)
         for rule in self.rules.values():
             utility = rule.adjust(probs, utility, rows)

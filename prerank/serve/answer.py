@@ -50,7 +50,16 @@ class Answer:
                 }
                 for w in self.winners
             ],
-            "stages": [{"name": s.name, "ms": round(s.ms, 3), "in": s.num_in, "out": s.num_out} for s in self.stages],
+            "stages": [
+                {
+                    "name": s.name,
+                    "start_ms": round(s.start_ms, 3),
+                    "ms": round(s.ms, 3),
+                    "in": s.num_in,
+                    "out": s.num_out,
+                }
+                for s in self.stages
+            ],
             "degraded": self.degraded,
             "notes": list(self.notes),
         }

@@ -6,8 +6,10 @@ The server and the command line are shells.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -25,9 +27,11 @@ from prerank.kernels.engine import Engine
 from prerank.kernels.native import level, library
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed, Changes
+from prerank.serve.expand import ExpandTargeting, ExpandUser
 from prerank.serve.graph import Deadline, GraphRun, RequestGraph, Stage
+from prerank.serve.passage import run_graph
 from prerank.serve.record import Recorded, check_contexts, check_events
-from prerank.serve.stages import Describe, ExpandUser, Rank, RankBySimilarity, Retrieve
+from prerank.serve.stages import Describe, PrepareUser, Rank, RankBySimilarity, Retrieve, Target
 from prerank.serve.tail import Locate, Tail
 from prerank.stores.events import LiveEvent
 from prerank.stores.items import ItemStore
@@ -75,17 +79,14 @@ class Funnel:
         if tail is not None:
             self.tail = Tail(bundle, tail, self.inventory.readers)
             located.append(Locate(self.tail))
+        self._pool = ThreadPoolExecutor(_STAGES_AT_ONCE, thread_name_prefix="stage")
         self._graph = RequestGraph(
             [
+                *([] if targeting is None else [ExpandTargeting(users, targeting)]),
+                Target(items, targeting, bundle.scorer.live),
                 ExpandUser(users, bundle.transforms, items, targeting),
-                Retrieve(
-                    bundle.towers,
-                    bundle.index,
-                    items,
-                    min(config.retrieval.keep, items.num_rows),
-                    targeting,
-                    bundle.scorer.live,
-                ),
+                Retrieve(bundle.towers, bundle.index, min(config.retrieval.keep, items.num_rows)),
+                PrepareUser(bundle.scorer),
                 *located,
                 Rank(bundle.scorer, "located" if located else "candidates"),
                 Describe(metadata, config.metadata.columns),
@@ -94,6 +95,8 @@ class Funnel:
             outputs=frozenset({"winners", "described", "user_notes", "retrieve_notes", "rank_notes"}),
             answer="winners",
             fallbacks={Rank.name: RankBySimilarity(items, len(self._tasks), bundle.scorer.diversity)},
+            pool=self._pool,
+            around=torch.inference_mode,
         )
 
     @classmethod
@@ -137,16 +140,19 @@ class Funnel:
                 one.close()
             raise
 
-    def recommend(self, request: Request, arrived: float | None = None) -> Answer:
+    def recommend(
+        self, request: Request, arrived: float | None = None, cancelled: threading.Event | None = None
+    ) -> Answer:
         """The request's winners. `arrived` is when it came (`time.perf_counter`); its deadline counts from there.
 
-        Raises RequestError for a field that is wrong, DeadlineExceeded if time runs out before there is an answer.
+        Raises RequestError for a field that is wrong, DeadlineExceeded if time runs out before there is an answer, and
+        Cancelled when `cancelled` is set.
         """
         start = time.perf_counter() if arrived is None else arrived
         check_request(request, self.max_k)
         deadline = None if request.deadline_ms is None else Deadline(start, request.deadline_ms)
         with torch.inference_mode(), self.inventory.readers.reading():
-            run = self._graph.run({"request": request}, deadline)
+            run = run_graph(self._graph, {"request": request}, deadline, cancelled)
             return self._answer(request, run)
 
     def record(self, events: Sequence[LiveEvent]) -> Recorded:
@@ -185,6 +191,7 @@ class Funnel:
 
     def close(self) -> None:
         """Let go of the stores and the threads; the funnel answers no more."""
+        self._pool.shutdown()
         self._users.close()
         if self._store is not None:
             self._store.close()
@@ -230,6 +237,10 @@ def _items_until(bundle: Bundle) -> int:
     parents = bundle.manifest.get("parents")
     said = parents.get(ITEMS_UNTIL, "0") if isinstance(parents, Mapping) else "0"
     return int(said) if isinstance(said, str) and said.isdecimal() else 0
+
+
+_STAGES_AT_ONCE = 32
+"""Threads for stages, made as they are needed: of a request that overlap, and those that are waited for no more."""
 
 
 def _engine(workers: int | None) -> Engine | None:

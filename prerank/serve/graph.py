@@ -1,27 +1,25 @@
 """A request as stages with declared reads and writes; the graph owns time, counts, deadlines and failure.
 
 Stages are pure: what a stage may read and must write is said once, by the stage, and from that the graph derives
-what waits for what. `RequestGraph` is that declaration, checked when it is built; `_Run` is one request's passage
-through it, here one stage after another. Stages that do not wait for each other may overlap one day without a
-change to any stage: only the loop in `RequestGraph.run` would.
+what waits for what. `RequestGraph` is that declaration, checked when it is built; `serve.passage` is one request's way
+through it, where stages that do not wait for each other overlap.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Protocol, TypeAlias
 
-import structlog
-
-from prerank.errors import DeadlineExceeded, GraphError, PrerankError
+from prerank.errors import GraphError, PrerankError
 
 Values: TypeAlias = Mapping[str, Any]
 """What stages read and write, by name."""
-
-_log = structlog.get_logger(__name__)
 
 
 class Stage(Protocol):
@@ -53,17 +51,21 @@ class Stage(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """One stage that ran: its wall time in milliseconds and how many things went in and came out."""
+    """One stage that ran: its wall time in milliseconds and how many things went in and came out.
+
+    `start_ms` is when it began, from the beginning of the run.
+    """
 
     name: str
     ms: float
     num_in: int
     num_out: int
+    start_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class GraphRun:
-    """What one request left: the declared outputs, a report a stage, and why it is degraded if it is."""
+    """What one request left: the declared outputs, a report a stage as they began, and why it is degraded if it is."""
 
     outputs: Values
     reports: tuple[StageReport, ...]
@@ -84,15 +86,36 @@ class Deadline:
 
     def passed(self, now: float) -> bool:
         """Whether no time is left at `now`, in seconds."""
-        return (now - self.start) * 1000.0 >= self.ms
+        return self.left_s(now) <= 0
+
+    def left_s(self, now: float) -> float:
+        """How many seconds are left at `now`, in seconds."""
+        return self.ms / 1000.0 - (now - self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What one stage may take: `deadline_ms` from its start (None: the request's), and `at_once` of it at a time."""
+
+    deadline_ms: float | None = None
+    at_once: int | None = None
+
+
+class Cancelled(PrerankError):
+    """Nobody waits for the answer any more."""
 
 
 class RequestGraph:
     """Stages wired by the names they read and write. Raises GraphError for a wiring that cannot work.
 
     `inputs` are given to every run and `outputs` are what it returns. `fallbacks` maps a stage's name to the stage
-    that takes its place when it fails or cannot start in time; a stage without one is required. The deadline holds
-    until the value `answer` exists: from then on the request can be answered, so what is left runs even if late.
+    that takes its place when it fails, cannot start in time, or is not done in time; a stage without one is required.
+    The deadline holds until the value `answer` exists: from then on the request can be answered, so what is left runs
+    even if late. `limits` are of stages, by name.
+
+    With a `pool` stages that do not wait for each other overlap, and one that has a fallback or a deadline of its own
+    is waited for no longer than that; without, a run is one stage after another on its caller's thread, and nothing is
+    left before it is done. `around` is entered on each thread that runs stages.
     """
 
     def __init__(
@@ -103,11 +126,14 @@ class RequestGraph:
         outputs: frozenset[str],
         answer: str,
         fallbacks: Mapping[str, Stage],
+        limits: Mapping[str, Limit] | None = None,
+        pool: Executor | None = None,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.inputs, self.outputs, self.answer = inputs, outputs, answer
-        self.fallbacks = dict(fallbacks)
-        self._clock = clock
+        self.fallbacks, self.limits = dict(fallbacks), dict(limits or {})
+        self.pool, self.around, self.clock = pool, around, clock
         writers = _writers(stages, inputs)
         _check_fallbacks(stages, self.fallbacks)
         self.waits_for = {stage.name: self._waits_for(stage, writers) for stage in stages}
@@ -115,6 +141,14 @@ class RequestGraph:
         for name in sorted({*outputs, answer} - set(writers)):
             raise GraphError(f"output {name!r}: no stage writes it; stages write {written}")
         self.order = _order(stages, self.waits_for)
+        for name, limit in self.limits.items():
+            if name not in self.waits_for:
+                raise GraphError(f"a limit is for {name!r}, which is no stage; stages: {list(self.waits_for)}")
+            if limit.at_once is not None and limit.at_once < 1:
+                raise GraphError(f"stage {name!r}: expected at_once of 1 or more, got {limit.at_once}")
+        self.turns = {
+            name: threading.BoundedSemaphore(limit.at_once) for name, limit in self.limits.items() if limit.at_once
+        }
 
     def _waits_for(self, stage: Stage, writers: Mapping[str, str | None]) -> frozenset[str]:
         # what a fallback reads must be there before its stage starts, so both count as the stage's needs
@@ -123,64 +157,6 @@ class RequestGraph:
             for name in sorted(one.reads - set(writers)):
                 raise GraphError(f"stage {one.name!r} reads {name!r}, which no stage writes and no input gives")
         return frozenset(writer for one in either for name in one.reads if (writer := writers[name]) is not None)
-
-    def run(self, values: Values, deadline: Deadline | None = None) -> GraphRun:
-        """Every stage in turn. Raises DeadlineExceeded if time runs out before an answer exists."""
-        if frozenset(values) != self.inputs:
-            raise GraphError(f"expected the inputs {sorted(self.inputs)}, got {sorted(values)}")
-        run = _Run(self, dict(values), deadline, self._clock)
-        for stage in self.order:
-            run.step(stage)
-        return GraphRun({n: run.values[n] for n in self.outputs}, tuple(run.reports), tuple(run.notes))
-
-
-@dataclass(slots=True)
-class _Run:
-    graph: RequestGraph
-    values: dict[str, Any]
-    deadline: Deadline | None
-    clock: Callable[[], float]
-    reports: list[StageReport] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def step(self, stage: Stage) -> None:
-        fallback = self.graph.fallbacks.get(stage.name)
-        if self._late(stage, fallback):
-            return
-        try:
-            self._run(stage)
-        except PrerankError:
-            raise
-        except Exception as error:
-            if fallback is None:
-                raise
-            _log.exception("stage failed", stage=stage.name, fallback=fallback.name)
-            self._fall_back(stage, fallback, f"it failed ({type(error).__name__})")
-
-    def _late(self, stage: Stage, fallback: Stage | None) -> bool:
-        if self.deadline is None or not self.deadline.passed(self.clock()):
-            return False
-        reason = f"the deadline of {self.deadline.ms:g} ms passed before it could start"
-        if fallback is not None:
-            self._fall_back(stage, fallback, reason)
-        elif self.graph.answer not in self.values:
-            raise DeadlineExceeded(f"{stage.name}: {reason}; allow more with deadline_ms")
-        return fallback is not None
-
-    def _fall_back(self, stage: Stage, fallback: Stage, reason: str) -> None:
-        self._run(fallback)
-        self.notes.append(f"{stage.name}: {reason}; {fallback.name} took its place")
-
-    def _run(self, stage: Stage) -> None:
-        given = {name: self.values[name] for name in stage.reads}
-        start = self.clock()
-        written = stage.run(given)
-        ms = (self.clock() - start) * 1000.0
-        if frozenset(written) != stage.writes:
-            missing, extra = sorted(stage.writes - set(written)), sorted(set(written) - stage.writes)
-            raise GraphError(f"stage {stage.name!r} did not write {missing} as declared, and wrote {extra} undeclared")
-        self.reports.append(StageReport(stage.name, ms, *stage.count(given, written)))
-        self.values.update(written)
 
 
 def _writers(stages: Sequence[Stage], inputs: frozenset[str]) -> dict[str, str | None]:

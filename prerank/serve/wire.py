@@ -156,9 +156,10 @@ class _SplitItems(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class StageBody(msgspec.Struct, forbid_unknown_fields=True, rename={"num_in": "in", "num_out": "out"}):
-    """One stage that ran: wall time, and how many things went in and came out."""
+    """One stage that ran: when it began and its wall time, in ms, and how many things went in and came out."""
 
     name: str
+    start_ms: float
     ms: float
     num_in: int
     num_out: int

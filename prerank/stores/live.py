@@ -7,7 +7,7 @@ came after it; a live one of the same label and item is ignored, unless the item
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from prerank.stores.contexts import UNKNOWN
 from prerank.stores.events import EventStore, LiveEvent
 from prerank.stores.records import EXPOSED, UserRecord
 from prerank.stores.users import UserStore
-from prerank.types import Array
+from prerank.types import Array, Given
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,10 @@ class LiveUsers:
         """
         fresh = [one for one in events if one.time_ms > self.until_ms]
         return Appended(self._events.append(fresh) if fresh else 0, len(events) - len(fresh))
+
+    def profile(self, user_id: int) -> Mapping[str, Given] | None:
+        """The user's profile alone, or None of one that the log does not know. Raises DataError on a damaged record."""
+        return self._users.profile(user_id)
 
     def get(self, user_id: int) -> UserRecord | None:
         """What is known of the user, or None if nothing. Raises DataError on a damaged record."""

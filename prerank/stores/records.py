@@ -54,6 +54,10 @@ class Users(Protocol):
         """The context columns of `UserRecord.contexts`, in their order."""
         ...
 
+    def profile(self, user_id: int) -> Mapping[str, Given] | None:
+        """The user's profile alone, or None of one that is not in the users table. Raises DataError as `get`."""
+        ...
+
     def get(self, user_id: int) -> UserRecord | None:
         """The user's record, or None of one nothing is known of. Raises DataError on a damaged record."""
         ...

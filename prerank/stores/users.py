@@ -5,7 +5,7 @@ Not known here: events that came since; `stores.live` adds them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +19,7 @@ from prerank.stores.environments import SharedEnvironment, share
 from prerank.stores.records import UserRecord as UserRecord
 from prerank.stores.user_file import FORMAT, HEAD, META, PROFILE, Format, Meta, event_bytes, id_of, key_of, write_users
 from prerank.stores.user_file import Events as Events
+from prerank.types import Given
 
 _AGAIN = "build it again from the tables with `prerank train`"
 
@@ -77,32 +78,45 @@ class UserStore:
 
     def get(self, user_id: int) -> UserRecord | None:
         """The user's record, or None for one the store does not have. Raises DataError on a damaged record."""
-        try:
-            with self._env.begin() as transaction:
-                value = transaction.get(key_of(user_id))
-        except lmdb.Error as error:
-            raise DataError(f"{self._path}: the user store is damaged: {error}; {_AGAIN}") from None
+        value = self._value(user_id)
         if value is None:
             return None
-        num_events, num_bytes = HEAD.unpack_from(value) if len(value) >= HEAD.size else (0, 0)
-        num_contexts = len(self.contexts)
-        profile_at = HEAD.size + num_events * event_bytes(num_contexts)
-        if len(value) != profile_at + num_bytes:
-            raise DataError(f"{self._path}: the record of user {user_id} is damaged; {_AGAIN}")
-        try:
-            profile = dict(zip(self._stored, self._profile.decode(value[profile_at:]), strict=True))
-        except ValueError as error:  # msgspec's DecodeError is one
-            raise DataError(f"{self._path}: the profile of user {user_id} is damaged: {error}; {_AGAIN}") from None
+        profile = self._decoded(user_id, value)
+        num_events, num_contexts = HEAD.unpack_from(value)[0], len(self.contexts)
         columns = np.frombuffer(value, "<i8", (3 + num_contexts) * num_events, HEAD.size)
         columns = columns.reshape(3 + num_contexts, num_events)
         return UserRecord(
-            profile={self._user_id: user_id, **profile},
+            profile=profile,
             item_ids=columns[0],
             time_ms=columns[1],
             known_ms=columns[2],
             flags=np.frombuffer(value, "<u4", num_events, HEAD.size + columns.nbytes),
             contexts=columns[3:].T,
         )
+
+    def profile(self, user_id: int) -> Mapping[str, Given] | None:
+        """The user's profile alone, or None for one the store does not have. Raises DataError on a damaged record."""
+        value = self._value(user_id)
+        return None if value is None else self._decoded(user_id, value)
+
+    def _value(self, user_id: int) -> bytes | None:
+        try:
+            with self._env.begin() as transaction:
+                return transaction.get(key_of(user_id))
+        except lmdb.Error as error:
+            raise DataError(f"{self._path}: the user store is damaged: {error}; {_AGAIN}") from None
+
+    def _decoded(self, user_id: int, value: bytes) -> dict[str, Given]:
+        """The profile of a record, all of whose lengths fit."""
+        num_events, num_bytes = HEAD.unpack_from(value) if len(value) >= HEAD.size else (0, 0)
+        profile_at = HEAD.size + num_events * event_bytes(len(self.contexts))
+        if len(value) != profile_at + num_bytes:
+            raise DataError(f"{self._path}: the record of user {user_id} is damaged; {_AGAIN}")
+        try:
+            profile = dict(zip(self._stored, self._profile.decode(value[profile_at:]), strict=True))
+        except ValueError as error:  # msgspec's DecodeError is one
+            raise DataError(f"{self._path}: the profile of user {user_id} is damaged: {error}; {_AGAIN}") from None
+        return {self._user_id: user_id, **profile}
 
     def user_ids(self) -> Iterator[int]:
         """Every user_id, ascending."""

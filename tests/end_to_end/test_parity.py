@@ -13,7 +13,7 @@ from prerank.config import Config, load_config
 from prerank.data.logs import Tables, open_tables
 from prerank.lifecycle.build import USERS, load_users
 from prerank.schema import IMPRESSION, Category, Counter
-from prerank.serve.stages import ExpandUser
+from prerank.serve.expand import ExpandUser
 from prerank.stores.events import LiveEvent
 from prerank.stores.live import LiveUsers
 from prerank.stores.records import UserRecord

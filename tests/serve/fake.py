@@ -46,7 +46,7 @@ class FakeFunnel:
         self.asked.append(request)
         self.before(request)
         winners = [Winner(n, 2.5, {"click": 0.25}, {"title": f"item {n}"}) for n in range(request.k)]
-        stages = [StageReport("retrieve", 2.0004, 500, 100), StageReport("rank", 1.0, 100, request.k)]
+        stages = [StageReport("retrieve", 2.0004, 500, 100), StageReport("rank", 1.0, 100, request.k, 2.0)]
         return Answer(request.request_id, self.version, winners, stages, self.degraded, ["a note"])
 
     def record(self, events: Sequence[LiveEvent]) -> Recorded:

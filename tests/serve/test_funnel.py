@@ -17,8 +17,8 @@ from prerank.bundle.scorer import Scorer
 from prerank.errors import BundleError, DataError, DeadlineExceeded, PrerankError, RegistryError, RequestError
 from prerank.index.exact import ExactIndex
 from prerank.serve.answer import Answer
+from prerank.serve.expand import ExpandUser
 from prerank.serve.funnel import Funnel
-from prerank.serve.stages import ExpandUser
 from prerank.stores.live import LiveUsers
 from prerank.stores.metadata import MetadataTable
 from prerank.stores.users import UserStore
@@ -74,12 +74,17 @@ def test_an_answer_says_its_version_its_stages_and_what_came_through_each(publis
     answer = funnel.recommend(ask(k=3))
     assert answer.version == funnel.version == Registry(published).live()
     assert answer.request_id == "r"
-    assert [(s.name, s.num_in, s.num_out) for s in answer.stages] == [
-        ("expand_user", 1, 5),
-        ("retrieve", world.NUM_ITEMS, 6),
-        ("rank", 6, 3),
+    assert sorted((s.name, s.num_in, s.num_out) for s in answer.stages) == [
         ("describe", 3, 3),
+        ("expand_user", 1, 5),
+        ("prepare_user", 5, 1),
+        ("rank", 6, 3),
+        ("retrieve", world.NUM_ITEMS, 6),
+        ("target", world.NUM_ITEMS, world.NUM_ITEMS),
     ]
+    starts = {s.name: s.start_ms for s in answer.stages}
+    assert list(starts.values()) == sorted(starts.values())
+    assert max(starts["expand_user"], starts["target"]) < starts["retrieve"] < starts["rank"] < starts["describe"]
     assert all(s.ms > 0 for s in answer.stages)
     assert not answer.degraded
     assert answer.notes == []
@@ -167,7 +172,7 @@ def test_a_ranker_that_cannot_start_in_time_leaves_retrievals_order_described(pu
     assert not whole.degraded
     assert late.degraded
     assert late.notes == ["rank: the deadline of 40 ms passed before it could start; rank_by_similarity took its place"]
-    assert [s.name for s in late.stages] == ["expand_user", "retrieve", "rank_by_similarity", "describe"]
+    assert [s.name for s in late.stages][-2:] == ["rank_by_similarity", "describe"]
     assert set(ids(whole)) <= set(range(100, 108))
     assert all(w.utility_micros is None and w.prob == {"click": None, "like": None} for w in late.winners)
     assert all(w.metadata["title"] == f"title {w.item_id - 100}" for w in late.winners)
@@ -177,7 +182,7 @@ def test_a_ranker_that_breaks_leaves_retrievals_order(funnel: Funnel, monkeypatc
     def broken(*_: object) -> None:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(Scorer, "forward", broken)
+    monkeypatch.setattr(Scorer, "rank", broken)
     with structlog.testing.capture_logs() as logs:
         answer = funnel.recommend(ask())
     assert answer.degraded
@@ -187,7 +192,9 @@ def test_a_ranker_that_breaks_leaves_retrievals_order(funnel: Funnel, monkeypatc
 
 
 def test_time_spent_before_the_funnel_counts(funnel: Funnel) -> None:
-    with pytest.raises(DeadlineExceeded, match="expand_user: the deadline of 20 ms passed"):
+    with pytest.raises(
+        DeadlineExceeded, match=r"(expand_user|target): the deadline of 20 ms passed before it could start"
+    ):
         funnel.recommend(ask(deadline_ms=20.0), arrived=time.perf_counter() - 1.0)
 
 

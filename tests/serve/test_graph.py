@@ -1,11 +1,15 @@
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
 import structlog
 
 from prerank.errors import DeadlineExceeded, GraphError, RequestError
-from prerank.serve.graph import Deadline, RequestGraph, Stage, Values
+from prerank.serve.graph import Cancelled, Deadline, Limit, RequestGraph, Stage, Values
+from prerank.serve.passage import run_graph
 
 
 class Clock:
@@ -43,7 +47,13 @@ def step(name: str, reads: str, writes: str, work: Callable[[Values], Values] | 
     return Step(name, frozenset(reads.split()), names, work or told)
 
 
-def graph(*stages: Stage, clock: Clock | None = None, **fallbacks: Stage) -> RequestGraph:
+def graph(
+    *stages: Stage,
+    clock: Callable[[], float] | None = None,
+    pool: Executor | None = None,
+    limits: Mapping[str, Limit] | None = None,
+    **fallbacks: Stage,
+) -> RequestGraph:
     return RequestGraph(
         stages,
         inputs=frozenset({"request"}),
@@ -51,6 +61,8 @@ def graph(*stages: Stage, clock: Clock | None = None, **fallbacks: Stage) -> Req
         answer="out",
         fallbacks=fallbacks,
         clock=clock or Clock(),
+        pool=pool,
+        limits=limits,
     )
 
 
@@ -62,7 +74,7 @@ def test_stages_run_by_what_they_read_not_by_where_they_stand() -> None:
     wired = graph(step("c", "b_value a_value", "out"), step("b", "a_value", "b_value"), step("a", "request", "a_value"))
     assert [stage.name for stage in wired.order] == ["a", "b", "c"]
     assert wired.waits_for == {"a": frozenset(), "b": {"a"}, "c": {"a", "b"}}
-    run = wired.run({"request": "r"})
+    run = run_graph(wired, {"request": "r"})
     assert run.outputs == {"out": "c(a(r),b(a(r)))"}
     assert not run.degraded
 
@@ -79,9 +91,8 @@ def test_every_stage_is_timed_and_counted_in_the_order_it_ran() -> None:
         clock.now += 0.25
         return {"a_value": 1}
 
-    run = graph(step("b", "a_value request", "out"), step("a", "request", "a_value", slow), clock=clock).run(
-        {"request": 0}
-    )
+    wired = graph(step("b", "a_value request", "out"), step("a", "request", "a_value", slow), clock=clock)
+    run = run_graph(wired, {"request": 0})
     assert [(r.name, r.ms, r.num_in, r.num_out) for r in run.reports] == [("a", 250.0, 1, 1), ("b", 0.0, 2, 1)]
 
 
@@ -92,7 +103,7 @@ def test_a_stage_sees_only_what_it_declares() -> None:
         seen.append(set(values))
         return {"out": 1}
 
-    graph(step("a", "request", "a_value"), step("b", "a_value", "out", look)).run({"request": 0})
+    run_graph(graph(step("a", "request", "a_value"), step("b", "a_value", "out", look)), {"request": 0})
     assert seen == [{"a_value"}]
 
 
@@ -146,19 +157,19 @@ def test_a_stage_that_writes_other_than_it_declared_is_an_error_a_fallback_does_
 ) -> None:
     wired = graph(step("a", "request", "out", lambda _: written), a=step("f", "request", "out"))
     with pytest.raises(GraphError, match=says):
-        wired.run({"request": 0})
+        run_graph(wired, {"request": 0})
 
 
 @pytest.mark.parametrize("given", [{}, {"request": 0, "other": 1}])
 def test_a_run_is_given_the_declared_inputs(given: Values) -> None:
     with pytest.raises(GraphError, match=r"expected the inputs \['request'\], got"):
-        graph(step("a", "request", "out")).run(given)
+        run_graph(graph(step("a", "request", "out")), given)
 
 
 def test_a_stage_that_breaks_is_replaced_and_the_answer_says_so() -> None:
     wired = graph(step("a", "request", "out", fails), a=step("f", "request", "out"))
     with structlog.testing.capture_logs() as logs:
-        run = wired.run({"request": "r"})
+        run = run_graph(wired, {"request": "r"})
     assert run.outputs == {"out": "f(r)"}
     assert run.degraded
     assert run.notes == ("a: it failed (ValueError); f took its place",)
@@ -168,7 +179,7 @@ def test_a_stage_that_breaks_is_replaced_and_the_answer_says_so() -> None:
 
 def test_a_required_stage_that_breaks_is_raised() -> None:
     with pytest.raises(ValueError, match="a stage broke"):
-        graph(step("a", "request", "out", fails)).run({"request": 0})
+        run_graph(graph(step("a", "request", "out", fails)), {"request": 0})
 
 
 def test_an_error_that_is_the_requests_own_answer_passes_a_fallback() -> None:
@@ -176,7 +187,7 @@ def test_an_error_that_is_the_requests_own_answer_passes_a_fallback() -> None:
         raise RequestError("context.hour: missing")
 
     with pytest.raises(RequestError, match=r"context\.hour"):
-        graph(step("a", "request", "out", refuses), a=step("f", "request", "out")).run({"request": 0})
+        run_graph(graph(step("a", "request", "out", refuses), a=step("f", "request", "out")), {"request": 0})
 
 
 def slow_find(clock: Clock, seconds: float) -> Step:
@@ -190,16 +201,16 @@ def slow_find(clock: Clock, seconds: float) -> Step:
 def test_a_required_stage_that_cannot_start_in_time_ends_the_request() -> None:
     clock = Clock()
     wired = graph(slow_find(clock, 0.05), step("rank", "found", "out"), clock=clock)
-    assert wired.run({"request": 0}, Deadline(0.0, 50.1)).outputs == {"out": "rank(found)"}
+    assert run_graph(wired, {"request": 0}, Deadline(0.0, 50.1)).outputs == {"out": "rank(found)"}
     clock.now = 0.0
     with pytest.raises(DeadlineExceeded, match=r"rank: the deadline of 50 ms passed before it could start; allow more"):
-        wired.run({"request": 0}, Deadline(0.0, 50.0))
+        run_graph(wired, {"request": 0}, Deadline(0.0, 50.0))
 
 
 def test_a_stage_that_cannot_start_in_time_is_replaced_by_its_fallback() -> None:
     clock = Clock()
     wired = graph(slow_find(clock, 1.0), step("rank", "found", "out"), rank=step("f", "found", "out"), clock=clock)
-    run = wired.run({"request": 0}, Deadline(0.0, 50.0))
+    run = run_graph(wired, {"request": 0}, Deadline(0.0, 50.0))
     assert run.outputs == {"out": "f(found)"}
     assert run.notes == ("rank: the deadline of 50 ms passed before it could start; f took its place",)
 
@@ -214,7 +225,7 @@ def test_once_an_answer_exists_what_is_left_runs_even_if_late() -> None:
         fallbacks={},
         clock=clock,
     )
-    run = wired.run({"request": 0}, Deadline(0.0, 50.0))
+    run = run_graph(wired, {"request": 0}, Deadline(0.0, 50.0))
     assert run.outputs == {"told": "describe(found)"}
     assert not run.degraded
 
@@ -223,9 +234,216 @@ def test_a_deadline_counts_from_when_the_request_came_not_from_when_it_ran() -> 
     clock = Clock()
     clock.now = 10.0
     with pytest.raises(DeadlineExceeded, match="a: the deadline"):
-        graph(step("a", "request", "out"), clock=clock).run({"request": 0}, Deadline(9.9, 50.0))
+        run_graph(graph(step("a", "request", "out"), clock=clock), {"request": 0}, Deadline(9.9, 50.0))
 
 
 def test_runs_of_one_graph_share_nothing() -> None:
     wired = graph(step("a", "request", "out"))
-    assert [wired.run({"request": n}).outputs["out"] for n in range(3)] == ["a(0)", "a(1)", "a(2)"]
+    assert [run_graph(wired, {"request": n}).outputs["out"] for n in range(3)] == ["a(0)", "a(1)", "a(2)"]
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
+def sleeping(name: str, reads: str, writes: str, seconds: float) -> Step:
+    def work(values: Values) -> Values:
+        time.sleep(seconds)
+        return dict.fromkeys(writes.split(), name)
+
+    return step(name, reads, writes, work)
+
+
+def test_with_a_pool_what_does_not_wait_overlaps(pool: Executor) -> None:
+    wired = graph(
+        *(sleeping(f"s{n}", "request", f"v{n}", 0.1) for n in range(4)),
+        step("join", "v0 v1 v2 v3", "out"),
+        clock=time.perf_counter,
+        pool=pool,
+    )
+    start = time.perf_counter()
+    run = run_graph(wired, {"request": 0})
+    assert time.perf_counter() - start < 0.25
+    assert run.outputs == {"out": "join(s0,s1,s2,s3)"}
+    assert {report.name for report in run.reports} == {"s0", "s1", "s2", "s3", "join"}
+
+
+def test_a_short_path_goes_on_while_the_caller_is_on_a_long_one(pool: Executor) -> None:
+    """Whoever ends a stage starts what waited for it: the short path does not wait for the caller's thread."""
+    wired = graph(
+        sleeping("long", "request", "a", 0.2),
+        sleeping("short", "request", "b", 0.05),
+        sleeping("then", "b", "c", 0.1),
+        step("join", "a c", "out"),
+        clock=time.perf_counter,
+        pool=pool,
+    )
+    start = time.perf_counter()
+    run_graph(wired, {"request": 0})
+    assert time.perf_counter() - start < 0.28
+
+
+def test_a_stage_that_is_not_done_in_time_is_left_and_its_fallback_answers(pool: Executor) -> None:
+    wired = graph(
+        sleeping("rank", "request", "out", 0.5),
+        rank=step("f", "request", "out"),
+        clock=time.perf_counter,
+        pool=pool,
+    )
+    start = time.perf_counter()
+    run = run_graph(wired, {"request": "r"}, Deadline(start, 50.0))
+    assert time.perf_counter() - start < 0.2
+    assert run.outputs == {"out": "f(r)"}
+    assert run.notes == ("rank: the deadline of 50 ms passed before it was done; f took its place",)
+    assert [report.name for report in run.reports] == ["f"]
+
+
+def test_a_stage_has_a_deadline_of_its_own(pool: Executor) -> None:
+    slow = sleeping("find", "request", "found", 0.5)
+    limits = {"find": Limit(deadline_ms=40.0)}
+    wired = graph(
+        slow,
+        step("rank", "found", "out"),
+        find=step("f", "request", "found"),
+        clock=time.perf_counter,
+        pool=pool,
+        limits=limits,
+    )
+    run = run_graph(wired, {"request": "r"})
+    assert run.outputs == {"out": "rank(f(r))"}
+    assert run.notes == ("find: it was not done in its 40 ms; f took its place",)
+    required = graph(slow, step("rank", "found", "out"), clock=time.perf_counter, pool=pool, limits=limits)
+    with pytest.raises(DeadlineExceeded, match="find: it was not done in its 40 ms; allow more"):
+        run_graph(required, {"request": "r"})
+
+
+def test_a_required_stage_that_others_run_is_waited_for_no_longer_than_the_deadline(pool: Executor) -> None:
+    wired = graph(
+        sleeping("one", "request", "a", 0.01),
+        sleeping("two", "request", "b", 0.6),
+        step("join", "a b", "out"),
+        clock=time.perf_counter,
+        pool=pool,
+        limits={"two": Limit(deadline_ms=10_000.0)},
+    )
+    start = time.perf_counter()
+    with pytest.raises(DeadlineExceeded, match="two: the deadline of 50 ms passed before it was done"):
+        run_graph(wired, {"request": 0}, Deadline(start, 50.0))
+    assert time.perf_counter() - start < 0.3
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_an_error_on_any_thread_is_the_requests(pool: Executor, is_watched: bool) -> None:
+    limits = {name: Limit(deadline_ms=5_000.0) for name in ("left", "right") if is_watched}
+    for broken in ("left", "right"):
+        wired = graph(
+            *(step(name, "request", name[0], fails if name == broken else None) for name in ("left", "right")),
+            step("join", "l r", "out"),
+            clock=time.perf_counter,
+            pool=pool,
+            limits=limits,
+        )
+        with pytest.raises(ValueError, match="a stage broke"):
+            run_graph(wired, {"request": 0})
+
+
+def test_only_so_many_of_a_stage_run_at_once(pool: Executor) -> None:
+    running, most, lock = 0, 0, threading.Lock()
+
+    def work(_: Values) -> Values:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        return {"out": 1}
+
+    wired = graph(step("a", "request", "out", work), clock=time.perf_counter, limits={"a": Limit(at_once=2)})
+    threads = [threading.Thread(target=run_graph, args=(wired, {"request": 0})) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 2
+
+
+def test_who_has_no_turn_in_time_is_replaced_or_refused() -> None:
+    limits = {"a": Limit(at_once=1)}
+    wired = graph(step("a", "request", "out"), a=step("f", "request", "out"), clock=time.perf_counter, limits=limits)
+    required = graph(step("a", "request", "out"), clock=time.perf_counter, limits=limits)
+    for one in (wired, required):
+        assert one.turns["a"].acquire()
+    run = run_graph(wired, {"request": "r"}, Deadline(time.perf_counter(), 30.0))
+    assert run.notes == ("a: it had no turn in time; f took its place",)
+    with pytest.raises(DeadlineExceeded, match="a: it had no turn in time; allow more"):
+        run_graph(required, {"request": "r"}, Deadline(time.perf_counter(), 30.0))
+
+
+def test_a_request_that_is_given_up_starts_nothing_more(pool: Executor) -> None:
+    cancelled, later = threading.Event(), []
+    wired = graph(
+        step("a", "request", "x", lambda _: cancelled.set() or {"x": 1}),
+        step("b", "x", "out", lambda _: later.append(1) or {"out": 1}),
+        clock=time.perf_counter,
+        pool=pool,
+    )
+    with pytest.raises(Cancelled, match="given up"):
+        run_graph(wired, {"request": 0}, cancelled=cancelled)
+    assert not later
+
+
+def test_a_request_that_is_given_up_is_not_waited_for(pool: Executor) -> None:
+    cancelled = threading.Event()
+    wired = graph(
+        sleeping("a", "request", "out", 1.0), a=step("f", "request", "out"), clock=time.perf_counter, pool=pool
+    )
+    threading.Timer(0.05, cancelled.set).start()
+    start = time.perf_counter()
+    with pytest.raises(Cancelled):
+        run_graph(wired, {"request": 0}, cancelled=cancelled)
+    assert time.perf_counter() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        ({"b": Limit()}, r"a limit is for 'b', which is no stage; stages: \['a'\]"),
+        ({"a": Limit(at_once=0)}, "stage 'a': expected at_once of 1 or more, got 0"),
+    ],
+)
+def test_a_limit_that_cannot_work_is_refused_by_name(limits: Mapping[str, Limit], says: str) -> None:
+    with pytest.raises(GraphError, match=says):
+        graph(step("a", "request", "out"), limits=limits)
+
+
+def test_many_requests_at_once_each_get_their_own_answer(pool: Executor) -> None:
+    """A pool smaller than what all requests want at once only makes them wait."""
+    wired = graph(
+        step("l", "request", "a"),
+        step("r", "request", "b"),
+        sleeping("m", "request", "c", 0.001),
+        step("join", "a b c", "d"),
+        step("last", "d", "out"),
+        join=step("f", "a b c", "d"),
+        clock=time.perf_counter,
+        pool=pool,
+    )
+    wrong: list[object] = []
+
+    def ask(user: int) -> None:
+        for turn in range(100):
+            number = 1000 * user + turn
+            out = run_graph(wired, {"request": number}).outputs["out"]
+            if out != f"last(join(l({number}),r({number}),m))":
+                wrong.append(out)
+
+    threads = [threading.Thread(target=ask, args=(user,)) for user in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -43,8 +43,8 @@ def test_a_request_is_answered_in_the_promised_form(client: Client, funnel: Fake
             {"item_id": 1, "utility_micros": 2.5, "prob": {"click": 0.25}, "metadata": {"title": "item 1"}},
         ],
         "stages": [
-            {"name": "retrieve", "ms": 2.0, "in": 500, "out": 100},
-            {"name": "rank", "ms": 1.0, "in": 100, "out": 2},
+            {"name": "retrieve", "start_ms": 0.0, "ms": 2.0, "in": 500, "out": 100},
+            {"name": "rank", "start_ms": 2.0, "ms": 1.0, "in": 100, "out": 2},
         ],
         "degraded": False,
         "notes": ["a note"],

@@ -15,8 +15,8 @@ from prerank.bundle.item_table import ItemTable
 from prerank.config import Config
 from prerank.errors import SchemaMismatch
 from prerank.schema import IMPRESSION, Counter, History
+from prerank.serve.expand import ExpandUser
 from prerank.serve.past import Past
-from prerank.serve.stages import ExpandUser
 from prerank.stores.contexts import digest
 from prerank.stores.events import LiveEvent
 from prerank.stores.live import LiveUsers

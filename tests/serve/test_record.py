@@ -11,10 +11,10 @@ import pytest
 
 from prerank.errors import DataError, RequestError
 from prerank.schema import Counter
+from prerank.serve.expand import ExpandUser
 from prerank.serve.funnel import Funnel
 from prerank.serve.http import create_app
 from prerank.serve.record import AHEAD_MS, Recorded, check_contexts
-from prerank.serve.stages import ExpandUser
 from prerank.stores.contexts import digest
 from prerank.stores.events import LiveEvent
 from prerank.stores.users import UserStore

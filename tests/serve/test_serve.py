@@ -29,7 +29,7 @@ BODY = {"user_id": 1, "k": 3, "context": {"hour": 1, "surface": "feed"}}
 def test_a_funnel_over_http_answers_as_it_does_in_process(published: Path) -> None:
     with Funnel.open(published) as funnel, Client(create_app(funnel)) as client:
         answer = client.post("/v1/recommend", json=BODY).json()
-        assert [stage["name"] for stage in answer["stages"]] == ["expand_user", "retrieve", "rank", "describe"]
+        assert [stage["name"] for stage in answer["stages"]][-2:] == ["rank", "describe"]
         assert len(answer["winners"]) == 3
         assert answer["version"] == client.get("/readyz").json()["version"] == Registry(published).live()
         example = client.get("/openapi.json").json()["paths"]["/v1/recommend"]["post"]["requestBody"]

@@ -17,7 +17,8 @@ from prerank.features.histories import Timeline
 from prerank.features.transforms import Transforms
 from prerank.schema import Bag, FeatureSchema
 from prerank.serve.answer import check_request
-from prerank.serve.stages import Describe, ExpandUser, Rank, RankBySimilarity
+from prerank.serve.expand import ExpandUser
+from prerank.serve.stages import Describe, Rank, RankBySimilarity
 from prerank.stores.metadata import MetadataTable
 from prerank.stores.users import UserStore
 from prerank.types import CandidateSet, Features, Request, Scalar, TopK
@@ -204,7 +205,7 @@ class GivenWinners(torch.nn.Module):
 
     why_below = Reserve.why
 
-    def forward(self, user: Features, candidates: CandidateSet, k: int) -> Ranked:
+    def rank(self, user_side: Features, candidates: CandidateSet, k: int) -> Ranked:
         rows = candidates.rows[:, :k]
         return Ranked(
             *(rows, rows + 100, torch.ones(rows.shape), torch.ones(*rows.shape, 2), rows >= 0),
@@ -217,7 +218,7 @@ class GivenWinners(torch.nn.Module):
 def test_candidates_that_could_not_win_are_said_and_why() -> None:
     candidates = CandidateSet(torch.tensor([[2, 1]]), torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))
     stage = Rank(GivenWinners())  # type: ignore[arg-type]
-    values = {"request": Request(1, 1, T0), "features": {}, "candidates": candidates}
+    values = {"request": Request(1, 1, T0), "user_side": {}, "candidates": candidates}
     written = stage.run(values)
     assert written["rank_notes"] == (
         "3 candidates had no finite utility and could not win",

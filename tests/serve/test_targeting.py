@@ -119,9 +119,10 @@ def test_those_left_out_take_no_place_of_a_candidate(targeted: Path, funnel: Fun
     request = replace(ask(1, 1), k=1)
     features = next(s for s in funnel._graph.order if s.name == "expand_user").run({"request": request})["features"]
     similarity = (bundle.towers.user_side(features) @ bundle.index.vectors.T)[0]  # type: ignore[attr-defined]
-    stage = next(s for s in funnel._graph.order if s.name == "retrieve")
+    stage, target = (next(s for s in funnel._graph.order if s.name == name) for name in ("retrieve", "target"))
+    found_by = target.run({"request": request, "profile": GROUPED})
     for keep in range(1, world.NUM_ITEMS + 1):
-        found = replace(stage, keep=keep).run({"request": request, "features": features, "profile": GROUPED})
+        found = replace(stage, keep=keep).run({"features": features, **found_by})
         rows = sorted((item_id - 100 for item_id in eligible(request)), key=lambda row: (-float(similarity[row]), row))
         candidates = found["candidates"]
         assert candidates.rows[candidates.valid].tolist() == rows[:keep]
@@ -135,11 +136,9 @@ def test_where_nothing_is_eligible_the_answer_is_empty_and_says_so(tmp_path: Pat
     assert answer.winners == []
     assert answer.notes == ["no item is eligible for this request"]
     assert not answer.degraded
-    assert [(s.name, s.num_in, s.num_out) for s in answer.stages][1:] == [
-        ("retrieve", 0, 0),
-        ("rank", 0, 0),
-        ("describe", 0, 0),
-    ]
+    through = {s.name: (s.num_in, s.num_out) for s in answer.stages}
+    assert through["target"] == (world.NUM_ITEMS, 0)
+    assert through["retrieve"] == through["rank"] == through["describe"] == (0, 0)
 
 
 def test_a_field_that_targeting_alone_reads_is_the_requests_and_an_events_too(funnel: Funnel) -> None:

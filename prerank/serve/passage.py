@@ -1,0 +1,265 @@
+"""One request's way through a graph: what starts when, what is waited for and how long, and what takes its place.
+
+The caller's thread runs stages itself while there are any that nothing watches, and otherwise waits. A stage that is
+ready beside others goes to the pool; so does every one that is watched, which is one with a fallback or a deadline of
+its own, for a thread that runs a stage cannot leave it. What is left behind when its time is up is not interrupted:
+it is not waited for, and what it writes is not looked at.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from prerank.errors import DeadlineExceeded, GraphError, PrerankError
+from prerank.serve.graph import Cancelled, Deadline, GraphRun, RequestGraph, Stage, StageReport, Values
+
+_log = structlog.get_logger(__name__)
+
+
+def run_graph(
+    graph: RequestGraph, values: Values, deadline: Deadline | None = None, cancelled: threading.Event | None = None
+) -> GraphRun:
+    """Every stage as soon as what it waits for is there.
+
+    Raises DeadlineExceeded if time runs out before an answer exists, Cancelled if `cancelled` is set and that is seen
+    before another stage starts or while one is waited for, and what a required stage raises.
+    """
+    if frozenset(values) != graph.inputs:
+        raise GraphError(f"expected the inputs {sorted(graph.inputs)}, got {sorted(values)}")
+    passage = _Passage(graph, dict(values), deadline, cancelled)
+    passage.go()
+    reports = sorted(passage.reports, key=lambda one: one.start_ms)
+    return GraphRun({n: passage.values[n] for n in graph.outputs}, tuple(reports), tuple(passage.notes))
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A stage in the pool that is left behind at `until`, seconds on the graph's clock; None: when it is done."""
+
+    stage: Stage
+    until: float | None
+    why: str
+
+
+class _Passage:
+    def __init__(
+        self,
+        graph: RequestGraph,
+        values: dict[str, Any],
+        deadline: Deadline | None,
+        cancelled: threading.Event | None,
+    ) -> None:
+        self.graph, self.values, self.deadline, self.cancelled = graph, values, deadline, cancelled
+        self.reports: list[StageReport] = []
+        self.notes: list[str] = []
+        self._changed = threading.Condition()
+        self._done: set[str] = set()
+        self._started: set[str] = set()
+        self._ready: deque[Stage] = deque()  # that any thread may run
+        self._watched: dict[str, _Watched] = {}
+        self._error: BaseException | None = None
+        self._is_over = False
+        self._start = graph.clock()
+
+    def go(self) -> None:
+        """All of it, from the caller's thread."""
+        try:
+            self._find_ready()
+            while (task := self._next()) is not None:
+                stage, reason = task
+                if reason is None:
+                    self._attempt(stage)
+                else:
+                    self._replace(stage, reason)
+                    self._find_ready()
+        finally:
+            with self._changed:
+                self._is_over = True
+
+    def _next(self) -> tuple[Stage, str | None] | None:
+        """A stage for the caller to run, or to replace and why; waits until there is one. None when all are done."""
+        with self._changed:
+            while len(self._done) < len(self.graph.order):
+                if self._error is not None:
+                    raise self._error
+                self._check_cancelled()
+                if self._ready:
+                    return self._ready.popleft(), None
+                late = self._leave_late()
+                if late is not None:
+                    return late
+                self._changed.wait(self._wait_s())
+            return None
+
+    def _find_ready(self) -> None:
+        """Start what waits for nothing any more: what is watched in the pool, of the rest all but one."""
+        pool = self.graph.pool
+        with self._changed:
+            if self._is_over or self._error is not None:
+                return
+            for stage in self.graph.order:
+                name = stage.name
+                if name in self._started or not self.graph.waits_for[name] <= self._done:
+                    continue
+                self._started.add(name)
+                if pool is not None and self._is_watched(stage):
+                    one = self._watched[name] = _Watched(stage, *self._until(stage))
+                    if one.until is None or one.until > self.graph.clock():
+                        self._submit(stage)
+                else:
+                    self._ready.append(stage)
+            for _ in range(len(self._ready) - 1 if pool is not None else 0):
+                self._submit(None)
+            self._changed.notify_all()
+
+    def _submit(self, stage: Stage | None) -> None:
+        """Let a thread of the pool run this stage, and then whatever is ready."""
+        assert self.graph.pool is not None
+        context = contextvars.copy_context()  # what logs are bound to, such as the request's id
+        self.graph.pool.submit(context.run, self._work, stage)
+
+    def _work(self, stage: Stage | None) -> None:
+        with self.graph.around():
+            while True:
+                if stage is not None:
+                    self._attempt(stage)
+                with self._changed:
+                    if self._is_over or not self._ready:
+                        return
+                    stage = self._ready.popleft()
+
+    def _attempt(self, stage: Stage) -> None:
+        """Run a stage, or its fallback where it fails or is late; whatever comes of it is told to who waits."""
+        try:
+            reason = self._run_in_time(stage)
+            if reason is not None:
+                self._replace(stage, reason)
+        except BaseException as error:
+            with self._changed:
+                if not self._was_left(stage):
+                    self._error = self._error or error
+                self._changed.notify_all()
+            return
+        self._find_ready()
+
+    def _run_in_time(self, stage: Stage) -> str | None:
+        """Why the stage's fallback must take its place, or None: then it is done, or nobody waits for it."""
+        name, turn = stage.name, self.graph.turns.get(stage.name)
+        has_fallback = name in self.graph.fallbacks
+        reason = self._why_late()
+        if reason is None and turn is not None and not turn.acquire(timeout=self._left_s()):
+            reason, turn = "it had no turn in time", None
+        elif reason is not None:
+            turn = None
+        if reason is not None and has_fallback:
+            return reason
+        if reason is not None and self.graph.answer not in self.values:
+            raise DeadlineExceeded(f"{name}: {reason}; allow more with deadline_ms")
+        try:
+            self._run(stage, stage)
+        except PrerankError:
+            raise
+        except Exception as error:
+            if not has_fallback or self._was_left(stage):
+                raise
+            _log.exception("stage failed", stage=name, fallback=self.graph.fallbacks[name].name)
+            return f"it failed ({type(error).__name__})"
+        finally:
+            if turn is not None:
+                turn.release()
+        return None
+
+    def _replace(self, stage: Stage, reason: str) -> None:
+        """The fallback in the stage's place, and the answer says so."""
+        fallback = self.graph.fallbacks[stage.name]
+        if self._run(stage, fallback):
+            with self._changed:
+                self.notes.append(f"{stage.name}: {reason}; {fallback.name} took its place")
+
+    def _run(self, stage: Stage, doer: Stage) -> bool:
+        """Let `doer` write what `stage` must; False where nobody waits for it from this thread any more."""
+        self._check_cancelled()
+        given = {name: self.values[name] for name in doer.reads}
+        start = self.graph.clock()
+        written = doer.run(given)
+        ms = (self.graph.clock() - start) * 1000.0
+        if frozenset(written) != stage.writes:
+            missing, extra = sorted(stage.writes - set(written)), sorted(set(written) - stage.writes)
+            raise GraphError(f"stage {doer.name!r} did not write {missing} as declared, and wrote {extra} undeclared")
+        report = StageReport(doer.name, ms, *doer.count(given, written), (start - self._start) * 1000.0)
+        with self._changed:
+            if stage.name in self._done or (doer is stage and self._was_left(stage)):
+                return False
+            self.reports.append(report)
+            self.values.update(written)
+            self._done.add(stage.name)
+            self._watched.pop(stage.name, None)
+        return True
+
+    def _is_watched(self, stage: Stage) -> bool:
+        limit = self.graph.limits.get(stage.name)
+        return stage.name in self.graph.fallbacks or (limit is not None and limit.deadline_ms is not None)
+
+    def _until(self, stage: Stage) -> tuple[float | None, str]:
+        """When a watched stage is left behind, and why."""
+        limit, now = self.graph.limits.get(stage.name), self.graph.clock()
+        own = None if limit is None or limit.deadline_ms is None else now + limit.deadline_ms / 1000.0
+        whole = None if self.deadline is None else now + self.deadline.left_s(now)
+        if own is not None and (whole is None or own < whole):
+            assert limit is not None
+            return own, f"it was not done in its {limit.deadline_ms:g} ms"
+        if whole is not None and whole <= now:
+            return whole, str(self._why_late())
+        return (
+            whole,
+            f"the deadline of {0.0 if self.deadline is None else self.deadline.ms:g} ms passed before it was done",
+        )
+
+    def _leave_late(self) -> tuple[Stage, str] | None:
+        """A watched stage whose time is up, and why. Raises DeadlineExceeded where nothing can take its place."""
+        now = self.graph.clock()
+        for name, one in list(self._watched.items()):
+            if one.until is not None and now >= one.until:
+                del self._watched[name]
+                if name in self.graph.fallbacks:
+                    return one.stage, one.why
+                raise DeadlineExceeded(f"{name}: {one.why}; allow more with deadline_ms")
+        if self.deadline is not None and self.deadline.passed(now) and self.graph.answer not in self.values:
+            raise DeadlineExceeded(
+                f"the deadline of {self.deadline.ms:g} ms passed before there was an answer; allow more with "
+                "deadline_ms"
+            )
+        return None
+
+    def _was_left(self, stage: Stage) -> bool:
+        """Whether a watched stage is waited for no more, or the whole passage is over."""
+        is_pooled = self.graph.pool is not None and self._is_watched(stage)
+        return self._is_over or (is_pooled and stage.name not in self._watched)
+
+    def _why_late(self) -> str | None:
+        if self.deadline is None or not self.deadline.passed(self.graph.clock()):
+            return None
+        return f"the deadline of {self.deadline.ms:g} ms passed before it could start"
+
+    def _left_s(self) -> float | None:
+        return None if self.deadline is None else max(0.0, self.deadline.left_s(self.graph.clock()))
+
+    def _wait_s(self) -> float | None:
+        """For how long there is nothing to do but wait."""
+        now = self.graph.clock()
+        times = [one.until - now for one in self._watched.values() if one.until is not None]
+        if self.deadline is not None and self.graph.answer not in self.values:
+            times.append(self.deadline.left_s(now))
+        if self.cancelled is not None:
+            times.append(0.05)  # an event cannot be waited for beside a condition
+        return max(0.0, min(times)) if times else None
+
+    def _check_cancelled(self) -> None:
+        if self.cancelled is not None and self.cancelled.is_set():
+            raise Cancelled("the request was given up")
