@@ -15,6 +15,8 @@ from prerank.schema import Category, Value
 if TYPE_CHECKING:
     from prerank.config import Config, Data, Days, TargetingRule
 
+INDEX = "index"
+"""What the candidates of the towers' index are said to be found by."""
 GATES = ("retrieval_recall", "recall_over_popularity", "normalised_entropy", "calibration_error", "golden")
 """The validation gates a funnel file may bound; `lifecycle.validate` measures them."""
 
@@ -41,6 +43,7 @@ def check_names(config: Config, problems: Problems) -> None:
         problems.known(f"validate.{gate}", gate, list(GATES), "a gate")
         if bound.at_least is None and bound.at_most is None:
             problems.add(f"validate.{gate}", "expected at_least, at_most, or both")
+    _check_generators(config, problems)
     _check_domain(config, problems)
     _check_segments(config, problems)
     _check_targeting(config.targeting, problems)
@@ -73,6 +76,27 @@ def _numbers(options: Mapping[str, object], where: str) -> Iterator[tuple[str, f
             yield from _numbers(value, f"{where}.{name}")
         elif isinstance(value, float):
             yield f"{where}.{name}", value
+
+
+_ASKS = {"top": "by", "same": "history", "list": "items"}
+
+
+def _check_generators(config: Config, problems: Problems) -> None:
+    histories = config.features.histories()
+    of_category = [n for n, one in histories.items() if isinstance(config.features.item.get(one.of), Category)]
+    for name, one in config.generators.items():
+        where = f"generators.{name}"
+        if name == INDEX or not name.isidentifier():
+            problems.add(where, f"expected a name of letters, digits and _ other than {INDEX!r}, got {name!r}")
+        if one.quota < 1:
+            problems.add(f"{where}.quota", f"expected 1 or more, got {one.quota}")
+        given = [key for key in _ASKS.values() if getattr(one, key)]
+        if given != [_ASKS[one.kind]]:
+            problems.add(where, f"expected {_ASKS[one.kind]} and no other with kind = {one.kind!r}, got {given}")
+        elif one.kind == "same":
+            problems.known(f"{where}.history", one.history, of_category, "a history of a category")
+        elif one.kind == "list" and len(set(one.items)) != len(one.items):
+            problems.add(f"{where}.items", "expected each item_id once")
 
 
 def _check_domain(config: Config, problems: Problems) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from prerank._funnel_checks import GATES as GATES
+from prerank._funnel_checks import INDEX as INDEX
 from prerank._funnel_checks import check_names
 from prerank._toml import Problems, columns_named, structure
 from prerank.errors import ConfigError
@@ -108,6 +109,21 @@ class Inventory:
     cached: int = 16_384
     ttl_s: float = 300.0
     fetch_ms: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorConfig:
+    """Candidates beside those of the index, at most `quota` that are not among them.
+
+    "top": the items with the largest numbers, or times, in the items' column `by`. "same": items that share the value
+    that the user's `history` is of with one in it, the newest first. "list": `items`, by item_id, in this order.
+    """
+
+    kind: Literal["top", "same", "list"]
+    quota: int
+    by: str = ""
+    history: str = ""
+    items: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +339,7 @@ class Config:
     seed: int = 7
     segments: Segments | None = None
     inventory: Inventory = field(default_factory=Inventory)
+    generators: Mapping[str, GeneratorConfig] = field(default_factory=dict)
     targeting: Mapping[str, TargetingRule] = field(default_factory=dict)
     heavy_ranker: HeavyRankerConfig | None = None
     distillation: Distillation = field(default_factory=Distillation)
@@ -357,6 +374,7 @@ class Config:
         """The columns of the items table that a version reads of an item, each once; those that answers show beside."""
         names = [*self.features.columns("item"), *self.targeted("item"), *self.diversity, *self.metadata.columns]
         names += [column for column, _ in self.ruled().values()]
+        names += [one.by for one in self.generators.values() if one.by]
         return list(dict.fromkeys(names))
 
     def known_of_all(self) -> frozenset[str]:

@@ -97,7 +97,8 @@ class CandidateSet:
     """Candidates of B requests as aligned columns; stages add columns or clear bits of `valid`, never reorder.
 
     rows int64 [B, N] into one version's ItemTable; similarity float32 [B, N]; valid bool [B, N].
-    `slots` int64 [B, N] says where their features are, -1 nowhere; without it the ItemTable does.
+    `slots` int64 [B, N] says where their features are, -1 nowhere; without it the ItemTable does. `found_by` int64
+    [B, N] has a bit for each generator that found them; without it the index did.
     Where `valid` is False the other columns hold no meaning.
     """
 
@@ -105,6 +106,7 @@ class CandidateSet:
     similarity: Tensor
     valid: Tensor
     slots: Tensor | None = None
+    found_by: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.rows.dim() == 2

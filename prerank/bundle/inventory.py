@@ -228,6 +228,8 @@ class Inventory:
         try:
             for rule in scorer.rules.values():
                 rule.put(rows, arrivals.raw)
+            for generator in self._bundle.generators.values():
+                generator.put(rows, made.features, arrivals.raw)
         except DataError as error:
             raise RequestError(f"items: {error}") from None
         items.put(rows, torch.from_numpy(arrivals.item_ids), made.features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,6 +27,8 @@ from prerank.config import Config, parse_config
 from prerank.errors import BundleError, ConfigError, DataError, SchemaMismatch
 from prerank.features.transforms import Transforms
 from prerank.index.base import INDEXES, Index
+from prerank.index.generator import Generator
+from prerank.index.generators import restore_generators
 from prerank.kernels.engine import Engine
 from prerank.models.ranker import Ranker
 from prerank.models.rankers import build_ranker
@@ -51,6 +53,7 @@ class Bundle:
     index: Index
     scorer: Scorer
     manifest: Mapping[str, object]
+    generators: Mapping[str, Generator] = field(default_factory=dict)
 
     def accelerate(self, engine: Engine) -> None:
         """Let `engine` rank, and searches use as many threads as it has.
@@ -105,7 +108,8 @@ def load(path: Path) -> Bundle:
     difference = _golden(path / manifest.GOLDEN, config).first_difference(towers, index, scorer)
     if difference:
         raise BundleError(f"{path}: does not reproduce {difference}; publish again with this prerank")
-    return Bundle(str(said["version"]), path, config, transforms, towers, index, scorer, said)
+    generators = _generators(path, config, said, items.num_rows)
+    return Bundle(str(said["version"]), path, config, transforms, towers, index, scorer, said, generators)
 
 
 class _NothingDrawn(TorchFunctionMode):
@@ -232,6 +236,22 @@ def _targeting(
         plain = json.loads(where.read_text(encoding="utf-8"))
         return Targeting.from_plain(config.targeting, plain, tensors["bitmaps"], num_items)
     except (BundleError, ValueError, RecursionError) as error:
+        raise BundleError(f"{where}: {error}") from None
+
+
+def _generators(path: Path, config: Config, said: Mapping[str, object], num_rows: int) -> dict[str, Generator]:
+    where = path / manifest.GENERATORS
+    is_listed = manifest.GENERATORS in manifest.files_of(path, said)
+    if is_listed != bool(config.generators):
+        has = "the" if is_listed else "no"
+        raise BundleError(
+            f"{where}: {manifest.CONFIG} has {len(config.generators)} generators, and there is {has} file"
+        )
+    if not is_listed:
+        return {}
+    try:
+        return restore_generators(config, read_tensors(where)[0], num_rows)
+    except BundleError as error:
         raise BundleError(f"{where}: {error}") from None
 
 

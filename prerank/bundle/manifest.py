@@ -29,7 +29,9 @@ TARGETING = "targeting.json"
 """One more, where the funnel has rules of targeting: the values that their bitmaps, in SCORER, are of."""
 GROUPS = "groups.arrow"
 """One more, where it has rules of diversity: the values that their groups, in SCORER, are of."""
-OPTIONAL = (TARGETING, GROUPS)
+GENERATORS = "generators.safetensors"
+"""One more, where it has generators of candidates beside the index: what they know of the items."""
+OPTIONAL = (TARGETING, GROUPS, GENERATORS)
 
 VERSIONS = "versions"
 VERSION = re.compile(r"\d{8}T\d{4}-[0-9a-f]{12}")

@@ -36,6 +36,7 @@ from prerank.config import Config
 from prerank.errors import BundleError, DataError, SchemaMismatch
 from prerank.features.transforms import Transforms
 from prerank.index.base import INDEXES
+from prerank.index.generators import build_generators, tensors_of
 from prerank.models.ranker import Ranker
 from prerank.models.towers import TwoTower
 from prerank.stores.metadata import MetadataTable
@@ -174,6 +175,9 @@ def _write_files(folder: Path, parts: Parts) -> int:
     if targeting is not None:
         plain = json.dumps(targeting.to_plain(), ensure_ascii=False, indent=1)
         (folder / manifest.TARGETING).write_text(plain + "\n", encoding="utf-8")
+    if config.generators:
+        generators = build_generators(config, _encoded(parts), raw, items.num_rows)
+        write_tensors(folder / manifest.GENERATORS, tensors_of(generators), {})
     if diversity is not None:
         _write_groups(folder / manifest.GROUPS, diversity.values)
     write_tensors(folder / manifest.GOLDEN, golden.to_tensors(), {})
@@ -194,6 +198,12 @@ def _targeting(parts: Parts) -> Targeting | None:
         raise DataError(f"publish: [targeting] reads the columns {wanted} of {len(parts.item_ids)} items, got {found}")
     ordered = table.take(pa.array(_order(parts.item_ids)))
     return Targeting.fit(rules, {name: ordered[name] for name in ordered.column_names}, len(parts.item_ids), slack)
+
+
+def _encoded(parts: Parts) -> dict[str, Tensor]:
+    """The items' features [I, ...] in row order."""
+    order = _order(parts.item_ids)
+    return {name: torch.from_numpy(np.array(column[order])) for name, column in parts.item_columns.items()}
 
 
 @torch.no_grad()

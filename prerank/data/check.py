@@ -87,6 +87,8 @@ class _Check:
             wanted |= {c: "metadata.columns" for c in self.config.metadata.columns if c not in wanted}
             wanted |= {c: f"diversity.{c}" for c in self.config.diversity if c not in wanted}
             wanted |= {c: key for key, (c, _) in self.config.numbers().items() if c not in wanted}
+            asked = {one.by: f"generators.{name}.by" for name, one in self.config.generators.items() if one.by}
+            wanted |= {c: key for c, key in asked.items() if c not in wanted}
         for rule_name, rule in self.config.targeting.items():
             column = getattr(rule, _OWNERS[name])
             if column:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+from prerank.config import INDEX
 from prerank.errors import RequestError
 from prerank.serve.graph import StageReport
 from prerank.types import Given, Request
@@ -17,12 +18,16 @@ LAST_TIME_MS = 253_402_300_799_999
 
 @dataclass(frozen=True, slots=True)
 class Winner:
-    """One item of an answer. Utility is in micros per impression; None is what a degraded answer did not compute."""
+    """One item of an answer. Utility is in micros per impression; None is what a degraded answer did not compute.
+
+    `found_by` are the generators that found it: "index", and those of [generators].
+    """
 
     item_id: int
     utility_micros: float | None
     prob: Mapping[str, float | None]
     metadata: Mapping[str, Given]
+    found_by: Sequence[str] = (INDEX,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ class Answer:
                     "utility_micros": w.utility_micros,
                     "prob": dict(w.prob),
                     "metadata": dict(w.metadata),
+                    "found_by": list(w.found_by),
                 }
                 for w in self.winners
             ],

@@ -21,18 +21,18 @@ from prerank.bundle.inventory import Inventory
 from prerank.bundle.load import Bundle, load
 from prerank.bundle.publish import ITEMS_UNTIL
 from prerank.bundle.registry import Registry
+from prerank.config import INDEX
 from prerank.errors import BundleError, RegistryError, RequestError
 from prerank.features.transforms import Transforms
 from prerank.kernels.engine import Engine
 from prerank.kernels.native import level, library
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed, Changes
-from prerank.serve.expand import ExpandTargeting, ExpandUser
-from prerank.serve.graph import Deadline, GraphRun, RequestGraph, Stage
+from prerank.serve.graph import Deadline, GraphRun
 from prerank.serve.passage import run_graph
 from prerank.serve.record import Recorded, check_contexts, check_events
-from prerank.serve.stages import Describe, PrepareUser, Rank, RankBySimilarity, Retrieve, Target
-from prerank.serve.tail import Locate, Tail
+from prerank.serve.tail import Tail
+from prerank.serve.wiring import wire
 from prerank.stores.events import LiveEvent
 from prerank.stores.items import ItemStore
 from prerank.stores.live import LiveUsers
@@ -75,29 +75,10 @@ class Funnel:
         self._changes = Changes(self.inventory, bundle.scorer.live, changes, _items_until(bundle))
         self.example_items = [{"item_id": int(items.item_ids[0]), "on": True, "pacing": 0.5}]
         self.tail: Tail | None = None
-        located: list[Stage] = []
         if tail is not None:
             self.tail = Tail(bundle, tail, self.inventory.readers)
-            located.append(Locate(self.tail))
         self._pool = ThreadPoolExecutor(_STAGES_AT_ONCE, thread_name_prefix="stage")
-        self._graph = RequestGraph(
-            [
-                *([] if targeting is None else [ExpandTargeting(users, targeting)]),
-                Target(items, targeting, bundle.scorer.live),
-                ExpandUser(users, bundle.transforms, items, targeting),
-                Retrieve(bundle.towers, bundle.index, min(config.retrieval.keep, items.num_rows)),
-                PrepareUser(bundle.scorer),
-                *located,
-                Rank(bundle.scorer, "located" if located else "candidates"),
-                Describe(metadata, config.metadata.columns),
-            ],
-            inputs=frozenset({"request"}),
-            outputs=frozenset({"winners", "described", "user_notes", "retrieve_notes", "rank_notes"}),
-            answer="winners",
-            fallbacks={Rank.name: RankBySimilarity(items, len(self._tasks), bundle.scorer.diversity)},
-            pool=self._pool,
-            around=torch.inference_mode,
-        )
+        self._graph = wire(bundle, users, metadata, self.tail, self._pool)
 
     @classmethod
     def open(
@@ -212,9 +193,10 @@ class Funnel:
         top: TopK = run.outputs["winners"]
         kept = top.valid[0]
         columns = (top.item_ids[0][kept].tolist(), top.utility[0][kept].tolist(), top.probs[0][kept].tolist())
+        found_by = run.outputs.get("found_by", [(INDEX,)] * len(columns[0]))
         winners = [
-            Winner(item_id, _finite(utility), dict(zip(self._tasks, map(_finite, probs), strict=True)), metadata)
-            for item_id, utility, probs, metadata in zip(*columns, run.outputs["described"], strict=True)
+            Winner(item_id, _finite(utility), dict(zip(self._tasks, map(_finite, probs), strict=True)), metadata, by)
+            for item_id, utility, probs, metadata, by in zip(*columns, run.outputs["described"], found_by, strict=True)
         ]
         said = [run.outputs[notes] for notes in ("user_notes", "retrieve_notes", "rank_notes")]
         notes = [*chain.from_iterable(said), *run.notes]

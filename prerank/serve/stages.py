@@ -76,15 +76,20 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Retrieve:
-    """The `keep` items most similar to the user's vector, of those that are eligible."""
+    """The `keep` items most similar to the user's vector, of those that are eligible, called `candidates`."""
 
     towers: TwoTower
     index: Index
     keep: int
+    candidates: str = "candidates"
 
     name: ClassVar[str] = "retrieve"
     reads: ClassVar[frozenset[str]] = frozenset({"features", "eligible", "num_eligible"})
-    writes: ClassVar[frozenset[str]] = frozenset({"candidates", "retrieve_notes"})
+
+    @property
+    def writes(self) -> frozenset[str]:
+        """The CandidateSet called `candidates`, and what the caller should be told."""
+        return frozenset({self.candidates, "retrieve_notes"})
 
     def run(self, values: Values) -> Values:
         """The user tower, then the index. There are no more candidates than eligible items, but one."""
@@ -92,11 +97,11 @@ class Retrieve:
         query = self.towers.user_side(values["features"])
         candidates = self.index.search(query, min(self.keep, max(num_eligible, 1)), values["eligible"])
         notes = () if num_eligible else ("no item is eligible for this request",)
-        return {"candidates": candidates, "retrieve_notes": notes}
+        return {self.candidates: candidates, "retrieve_notes": notes}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """Eligible items in, the candidates out."""
-        return values["num_eligible"], written["candidates"].num_valid
+        return values["num_eligible"], written[self.candidates].num_valid
 
 
 @dataclass(frozen=True, slots=True)

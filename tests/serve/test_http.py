@@ -39,8 +39,20 @@ def test_a_request_is_answered_in_the_promised_form(client: Client, funnel: Fake
         "request_id": "r-1",
         "version": "20220501T0000-abc",
         "winners": [
-            {"item_id": 0, "utility_micros": 2.5, "prob": {"click": 0.25}, "metadata": {"title": "item 0"}},
-            {"item_id": 1, "utility_micros": 2.5, "prob": {"click": 0.25}, "metadata": {"title": "item 1"}},
+            {
+                "item_id": 0,
+                "utility_micros": 2.5,
+                "prob": {"click": 0.25},
+                "metadata": {"title": "item 0"},
+                "found_by": ["index"],
+            },
+            {
+                "item_id": 1,
+                "utility_micros": 2.5,
+                "prob": {"click": 0.25},
+                "metadata": {"title": "item 1"},
+                "found_by": ["index"],
+            },
         ],
         "stages": [
             {"name": "retrieve", "start_ms": 0.0, "ms": 2.0, "in": 500, "out": 100},
