@@ -23,6 +23,7 @@ from prerank.serve.answer import Answer, Winner
 from prerank.serve.changes import Changed
 from prerank.serve.graph import StageReport, Values
 from prerank.serve.http import create_app
+from prerank.serve.metadata import Described
 from prerank.serve.record import Recorded
 from prerank.stores.events import LiveEvent
 from prerank.stores.records import EXPOSED
@@ -176,6 +177,10 @@ class Ready:
     def tail_counts(self) -> dict[str, int]:
         """All items are resident."""
         return {}
+
+    def describe(self, item_ids: Sequence[int], columns: Sequence[str] | None) -> Described:
+        """Nothing is known of them."""
+        return Described(self.version, [None for _ in item_ids])
 
     def change(self, changes: Sequence[ItemChange]) -> Changed:
         """Nothing is changed."""

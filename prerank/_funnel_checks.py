@@ -43,6 +43,9 @@ def check_names(config: Config, problems: Problems) -> None:
         problems.known(f"validate.{gate}", gate, list(GATES), "a gate")
         if bound.at_least is None and bound.at_most is None:
             problems.add(f"validate.{gate}", "expected at_least, at_most, or both")
+    for name in config.metadata.deferred:
+        if name in config.metadata.columns:
+            problems.add("metadata.deferred", f"expected columns that do not come with answers, got {name!r}")
     _check_generators(config, problems)
     _check_domain(config, problems)
     _check_segments(config, problems)

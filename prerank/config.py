@@ -305,9 +305,13 @@ class DiversityRule:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """The items-table columns an answer carries for each winner; empty means all of them."""
+    """What is kept of the items table to be shown: `columns` come with answers, `deferred` ones are asked for later.
+
+    No `columns` means all that are not deferred; with some, those that are neither are not kept.
+    """
 
     columns: tuple[str, ...] = ()
+    deferred: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +376,8 @@ class Config:
 
     def item_columns(self) -> list[str]:
         """The columns of the items table that a version reads of an item, each once; those that answers show beside."""
-        names = [*self.features.columns("item"), *self.targeted("item"), *self.diversity, *self.metadata.columns]
+        names = [*self.features.columns("item"), *self.targeted("item"), *self.diversity]
+        names += [*self.metadata.columns, *self.metadata.deferred]
         names += [column for column, _ in self.ruled().values()]
         names += [one.by for one in self.generators.values() if one.by]
         return list(dict.fromkeys(names))

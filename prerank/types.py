@@ -51,7 +51,8 @@ class Request:
 
     `time_ms` (UTC, milliseconds) is the moment asked about: histories are cut strictly before it.
     `k` winners are wanted within `deadline_ms` milliseconds (None: no limit), none of them of the item_ids `exclude`:
-    what this user has blocked, or has seen as often as a frequency cap lets.
+    what this user has blocked, or has seen as often as a frequency cap lets. `metadata` names the columns that are
+    wanted of each winner, of those that come with answers (None: all).
     """
 
     user_id: int
@@ -61,6 +62,7 @@ class Request:
     deadline_ms: float | None = None
     request_id: str = ""
     exclude: tuple[int, ...] = ()
+    metadata: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -269,7 +269,7 @@ def _index(path: Path, config: Config, said: Mapping[str, object]) -> Index:
 def _check_metadata(where: Path, config: Config, num_items: int) -> None:
     try:
         metadata = MetadataTable.open(where)
-        metadata.check_columns(config.metadata.columns)
+        metadata.check_columns([*config.metadata.columns, *config.metadata.deferred])
     except DataError as error:
         raise BundleError(str(error)) from None
     if metadata.num_rows != num_items:

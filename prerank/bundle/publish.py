@@ -223,11 +223,12 @@ def _vectors(parts: Parts, items: ItemTable) -> Tensor:
 
 def _write_metadata(path: Path, raw: pa.Table, config: Config) -> None:
     """What answers show of the `raw` items, which may have more: columns that only a rule reads."""
-    shown = [name for name in config.metadata.columns if name in raw.column_names] or raw.column_names
+    kept = config.metadata.columns and (*config.metadata.columns, *config.metadata.deferred)
+    shown = [name for name in kept if name in raw.column_names] or raw.column_names
     table = raw.select(shown).combine_chunks().replace_schema_metadata(None)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=max(table.num_rows, 1))
-    MetadataTable.open(path).check_columns(config.metadata.columns)
+    MetadataTable.open(path).check_columns([*config.metadata.columns, *config.metadata.deferred])
 
 
 def _write_groups(path: Path, values: Mapping[str, pa.Array]) -> None:

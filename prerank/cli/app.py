@@ -14,6 +14,7 @@ from rich.console import Console
 
 from prerank import __version__
 from prerank.bundle.load import load
+from prerank.bundle.manifest import CONFIG, METADATA
 from prerank.bundle.registry import Registry
 from prerank.cli import render
 from prerank.cli.demo import demo as run_demo
@@ -28,6 +29,9 @@ from prerank.lifecycle.training import Trained
 from prerank.lifecycle.training import train as train_models
 from prerank.lifecycle.validate import validate as validate_version
 from prerank.market.generate import generate_market
+from prerank.stores.metadata import MetadataTable
+from prerank.stores.reads import FILE as READS
+from prerank.stores.reads import ReadCounts
 from prerank.types import Given, Request
 
 app = typer.Typer(
@@ -42,6 +46,8 @@ _PLAIN_WIDTH = 120  # of tables that go to a file or a pipe
 out = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else _PLAIN_WIDTH)
 
+audit_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(audit_app, name="audit", help="Tell what a store's servers were used for.")
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="The funnel file.")]
 DataFolder = Annotated[Path, typer.Option("--data", "-d", help="The folder that [data] is relative to.")]
 StoreFolder = Annotated[Path, typer.Option("--store", "-s", help="Where versions, users and work are kept.")]
@@ -274,6 +280,22 @@ def recommend(
         print(json.dumps(answer.to_dict(), indent=1))
     else:
         out.print(render.answer(answer))
+
+
+@audit_app.command("metadata")
+def audit_metadata(store: StoreFolder = _STORE, funnel: FunnelName = "") -> None:
+    """Tell which columns of metadata were ever read, and what each takes.
+
+    Counted by every server of the store: by name in requests and in POST /v1/metadata, or sent for want of a choice.
+    """
+    found = _found(store, funnel)
+    path = Registry(found).path(_live(Registry(found)))
+    config, table = load_config(path / CONFIG), MetadataTable.open(path / METADATA)
+    counts = ReadCounts.open(found / READS)
+    try:
+        out.print(render.reads(config.metadata, table, counts.all()))
+    finally:
+        counts.close()
 
 
 @app.command()

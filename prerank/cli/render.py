@@ -17,10 +17,13 @@ from rich.text import Text
 
 from prerank.bundle.load import Bundle
 from prerank.bundle.registry import Gate, Registry
+from prerank.config import Metadata
 from prerank.data.check import Problem
 from prerank.lifecycle.build import Quality
 from prerank.lifecycle.training import Trained
 from prerank.serve.answer import Answer
+from prerank.stores.metadata import MetadataTable
+from prerank.stores.reads import Reads
 from prerank.types import Given
 
 
@@ -51,6 +54,26 @@ def problems(found: Sequence[Problem]) -> RenderableType:
         cells = (Text(text) for text in (p.where, p.what, p.expected, p.found))
         table.add_row(Text(p.severity, style=style), *cells)
     return _titled(f"{len(found)} problem{'s' if len(found) > 1 else ''}", table)
+
+
+def reads(options: Metadata, table: MetadataTable, counts: Mapping[str, Reads]) -> RenderableType:
+    """Each column of metadata: when it is sent, what it takes, and whether anybody reads it."""
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("column", "sent", "bytes an item", "asked for by name", "sent unasked", ""):
+        shown.add_column(name, justify="left" if name in ("column", "sent", "") else "right")
+    for column in table.columns:
+        found = counts.get(column, Reads(0, 0))
+        is_deferred = column in options.deferred
+        advice = "" if found.asked else ("nobody asks: leave it out" if is_deferred else "nobody asks by name")
+        shown.add_row(
+            column,
+            "when asked for" if is_deferred else "with answers",
+            f"{table.num_bytes(column) / max(table.num_rows, 1):.1f}",
+            f"{found.asked:,}",
+            f"{found.unasked:,}",
+            Text(advice, style="yellow"),
+        )
+    return _titled("metadata, by items that it was read of", shown)
 
 
 def epochs(trained: Trained) -> RenderableType:

@@ -85,6 +85,7 @@ class _Check:
                 wanted.setdefault(column_of(feature, kind), f"features.{_OWNERS[name]}.{feature}")
         if name == "items":
             wanted |= {c: "metadata.columns" for c in self.config.metadata.columns if c not in wanted}
+            wanted |= {c: "metadata.deferred" for c in self.config.metadata.deferred if c not in wanted}
             wanted |= {c: f"diversity.{c}" for c in self.config.diversity if c not in wanted}
             wanted |= {c: key for key, (c, _) in self.config.numbers().items() if c not in wanted}
             asked = {one.by: f"generators.{name}.by" for name, one in self.config.generators.items() if one.by}

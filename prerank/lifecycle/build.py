@@ -62,7 +62,8 @@ def publish_trained(trained: Trained, tables: Tables, home: Path, metrics: Mappi
     """The version id of the published models; its popularity is that of the whole log, for it serves from now on."""
     prepared, config = trained.prepared, trained.config
     items = tables.items().sort_by(config.data.item_id)
-    shown = list(config.metadata.columns) or [c for c in items.column_names if c != config.data.item_id]
+    kept = config.metadata.columns and [*config.metadata.columns, *config.metadata.deferred]
+    shown = list(kept) or [c for c in items.column_names if c != config.data.item_id]
     read = dict.fromkeys([*shown, *config.item_columns(), *(column for column, _ in config.numbers().values())])
     stock = Stock(
         item_ids=prepared.item_ids,

@@ -29,6 +29,7 @@ from prerank.kernels.native import level, library
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed, Changes
 from prerank.serve.graph import Deadline, GraphRun
+from prerank.serve.metadata import Described, Descriptions
 from prerank.serve.passage import run_graph
 from prerank.serve.record import Recorded, check_contexts, check_events
 from prerank.serve.tail import Tail
@@ -37,6 +38,8 @@ from prerank.stores.events import LiveEvent
 from prerank.stores.items import ItemStore
 from prerank.stores.live import LiveUsers
 from prerank.stores.metadata import MetadataTable
+from prerank.stores.reads import FILE as READS
+from prerank.stores.reads import ReadCounts
 from prerank.stores.redis_tail import RedisTail
 from prerank.stores.tail import TAIL, LmdbTail, TailStore
 from prerank.types import Given, ItemChange, Request, TopK
@@ -53,6 +56,7 @@ class Funnel:
         engine: Engine | None = None,
         changes: ItemStore | None = None,
         tail: TailStore | None = None,
+        counts: ReadCounts | None = None,
     ) -> None:
         items, config = bundle.scorer.items, bundle.config
         if metadata.columns and metadata.num_rows != items.num_published:
@@ -78,7 +82,9 @@ class Funnel:
         if tail is not None:
             self.tail = Tail(bundle, tail, self.inventory.readers)
         self._pool = ThreadPoolExecutor(_STAGES_AT_ONCE, thread_name_prefix="stage")
-        self._graph = wire(bundle, users, metadata, self.tail, self._pool)
+        self._descriptions = Descriptions(config.metadata, metadata, items, bundle.version, counts)
+        self._counts = counts
+        self._graph = wire(bundle, users, self._descriptions, self.tail, self._pool)
 
     @classmethod
     def open(
@@ -105,13 +111,15 @@ class Funnel:
             bundle.accelerate(engine)
         metadata = MetadataTable.open(path / "metadata.arrow")
         users = LiveUsers.open(store / "users.lmdb", store / "events.lmdb")
-        opened: list[TailStore | ItemStore] = []
+        opened: list[TailStore | ItemStore | ReadCounts] = []
         try:
             changes = ItemStore.open(store / "items.lmdb")
             opened.append(changes)
             rest = _tail(store, bundle, tail)
             opened += [] if rest is None else [rest]
-            funnel = cls(bundle, users, metadata, engine, changes, rest)
+            counts = ReadCounts.open(store / READS)
+            opened.append(counts)
+            funnel = cls(bundle, users, metadata, engine, changes, rest, counts)
             # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
             funnel.recommend(Request(user_id=0, k=1, time_ms=0, context=funnel.example_context))
             return funnel
@@ -131,10 +139,16 @@ class Funnel:
         """
         start = time.perf_counter() if arrived is None else arrived
         check_request(request, self.max_k)
+        self._descriptions.columns_of(request.metadata)
         deadline = None if request.deadline_ms is None else Deadline(start, request.deadline_ms)
         with torch.inference_mode(), self.inventory.readers.reading():
             run = run_graph(self._graph, {"request": request}, deadline, cancelled)
             return self._answer(request, run)
+
+    def describe(self, item_ids: Sequence[int], columns: Sequence[str] | None) -> Described:
+        """Metadata of items, deferred columns too; see `Descriptions.describe`."""
+        with self.inventory.readers.reading():
+            return self._descriptions.describe(item_ids, columns)
 
     def record(self, events: Sequence[LiveEvent]) -> Recorded:
         """Take all of `events` or none; the next request of their users knows of them.
@@ -178,6 +192,8 @@ class Funnel:
             self._store.close()
         if self.tail is not None:
             self.tail.close()
+        if self._counts is not None:
+            self._counts.close()
         if self.engine is not None:
             self.engine.close()
 

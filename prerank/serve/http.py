@@ -35,15 +35,18 @@ from prerank.serve.answer import Answer
 from prerank.serve.changes import Changed
 from prerank.serve.envelope import Envelope, Refused, read_body, refused_by_routing
 from prerank.serve.funnel import Funnel
+from prerank.serve.metadata import Described
 from prerank.serve.metrics import CONTENT_TYPE, ServeMetrics
 from prerank.serve.openapi import docs_page, openapi
 from prerank.serve.record import Recorded
 from prerank.serve.wire import (
     decode_events,
     decode_items,
+    decode_metadata,
     decode_request,
     encode_answer,
     encode_changed,
+    encode_described,
     encode_recorded,
 )
 from prerank.stores.events import LiveEvent
@@ -94,6 +97,10 @@ class Recommender(Protocol):
         """The winners; see `Funnel.recommend`."""
         ...
 
+    def describe(self, item_ids: Sequence[int], columns: Sequence[str] | None) -> Described:
+        """Metadata of items; see `Funnel.describe`."""
+        ...
+
     def record(self, events: Sequence[LiveEvent]) -> Recorded:
         """Keep what happened; see `Funnel.record`."""
         ...
@@ -131,6 +138,7 @@ def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) ->
     return Starlette(
         routes=[
             Route("/v1/recommend", server.recommend, methods=["POST"]),
+            Route("/v1/metadata", server.describe, methods=["POST"]),
             Route("/v1/events", server.record, methods=["POST"]),
             Route("/v1/items", server.change, methods=["POST"]),
             Route("/healthz", server.healthz),
@@ -244,6 +252,10 @@ class _Server:
         arrived, request_id = time.perf_counter(), http.state.request_id
         return await self.answers.run(lambda: self._answer(funnel, content, arrived, request_id))
 
+    async def describe(self, http: HttpRequest) -> Response:
+        funnel, content = self._ready(), await read_body(http, self.limits.events_bytes)
+        return await self.answers.run(lambda: self._describe(funnel, content))
+
     async def record(self, http: HttpRequest) -> Response:
         funnel, content = self._ready(), await read_body(http, self.limits.events_bytes)
         now_ms = time.time_ns() // 1_000_000
@@ -269,6 +281,10 @@ class _Server:
         answer = funnel.recommend(request, arrived)
         self.metrics.answered(answer)
         return encode_answer(answer)
+
+    def _describe(self, funnel: Recommender, content: bytes) -> bytes:
+        asked = decode_metadata(content)
+        return encode_described(funnel.describe(asked.item_ids, asked.columns))
 
     def _record(self, funnel: Recommender, content: bytes, now_ms: int) -> bytes:
         events = decode_events(content).live(now_ms)

@@ -12,9 +12,11 @@ from prerank.serve import arrow
 from prerank.serve.wire import (
     AnswerBody,
     ChangedBody,
+    DescribedBody,
     ErrorBody,
     EventsBody,
     ItemsBody,
+    MetadataBody,
     ReadyBody,
     RecommendBody,
     RecordedBody,
@@ -31,7 +33,18 @@ ERRORS = {
 }
 
 
-BODIES = (RecommendBody, AnswerBody, EventsBody, RecordedBody, ItemsBody, ChangedBody, ErrorBody, ReadyBody)
+BODIES = (
+    MetadataBody,
+    DescribedBody,
+    RecommendBody,
+    AnswerBody,
+    EventsBody,
+    RecordedBody,
+    ItemsBody,
+    ChangedBody,
+    ErrorBody,
+    ReadyBody,
+)
 
 
 def openapi(
@@ -41,6 +54,8 @@ def openapi(
     _, schemas = msgspec.json.schema_components(BODIES, ref_template="#/components/schemas/{name}")
     recommend = _post("recommend", "The winners for one user.", "RecommendBody", example)
     record = _post("record", "What users did: the next request knows of it.", "EventsBody", events)
+    ids = {"item_ids": [one["item_id"] for one in items.get("items", [])]}  # type: ignore[attr-defined]
+    describe = _post("describe", "Metadata of items, deferred columns too.", "MetadataBody", ids)
     change = _post("change", "Items: on or off, pacing, bids; those that come, change and leave.", "ItemsBody", items)
     change["requestBody"]["content"][arrow.CONTENT_TYPE] = {  # type: ignore[index]
         "schema": {"type": "string", "format": "binary", "description": f"The same as columns: {arrow.COLUMNS}."}
@@ -48,6 +63,7 @@ def openapi(
     errors = {str(status): _answer(why, _json("ErrorBody")) for status, why in ERRORS.items()}
     recommend["responses"] = {"200": _answer("Winners, best first.", _json("AnswerBody")), **errors}
     del errors["504"]
+    describe["responses"] = {"200": _answer("One an item_id.", _json("DescribedBody")), **errors}
     record["responses"] = {"200": _answer("All of it is on the disk.", _json("RecordedBody")), **errors}
     full = {"507": _answer("More items come than the version has free rows.", _json("ErrorBody"))}
     change["responses"] = {"200": _answer("All of it is on the disk.", _json("ChangedBody")), **errors, **full}
@@ -60,6 +76,7 @@ def openapi(
         },
         "paths": {
             "/v1/recommend": {"post": recommend},
+            "/v1/metadata": {"post": describe},
             "/v1/events": {"post": record},
             "/v1/items": {"post": change},
             "/healthz": {"get": _get("Is the process alive?", {"200": _answer("It is.", _text())})},

@@ -19,7 +19,7 @@ from prerank.index.base import Index
 from prerank.kernels.greedy import greedy_top_k
 from prerank.models.towers import TwoTower
 from prerank.serve.graph import Values
-from prerank.stores.metadata import MetadataTable
+from prerank.serve.metadata import Descriptions
 from prerank.types import CandidateSet, Request, TopK
 
 
@@ -197,22 +197,18 @@ class RankBySimilarity:
 
 @dataclass(frozen=True, slots=True)
 class Describe:
-    """The winners' metadata, and nobody else's. Raises DataError at construction for a column the file lacks."""
+    """The winners' metadata, and nobody else's: the columns that the request wants."""
 
-    metadata: MetadataTable
-    columns: tuple[str, ...]
+    descriptions: Descriptions
 
     name: ClassVar[str] = "describe"
-    reads: ClassVar[frozenset[str]] = frozenset({"winners"})
+    reads: ClassVar[frozenset[str]] = frozenset({"request", "winners"})
     writes: ClassVar[frozenset[str]] = frozenset({"described"})
 
-    def __post_init__(self) -> None:
-        self.metadata.check_columns(self.columns)
-
     def run(self, values: Values) -> Values:
-        """One dict a winner, in order; no `columns` named means all."""
+        """One dict a winner, in order."""
         winners: TopK = values["winners"]
-        return {"described": self.metadata.take(winners.rows[winners.valid].numpy(), self.columns)}
+        return {"described": self.descriptions.take(winners.rows[winners.valid], values["request"].metadata)}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """Winners in, winners out."""

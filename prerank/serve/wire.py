@@ -14,6 +14,7 @@ from prerank._toml import nearest
 from prerank.errors import RequestError
 from prerank.serve.answer import INT64, LAST_TIME_MS, MOST_EXCLUDED, Answer, Winner
 from prerank.serve.changes import MOST_CHANGES, Changed
+from prerank.serve.metadata import MOST_ITEMS, Described
 from prerank.serve.record import LONGEST_EVENT_ID, MOST_EVENTS, Recorded
 from prerank.stores.events import LiveEvent
 from prerank.types import ItemChange, Request
@@ -44,6 +45,10 @@ class RecommendBody(msgspec.Struct, forbid_unknown_fields=True):
             extra_json_schema={"maxItems": MOST_EXCLUDED},
         ),
     ] = []
+    metadata: (
+        Annotated[list[str], Meta(description="The columns wanted of each winner; null is all that come with answers.")]
+        | None
+    ) = None
     deadline_ms: (
         Annotated[_Positive, Meta(description="Milliseconds from arrival; null is the funnel's default.")] | None
     ) = None
@@ -61,6 +66,7 @@ class RecommendBody(msgspec.Struct, forbid_unknown_fields=True):
             deadline_ms=deadline_ms if self.deadline_ms is None else self.deadline_ms,
             request_id=request_id,
             exclude=tuple(self.exclude),
+            metadata=None if self.metadata is None else tuple(self.metadata),
         )
 
 
@@ -143,6 +149,22 @@ class ChangedBody(msgspec.Struct, forbid_unknown_fields=True):
     free_rows: Annotated[int, Meta(description="For how many items that come, or are written anew, there is room yet.")]
 
 
+class MetadataBody(msgspec.Struct, forbid_unknown_fields=True):
+    """What `POST /v1/metadata` takes."""
+
+    item_ids: Annotated[list[_Int64], Meta(extra_json_schema={"minItems": 1, "maxItems": MOST_ITEMS})]
+    columns: Annotated[list[str], Meta(description="Deferred ones too; null is all that are kept.")] | None = None
+
+
+class DescribedBody(msgspec.Struct, forbid_unknown_fields=True):
+    """What `POST /v1/metadata` gives."""
+
+    version: str
+    items: Annotated[
+        list[dict[str, _ContextValue] | None], Meta(description="One an item_id; null for an item that is not here.")
+    ]
+
+
 class _SplitBody(msgspec.Struct, forbid_unknown_fields=True):
     """An EventsBody whose events are looked at one by one, to say which of them is wrong."""
 
@@ -198,6 +220,7 @@ class ReadyBody(msgspec.Struct):
 
 
 _request = msgspec.json.Decoder(RecommendBody)
+_metadata = msgspec.json.Decoder(MetadataBody)
 _events = msgspec.json.Decoder(EventsBody)
 _items = msgspec.json.Decoder(ItemsBody)
 _split = msgspec.json.Decoder(_SplitBody)
@@ -206,6 +229,7 @@ _one_item = msgspec.json.Decoder(ItemBody)
 _one_event = msgspec.json.Decoder(EventBody)
 _WHAT: dict[type[msgspec.Struct], str] = {
     RecommendBody: "request",
+    MetadataBody: "call",
     _SplitBody: "call",
     _SplitItems: "call",
     EventBody: "event",
@@ -222,6 +246,20 @@ def decode_request(content: bytes) -> RecommendBody:
             return _request.decode(content)
         except msgspec.ValidationError as error:
             raise RequestError(_sentence(str(error), RecommendBody, content)) from None
+
+
+def decode_metadata(content: bytes) -> MetadataBody:
+    """The same of a call for metadata."""
+    with _malformed():
+        try:
+            return _metadata.decode(content)
+        except msgspec.ValidationError as error:
+            raise RequestError(_sentence(str(error), MetadataBody, content)) from None
+
+
+def encode_described(described: Described) -> bytes:
+    """Metadata as JSON, in the form of `DescribedBody`."""
+    return msgspec.json.encode(described)
 
 
 def decode_events(content: bytes) -> EventsBody:

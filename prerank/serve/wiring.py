@@ -10,16 +10,16 @@ from prerank.bundle.load import Bundle
 from prerank.serve.expand import ExpandTargeting, ExpandUser
 from prerank.serve.generate import Attribute, Generate, Merge, names_of
 from prerank.serve.graph import RequestGraph, Stage
+from prerank.serve.metadata import Descriptions
 from prerank.serve.stages import Describe, PrepareUser, Rank, RankBySimilarity, Retrieve, Target
 from prerank.serve.tail import Locate, Tail
-from prerank.stores.metadata import MetadataTable
 from prerank.stores.records import Users
 
 
-def wire(bundle: Bundle, users: Users, metadata: MetadataTable, tail: Tail | None, pool: Executor) -> RequestGraph:
+def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | None, pool: Executor) -> RequestGraph:
     """The graph from a `request` to `winners`, what is said of them, and who found them.
 
-    Raises SchemaMismatch where `users` lack what this version reads, DataError where `metadata` does.
+    Raises SchemaMismatch where `users` lack what this version reads.
     """
     config, scorer, items = bundle.config, bundle.scorer, bundle.scorer.items
     targeting, live, keep = scorer.targeting, scorer.live, config.retrieval.keep
@@ -30,7 +30,7 @@ def wire(bundle: Bundle, users: Users, metadata: MetadataTable, tail: Tail | Non
         Retrieve(bundle.towers, bundle.index, min(keep, items.num_rows), "retrieved" if quotas else "candidates"),
         PrepareUser(scorer),
         Rank(scorer, "candidates" if tail is None else "located"),
-        Describe(metadata, config.metadata.columns),
+        Describe(described),
     ]
     if targeting is not None:
         stages.append(ExpandTargeting(users, targeting))

@@ -45,6 +45,11 @@ class MetadataTable:
                 )
         return cls(table, path)
 
+    def num_bytes(self, column: str) -> int:
+        """What a column takes in the file. Raises DataError for an unknown one."""
+        self.check_columns([column])
+        return int(self._table.column(column).nbytes)
+
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raises DataError for the first of `columns` that the file does not have, with the nearest name."""
         for name in columns:

@@ -11,6 +11,7 @@ import httpx
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed
 from prerank.serve.graph import StageReport
+from prerank.serve.metadata import Described
 from prerank.serve.record import Recorded, check_events
 from prerank.stores.events import LiveEvent
 from prerank.types import ItemChange, Request
@@ -34,6 +35,9 @@ class FakeFunnel:
     asked: list[Request] = field(default_factory=list)
     happened: list[LiveEvent] = field(default_factory=list)
     changed: list[ItemChange] = field(default_factory=list)
+
+    def describe(self, item_ids: Sequence[int], columns: Sequence[str] | None) -> Described:
+        return Described(self.version, [{"title": f"item {one}"} if one < 10 else None for one in item_ids])
 
     def change(self, changes: Sequence[ItemChange]) -> Changed:
         self.changed += changes

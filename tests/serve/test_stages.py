@@ -11,13 +11,14 @@ from prerank.bundle.item_table import ItemTable
 from prerank.bundle.scorer import Ranked
 from prerank.business.diversity import Diversity
 from prerank.business.reserve import Reserve
-from prerank.config import DiversityRule
+from prerank.config import DiversityRule, Metadata
 from prerank.errors import DataError, RequestError, SchemaMismatch
 from prerank.features.histories import Timeline
 from prerank.features.transforms import Transforms
 from prerank.schema import Bag, FeatureSchema
 from prerank.serve.answer import check_request
 from prerank.serve.expand import ExpandUser
+from prerank.serve.metadata import Descriptions
 from prerank.serve.stages import Describe, Rank, RankBySimilarity
 from prerank.stores.metadata import MetadataTable
 from prerank.stores.users import UserStore
@@ -235,19 +236,24 @@ def metadata(tmp_path: Path) -> MetadataTable:
     return MetadataTable.open(tmp_path / "m")
 
 
+def descriptions(metadata: MetadataTable, *columns: str) -> Descriptions:
+    items = ItemTable.build(np.arange(100, 100 + world.NUM_ITEMS), {})
+    return Descriptions(Metadata(columns), metadata, items, "v", None)
+
+
 def test_only_winners_are_described_and_in_their_order(metadata: MetadataTable) -> None:
     valid = torch.tensor([[True, True, False]])
     rows = torch.tensor([[7, 2, 0]])
     top = TopK(rows, rows + 100, torch.zeros(1, 3), torch.zeros(1, 3, 1), valid)
-    stage = Describe(metadata, ("title",))
-    written = stage.run({"winners": top})
+    stage = Describe(descriptions(metadata, "title"))
+    written = stage.run({"winners": top, "request": Request(1, 3, T0)})
     assert written == {"described": [{"title": "title 7"}, {"title": "title 2"}]}
     assert stage.count({"winners": top}, written) == (2, 2)
 
 
 def test_a_metadata_column_that_is_not_there_is_refused_before_any_request(metadata: MetadataTable) -> None:
     with pytest.raises(DataError, match="got 'titel'; did you mean \"title\""):
-        Describe(metadata, ("titel",))
+        descriptions(metadata, "titel")
 
 
 def test_a_context_bag_is_given_as_a_list():
