@@ -20,6 +20,8 @@ QUESTIONS = (
     "scorer_cpu",
     "market_serving",
     "serving_parts",
+    "inventory",
+    "request_path",
 )
 
 

@@ -16,43 +16,31 @@ from tempfile import TemporaryDirectory
 from threading import Event, Thread
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from benchmarks.machine import say, times_ms
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
-from benchmarks.scorer_world import ADVERTISERS, FUNNEL, LENGTH, SEED, TOPICS
-from prerank.bundle.publish import Parts, publish
-from prerank.bundle.registry import Gate, Registry
-from prerank.config import Config, parse_config
-from prerank.features.transforms import Transforms
-from prerank.models.rankers import build_ranker
-from prerank.models.towers import build_towers
+from benchmarks.scorer_world import ADVERTISERS, SEED, TOPICS
+from benchmarks.served_world import KEEP, T0_MS, K, published, served_items
 from prerank.serve.funnel import Funnel
 from prerank.serve.graph import StageReport
-from prerank.stores.records import EXPOSED
-from prerank.stores.tail import TAIL, LmdbTail
-from prerank.stores.users import UserStore
-from prerank.types import Array, Given, ItemChange, Request
+from prerank.types import Given, ItemChange, Request
 
 NUM_ITEMS, QUICK_ITEMS = 1_000_000, 20_000
 CALLS, QUICK_CALLS = 100, 10
-KEEP, K = 10_000, 1_000
 A_SECOND, A_CALL = 1_000, 50
 TAIL_SHARE = 0.1
-_COLUMNS = ("advertiser", "topics", "price", "bid_micros")
-_T0 = 1_767_225_600_000
 
 
 def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
     num, calls = (QUICK_ITEMS, QUICK_CALLS) if options.quick else (NUM_ITEMS, CALLS)
-    items = _items(num)
+    items = served_items(num)
     rows: list[Row] = []
     threads = torch.get_num_threads()
     with TemporaryDirectory() as folder:
         say("inventory: publishing with every item resident")
-        store = _published(Path(folder) / "whole", items, {"slack": num // 4})
+        store = published(Path(folder) / "whole", items, {"slack": num // 4})
         torch.set_num_threads(1)  # as `prerank serve` does
         with Funnel.open(store) as funnel:
             gc.collect()
@@ -62,7 +50,7 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
         torch.set_num_threads(threads)
         resident = {"top": num - int(TAIL_SHARE * num), "by": "revenue"}
         options_of_tail = {"slack": 100, "resident": resident, "cached": max(KEEP, num // 20), "fetch_ms": 1000.0}
-        store = _published(Path(folder) / "tail", items, options_of_tail)
+        store = published(Path(folder) / "tail", items, options_of_tail)
         torch.set_num_threads(1)
         with Funnel.open(store) as funnel:
             rows += _fetching(funnel, num, calls)
@@ -135,7 +123,7 @@ def _fetching(funnel: Funnel, num: int, calls: int) -> Iterator[Row]:
 
 
 def _ask(funnel: Funnel, user: int = 0) -> Sequence[StageReport]:
-    return funnel.recommend(Request(user, K, _T0, {"surface": "a"})).stages
+    return funnel.recommend(Request(user, K, T0_MS, {"surface": "a"})).stages
 
 
 def _change(made: np.random.Generator, num: int, n: int) -> ItemChange:
@@ -146,80 +134,6 @@ def _change(made: np.random.Generator, num: int, n: int) -> ItemChange:
         "bid_micros": int(made.integers(1_000, 1_000_000)),
     }
     return ItemChange(int(made.integers(num)), columns=columns)
-
-
-def _items(num: int) -> pa.Table:
-    made = np.random.default_rng(SEED)
-    topics = pa.FixedSizeListArray.from_arrays(pa.array(made.integers(0, TOPICS, 3 * num)), 3)
-    return pa.table(
-        {
-            "item_id": np.arange(num),
-            "advertiser": made.integers(0, ADVERTISERS, num),
-            "topics": topics.cast(pa.list_(pa.int64())),
-            "price": made.random(num, dtype=np.float32),
-            "bid_micros": made.integers(1_000, 1_000_000, num),
-            "revenue": made.random(num),
-        }
-    )
-
-
-def _config(inventory: Mapping[str, object]) -> Config:
-    popularity = {"half_life_days": [1.0]}
-    retrieval = {**FUNNEL["retrieval"], "keep": KEEP, "popularity": popularity, "index": {"storage": "bfloat16"}}
-    ranker = {**FUNNEL["ranker"], "keep": K}
-    metadata = {"columns": list(_COLUMNS)}
-    plain = {**FUNNEL, "retrieval": retrieval, "ranker": ranker, "inventory": inventory, "metadata": metadata}
-    return parse_config(plain, "benchmarks/inventory.py")
-
-
-def _published(store: Path, items: pa.Table, inventory: Mapping[str, object]) -> Path:
-    """A version that is live, with users that have seen something and the items of the tail."""
-    torch.manual_seed(SEED)
-    config, num = _config(inventory), items.num_rows
-    users = pa.table({"user_id": np.arange(1_000), "country": [f"c{n % 50}" for n in range(1_000)]})
-    transforms = Transforms.fit(
-        config.features,
-        users=(users, np.ones(len(users), np.int64)),
-        items=(items, np.ones(num, np.int64)),
-        context=[pa.table({"surface": ["a", "b", "c"]})],
-    )
-    golden: dict[str, Array] = {
-        **transforms.encode("user", users.slice(0, 1)),
-        **transforms.encode("context", pa.table({"surface": ["a"]})),
-        **{name: np.full((1, LENGTH), -1, np.int32) for name in ("clicks", "topics_1d", "advertiser_1h")},
-    }
-    parts = Parts(
-        config=config,
-        transforms=transforms,
-        towers=build_towers(config, transforms.sizes()),
-        ranker=build_ranker(config, transforms.sizes()),
-        item_ids=items["item_id"].to_numpy(),
-        item_columns=transforms.encode("item", items),
-        item_table=items.select([*_COLUMNS, "revenue"]),
-        popularity=np.zeros((num, 1), np.float32),
-        golden_user=golden,
-        parents={},
-        metrics={},
-    )
-    store.mkdir(parents=True)
-    version = publish(store, parts)
-    Registry(store).write_validation(version, [Gate("golden", "", 1.0, True)])
-    Registry(store).promote(version, "a benchmark", "")
-    made = np.random.default_rng(SEED)
-    seen = (
-        (
-            user,
-            made.integers(num, size=LENGTH),
-            _T0 - 3_600_000 + np.arange(LENGTH),
-            _T0 - 3_500_000 + np.arange(LENGTH),
-        )
-        for user in range(1_000)
-    )
-    events = ((user, ids, at, known, np.full(LENGTH, EXPOSED | 1, np.uint32)) for user, ids, at, known in seen)
-    UserStore.write(store / "users.lmdb", users, events, labels=["is_click", "is_purchase"])
-    if config.inventory.resident is not None:
-        LmdbTail.write(store / TAIL, items, "item_id", _COLUMNS)
-    return store
 
 
 def main() -> None:

@@ -87,6 +87,10 @@ class Inventory:
         """Where items are, -1 for one that is not here."""
         return list(self._items.rows_of(torch.tensor(item_ids, dtype=torch.int64)).tolist())
 
+    def values(self, name: str) -> Tensor:
+        """A value that the utility reads, such as bids, as it is now: float32 [C], by row."""
+        return self._scorer.live.value(name)
+
     def check_room(self, num: int) -> None:
         """Raises NoRoom where there are not so many free rows."""
         free = self._items.num_rows - self._next + self._num_left()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from prerank.errors import DataError
+from prerank.stores.breaker import Breaker
 from prerank.stores.tail import Row, decode_row, encoded_rows
 from prerank.types import Report, silent
 
@@ -23,7 +24,7 @@ _ITEMS_AT_ONCE = 1 << 12
 class RedisTail:
     """A `TailStore` of one funnel at a `url` such as "redis://host:6379/0". Threads may share one.
 
-    It waits `timeout_s` for an answer, and once more for a connection that was lost.
+    It waits `timeout_s` for an answer; after several that failed in a row it is left alone for a while.
     """
 
     def __init__(self, url: str, funnel: str, timeout_s: float) -> None:
@@ -33,6 +34,7 @@ class RedisTail:
             raise DataError(f"{url}: expected the library redis; install prerank[redis]") from None
         self._errors: type[Exception] = redis.RedisError
         self._url, self._prefix = url, f"prerank:{funnel}:item:"
+        self._breaker = Breaker(url)
         try:
             self._client: redis.Redis = redis.Redis.from_url(
                 url, socket_timeout=timeout_s, socket_connect_timeout=max(timeout_s, 0.2)
@@ -61,11 +63,12 @@ class RedisTail:
             raise DataError(f"{self._url}: items cannot be written: {error}") from None
 
     def get(self, item_ids: Sequence[int]) -> list[Row | None]:
-        """See `TailStore.get`; one round trip."""
+        """See `TailStore.get`; one round trip. Raises CircuitOpen where it failed too often just now."""
         if not item_ids:
             return []
         try:
-            found = self._client.mget([self._key(one) for one in item_ids])
+            with self._breaker:
+                found = self._client.mget([self._key(one) for one in item_ids])
         except self._errors as error:
             raise DataError(f"{self._url}: items cannot be read: {error}") from None
         assert isinstance(found, list)
