@@ -14,20 +14,18 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from prerank.business.lists import HOURS as HOURS
+from prerank.business.lists import pack_lists, read_lists
 from prerank.config import MOST_TARGETED, TargetingRule
 from prerank.errors import BundleError, DataError, RequestError
 from prerank.kernels.eligible import WORD, eligible_rows, num_words
 from prerank.schema import Owner
-from prerank.types import Array, Given
+from prerank.types import Given
 
-HOURS = 168
-"""The hours of a week; 0 is Monday from 00:00."""
-_BYTES_AT_ONCE = 1 << 24
 _EXPECTS = "text, a whole number, true or false, or a list of these, or null where it is not known"
 
 
@@ -83,9 +81,9 @@ class Targeting(nn.Module):
             where = f"targeting.{name}.item = {rule.item!r}"
             if rule.item in columns and len(columns[rule.item]) != num_items:
                 raise DataError(f"{where}: {len(columns[rule.item])} rows for {num_items} items")
-            lengths, distinct, codes = _listed(rule, columns, where)
+            lengths, distinct, codes = read_lists(rule, columns, where)
             values[name] = sorted(distinct)
-            bitmaps.append(_packed(rule, lengths, distinct, codes))
+            bitmaps.append(pack_lists(rule, lengths, distinct, codes))
         room = num_words(num_items + slack) - num_words(num_items)
         return cls(rules, values, pad(torch.cat(bitmaps), (0, room)), num_items + slack)
 
@@ -94,7 +92,7 @@ class Targeting(nn.Module):
         found = []
         for name, fitted in self._rules.items():
             where = f"targeting.{name}.item = {fitted.rule.item!r}"
-            lengths, distinct, codes = _listed(fitted.rule, columns, where)
+            lengths, distinct, codes = read_lists(fitted.rule, columns, where)
             together = len({*distinct, *fitted.rows})
             if together > MOST_TARGETED:
                 raise DataError(
@@ -232,82 +230,3 @@ def hour_of_week(time_ms: int, zone: str) -> int:
     except (OverflowError, ValueError, OSError):
         raise RequestError(f"time_ms: expected a time that {zone} has a calendar for, got {time_ms}") from None
     return there.weekday() * 24 + there.hour
-
-
-def _members(column: pa.ChunkedArray, where: str) -> tuple[Array, list[str], Array]:
-    """How many values each item lists int64 [I], the distinct ones, and which each is, int [M], item after item."""
-    lengths, pieces = [np.zeros(0, np.int64)], []
-    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-        chunk = _plain(chunk)
-        if _is_list(chunk.type):
-            lengths.append(pc.list_value_length(chunk).fill_null(0).to_numpy(zero_copy_only=False))
-            members = _plain(chunk.flatten())
-            if members.null_count:
-                raise DataError(f"{where}: expected no null in a list, found {members.null_count}; leave them out")
-        else:
-            lengths.append(chunk.is_valid().to_numpy(zero_copy_only=False))
-            members = chunk.drop_null()
-        if not _is_name(members.type):
-            raise DataError(f"{where}: expected text, whole numbers, booleans or lists of these, found {column.type}")
-        is_other = pa.types.is_integer(members.type) or pa.types.is_boolean(members.type)
-        pieces.append(members if is_other else members.cast(pa.large_string()))
-    whole = pa.concat_arrays(pieces) if pieces else pa.array([], pa.large_string())
-    encoded = whole.dictionary_encode()
-    distinct = encoded.dictionary.cast(pa.large_string()).to_pylist()
-    return np.concatenate(lengths).astype(np.int64), distinct, encoded.indices.to_numpy()
-
-
-def _listed(rule: TargetingRule, columns: Mapping[str, pa.ChunkedArray], where: str) -> tuple[Array, list[str], Array]:
-    """`_members` of a rule's column, checked."""
-    if rule.item not in columns:
-        raise DataError(f"{where}: the items have no such column")
-    lengths, distinct, codes = _members(columns[rule.item], where)
-    _check_values(rule, distinct, where)
-    return lengths, distinct, codes
-
-
-def _check_values(rule: TargetingRule, distinct: Sequence[str], where: str) -> None:
-    if len(distinct) > MOST_TARGETED:
-        raise DataError(f"{where}: expected at most {MOST_TARGETED:,} distinct values, found {len(distinct):,}")
-    if "" in distinct:
-        raise DataError(f"{where}: expected no empty text; an item for everybody has null or an empty list")
-    hours = {str(hour) for hour in range(HOURS)}
-    wrong = [value for value in distinct if value not in hours] if rule.schedule else []
-    if wrong:
-        raise DataError(f"{where}: expected hours of the week, 0 to {HOURS - 1}, found {wrong[0]!r}")
-
-
-def _packed(rule: TargetingRule, lengths: Array, distinct: Sequence[str], codes: Array) -> Tensor:
-    """The bitmaps of one rule, int64 [., W]."""
-    num_items, width = len(lengths), num_words(len(lengths))
-    rank = np.argsort(np.argsort(np.array(distinct, dtype=object))) if distinct else np.zeros(0, np.int64)
-    first = int(not rule.excludes)
-    packed = np.zeros((first + len(distinct), width), np.int64)
-    ends = np.cumsum(lengths)
-    step = max(WORD, _BYTES_AT_ONCE // (1 + len(distinct)) // WORD * WORD)
-    for start in range(0, num_items, step):
-        some = lengths[start : start + step]
-        those = slice(ends[start] - some[0], ends[start + len(some) - 1])
-        # a byte a bit, and an item may list a value twice
-        bits = np.zeros((len(packed), num_words(len(some)) * WORD), bool)
-        bits[first + rank[codes[those]], np.repeat(np.arange(len(some)), some)] = True
-        if first:
-            bits[:, np.flatnonzero(some == 0)] = True
-        at = start // WORD
-        packed[:, at : at + bits.shape[1] // WORD] = np.packbits(bits, axis=1, bitorder="little").view("<i8")
-    return torch.from_numpy(packed)
-
-
-def _plain(chunk: pa.Array) -> pa.Array:
-    chunk = chunk.dictionary_decode() if pa.types.is_dictionary(chunk.type) else chunk
-    return chunk.cast(pa.large_string()) if pa.types.is_string_view(chunk.type) else chunk
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _is_name(kind: pa.DataType) -> bool:
-    t = pa.types
-    kinds = (t.is_string, t.is_large_string, t.is_integer, t.is_boolean, t.is_null)
-    return any(is_one(kind) for is_one in kinds)

@@ -247,7 +247,7 @@ def test_it_says_which_columns_it_reads_and_for_which_rule_first():
 def test_its_bitmaps_are_its_state_and_large_ones_are_right_however_many_items_are_packed_at_once(
     at_once, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("prerank.business.targeting._BYTES_AT_ONCE", at_once)
+    monkeypatch.setattr("prerank.business.lists._BYTES_AT_ONCE", at_once)
     rng = np.random.default_rng(5)
     lists = [rng.integers(0, 50, rng.integers(0, 4)).tolist() for _ in range(5_001)]
     targeting = countries(pa.array(lists, pa.list_(pa.int64())))
