@@ -30,6 +30,7 @@ from prerank.serve.changes import Changed, Changes
 from prerank.serve.expand import ExpandTargeting, ExpandUser
 from prerank.serve.graph import Deadline, GraphRun, RequestGraph, Stage
 from prerank.serve.passage import run_graph
+from prerank.serve.ranking import Ranking
 from prerank.serve.record import Recorded, check_contexts, check_events
 from prerank.serve.stages import Describe, PrepareUser, Rank, RankBySimilarity, Retrieve, Target
 from prerank.serve.tail import Locate, Tail
@@ -79,12 +80,14 @@ class Funnel:
         if tail is not None:
             self.tail = Tail(bundle, tail, self.inventory.readers)
             located.append(Locate(self.tail))
+        expand = ExpandUser(users, bundle.transforms, items, targeting)
+        self.ranking = Ranking(bundle, expand, self.tail, self.inventory.readers, self.max_k)
         self._pool = ThreadPoolExecutor(_STAGES_AT_ONCE, thread_name_prefix="stage")
         self._graph = RequestGraph(
             [
                 *([] if targeting is None else [ExpandTargeting(users, targeting)]),
                 Target(items, targeting, bundle.scorer.live),
-                ExpandUser(users, bundle.transforms, items, targeting),
+                expand,
                 Retrieve(bundle.towers, bundle.index, min(config.retrieval.keep, items.num_rows)),
                 PrepareUser(bundle.scorer),
                 *located,
