@@ -23,6 +23,7 @@ from prerank.serve.answer import Answer, Winner
 from prerank.serve.changes import Changed
 from prerank.serve.graph import StageReport, Values
 from prerank.serve.http import create_app
+from prerank.serve.ranking import Ranking
 from prerank.serve.record import Recorded
 from prerank.stores.events import LiveEvent
 from prerank.stores.records import EXPOSED
@@ -176,6 +177,11 @@ class Ready:
     def tail_counts(self) -> dict[str, int]:
         """All items are resident."""
         return {}
+
+    @property
+    def ranking(self) -> Ranking:
+        """Nothing is ranked here."""
+        raise NotImplementedError
 
     def change(self, changes: Sequence[ItemChange]) -> Changed:
         """Nothing is changed."""
