@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
+import threading
 from collections.abc import Iterator
 
 import httpx
@@ -402,3 +404,32 @@ def test_without_the_extra_grpc_is_refused_by_its_name(funnel: Funnel, monkeypat
     monkeypatch.delitem(sys.modules, "prerank.serve.open_inference_grpc", raising=False)
     with pytest.raises(ConfigError, match=r"gRPC needs an extra, .*; pip install 'prerank\[grpc\]'"):
         create_app(funnel, grpc=("127.0.0.1", 0))
+
+
+def test_more_calls_than_may_wait_are_turned_away_in_the_protocols_form(
+    funnel: Funnel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, begun = threading.Event(), threading.Event()
+    right = funnel.ranking.rank
+
+    def slow(*asked: object):
+        begun.set()
+        assert gate.wait(30)
+        return right(*asked)
+
+    monkeypatch.setattr(funnel.ranking, "rank", slow)
+    app = create_app(funnel, Limits(threads=1, waiting=0))
+
+    async def crowd() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as http:
+            held = asyncio.create_task(http.post(INFER, json={"inputs": inputs()}))
+            while not begun.is_set():
+                await asyncio.sleep(0.002)
+            turned_away = [await http.post(path, json={"inputs": inputs()}) for path in (INFER, "/v1/recommend")]
+            gate.set()
+            return [*turned_away, await held]
+
+    turned_away, whole, answered = asyncio.run(crowd())
+    assert error_of(turned_away) == (503, "1 requests are waiting already; try again later")
+    assert turned_away.headers["retry-after"] == "1"
+    assert (whole.status_code, answered.status_code) == (503, 200)

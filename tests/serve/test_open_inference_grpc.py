@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -188,6 +191,38 @@ def test_our_own_mistake_tells_a_client_no_details(stub: Stub, funnel: Funnel, m
         code, details = refused(stub.ModelInfer, model_name="tiny", inputs=typed())
     assert code is grpc.StatusCode.INTERNAL
     assert details == f"the server made a mistake; its log has this request_id: {logs[0]['request_id']}"
+
+
+def test_a_caller_who_waits_no_more_is_not_ranked_for_and_too_many_are_turned_away(
+    funnel: Funnel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, num_ranked = threading.Event(), 0
+    right = funnel.ranking.rank
+
+    def slow(*asked: object):
+        nonlocal num_ranked
+        num_ranked += 1
+        assert gate.wait(30)
+        return right(*asked)
+
+    monkeypatch.setattr(funnel.ranking, "rank", slow)
+    app = create_app(funnel, Limits(threads=1, waiting=1), ("127.0.0.1", 0))
+    with Client(app), ThreadPoolExecutor(1) as others:
+        stub = Stub(app.state.grpc_port)
+        held = others.submit(lambda: stub.ModelInfer(model_name="tiny", inputs=typed()))
+        while not num_ranked:
+            time.sleep(0.002)
+        late = refused(stub.ModelInfer, model_name="tiny", inputs=typed(), timeout=0.2)
+        assert late[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+        # the server still has both: the first is being ranked, the other waits for its turn
+        assert refused(stub.ServerLive)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+        gate.set()
+        assert arrays(held.result(30))["num_valid"].tolist() == [3, 5]
+        while not (failed := stub.ModelStatistics().model_stats[0].inference_stats.fail.count):
+            time.sleep(0.002)
+        assert failed == 1
+        assert num_ranked == 1
+        stub.channel.close()
 
 
 def test_what_is_live_of_items_counts(stub: Stub, funnel: Funnel) -> None:
