@@ -244,7 +244,7 @@ def serve(
     tail: TailUrl = None,
     grpc_port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="The port for the Open Inference Protocol over gRPC; none by default."),
+        typer.Option(min=1, max=65535, help="The port for the Open Inference Protocol over gRPC; none by default."),
     ] = None,
 ) -> None:
     """Serve the live version over HTTP.

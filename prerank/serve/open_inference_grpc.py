@@ -91,6 +91,7 @@ class GrpcServer:
     def start(self) -> None:
         """Begin to answer."""
         self._server.start()
+        _log.info("gRPC listens", port=self.port)
 
     def stop(self, grace_s: float) -> None:
         """Take no more calls, and give those that run so long."""

@@ -116,18 +116,22 @@ class Ranking:
     def _check(self, item_ids: Tensor, askers: Sequence[Asker], k: int, values: Features) -> None:
         assert item_ids.dtype == torch.int64
         assert item_ids.shape[0] == len(askers)
-        num_users, num = item_ids.shape
-        if not 1 <= num_users <= MOST_USERS:
-            raise RequestError(f"item_ids: expected 1 to {MOST_USERS} rows, one a user, got {num_users}")
-        if not 1 <= num <= MOST_CANDIDATES // num_users:
-            most = f"at most {MOST_CANDIDATES:,} in all"
-            raise RequestError(f"item_ids: expected 1 candidate a row or more, {most}, got {num_users:,} x {num:,}")
+        check_size(*item_ids.shape)
         for asker in askers:
             check_request(_request(asker, k), self.max_k)
         for name, column in values.items():
             if name not in self.values:
                 raise RequestError(f"{name}: expected one of {list(self.values)}{nearest(name, self.values)}")
             assert column.shape == item_ids.shape
+
+
+def check_size(num_users: int, num: int) -> None:
+    """Raises RequestError for more or fewer users, or candidates of each, than one call may rank."""
+    if not 1 <= num_users <= MOST_USERS:
+        raise RequestError(f"item_ids: expected 1 to {MOST_USERS} rows, one a user, got {num_users}")
+    if not 1 <= num <= MOST_CANDIDATES // num_users:
+        most = f"at most {MOST_CANDIDATES:,} in all"
+        raise RequestError(f"item_ids: expected 1 candidate a row or more, {most}, got {num_users:,} x {num:,}")
 
 
 def _request(asker: Asker, k: int) -> Request:

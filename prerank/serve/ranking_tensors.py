@@ -17,7 +17,7 @@ from prerank._toml import nearest
 from prerank.errors import RequestError
 from prerank.features.transforms import Transforms
 from prerank.schema import DERIVED, Bag, Category, Embedding, Kind, Owner, column_of
-from prerank.serve.ranking import PADDING, Asker, RankedItems, Ranking
+from prerank.serve.ranking import PADDING, Asker, RankedItems, Ranking, check_size
 from prerank.serve.tensors import NamedTensor
 from prerank.types import Features, Given, Scalar
 
@@ -83,6 +83,7 @@ class RankingTensors:
         if "item_ids" not in given:
             raise RequestError(f"item_ids: missing; expected {self.inputs[0]}, a row of candidates a user")
         item_ids = given["item_ids"].array
+        check_size(*item_ids.shape)  # before anything is made for each user
         num = len(item_ids)
         for tensor in given.values():
             if len(tensor.array) != num:

@@ -210,6 +210,10 @@ def test_sizes_that_do_not_add_up_are_refused(client: Client) -> None:
         ({"item_ids": tensor("item_ids", "FP32", IDS)}, "item_ids: expected INT64 [-1, -1], got FP32 [2, 5]"),
         ({"item_ids": tensor("item_ids", "INT64", [1, 2])}, "item_ids: expected INT64 [-1, -1], got INT64 [2]"),
         ({"item_ids": tensor("item_ids", "INT64", [], [2, 0])}, "item_ids: expected 1 candidate a row or more"),
+        (
+            {"item_ids": tensor("item_ids", "INT64", [[1]] * 257)},
+            "item_ids: expected 1 to 256 rows, one a user, got 257",
+        ),
         ({"user_id": tensor("user_id", "INT64", [1])}, "user_id: expected 2 rows as item_ids has, got 1"),
         ({"user_id": tensor("user_id", "INT64", [[1, 2]])}, "user_id: expected INT64 [-1, 1], got INT64 [1, 2]"),
         ({"surface": tensor("context.surface", "INT64", [1, 2])}, "context.surface: expected BYTES [-1, 1], got INT64"),
