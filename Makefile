@@ -7,7 +7,7 @@ BIN    := .venv/bin
 TORCH  := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow lint bench stubs clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,6 +39,13 @@ test-slow: setup ## the tests that take minutes
 
 bench: setup ## every benchmark, ending in one table
 	$(BIN)/python -m benchmarks
+
+STUBS := prerank/serve/grpc_stubs
+stubs: setup ## the messages of open_inference.proto, generated again
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'grpcio-tools>=1.81.1,<1.82'
+	$(BIN)/python -m grpc_tools.protoc -I $(STUBS) --python_out=$(STUBS) --pyi_out=$(STUBS) open_inference.proto
+	@# in a pool of their own: a client's library in the same process may bring messages of the same names
+	sed -i 's/_descriptor_pool.Default()/_descriptor_pool.DescriptorPool()/' $(STUBS)/open_inference_pb2.py
 
 clean: ## remove what make made, but no store
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -24,6 +24,7 @@ from prerank.serve.changes import Changed
 from prerank.serve.graph import StageReport, Values
 from prerank.serve.http import create_app
 from prerank.serve.metadata import Described
+from prerank.serve.ranking import Ranking
 from prerank.serve.record import Recorded
 from prerank.stores.events import LiveEvent
 from prerank.stores.records import EXPOSED
@@ -181,6 +182,11 @@ class Ready:
     def describe(self, item_ids: Sequence[int], columns: Sequence[str] | None) -> Described:
         """Nothing is known of them."""
         return Described(self.version, [None for _ in item_ids])
+
+    @property
+    def ranking(self) -> Ranking:
+        """Nothing is ranked here."""
+        raise NotImplementedError
 
     def change(self, changes: Sequence[ItemChange]) -> Changed:
         """Nothing is changed."""

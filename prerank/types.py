@@ -101,6 +101,7 @@ class CandidateSet:
     rows int64 [B, N] into one version's ItemTable; similarity float32 [B, N]; valid bool [B, N].
     `slots` int64 [B, N] says where their features are, -1 nowhere; without it the ItemTable does. `found_by` int64
     [B, N] has a bit for each generator that found them; without it the index did.
+    `values`, numbers [B, N] by name of an item `value` that the utility reads, count in place of the items' own.
     Where `valid` is False the other columns hold no meaning.
     """
 
@@ -109,6 +110,7 @@ class CandidateSet:
     valid: Tensor
     slots: Tensor | None = None
     found_by: Tensor | None = None
+    values: Features = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.rows.dim() == 2
@@ -116,6 +118,7 @@ class CandidateSet:
         assert self.rows.dtype == torch.int64
         assert self.valid.dtype == torch.bool
         assert self.slots is None or self.slots.shape == self.rows.shape
+        assert all(column.shape == self.rows.shape for column in self.values.values())
 
     @property
     def num_valid(self) -> int:

@@ -161,7 +161,8 @@ class Scorer(nn.Module):
 
         Only valid candidates that are on win, of finite utility and probabilities, if every rule lets them, and of a
         group at most as many as diversity lets; where there are fewer than k the rest is not valid, with row
-        and item_id -1. Equal utilities are ordered by item_id. A row given twice is ranked twice.
+        and item_id -1. Equal utilities are ordered by item_id. A row given twice is ranked twice. What the candidates'
+        `values` say, such as a bid of this request's own, counts in place of what is live of the item.
         """
         rows = torch.where(candidates.valid, candidates.rows, 0)
         on, pacing, values = self.live.gather(rows)
@@ -169,7 +170,7 @@ class Scorer(nn.Module):
         slots, num_absent = self._slots(candidates, rows, valid)
         valid = valid & (slots >= 0)
         probs = self._probs(user_side, slots.clamp_min(0))
-        utility = pacing * self.utility(probs, values)
+        utility = pacing * self.utility(probs, {**values, **candidates.values})
         for rule in self.rules.values():
             utility = rule.adjust(probs, utility, rows)
         # as published rows ascend with item_id, so the smaller row is the smaller item_id

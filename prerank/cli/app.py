@@ -248,14 +248,18 @@ def serve(
         int | None, typer.Option(min=0, help="Native threads that rank; one a core by default, 0 lets torch rank.")
     ] = None,
     tail: TailUrl = None,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="The port for the Open Inference Protocol over gRPC; none by default."),
+    ] = None,
 ) -> None:
     """Serve the live version over HTTP.
 
-    POST /v1/recommend answers; /docs describes it.
+    POST /v1/recommend answers; /docs describes it. The ranking stage alone is under /v2.
     """
     from prerank.serve.http import serve as serve_http  # the HTTP stack is only needed here
 
-    serve_http(_found(store, funnel), host=host, port=port, workers=workers, tail=tail)
+    serve_http(_found(store, funnel), host=host, port=port, workers=workers, tail=tail, grpc_port=grpc_port)
 
 
 @app.command()

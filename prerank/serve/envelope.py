@@ -62,7 +62,7 @@ class Envelope:
             self.metrics.took(scope["path"], status, time.perf_counter() - start)
 
     def _failed(self, error: Exception, request_id: str) -> Response:
-        status, kind, message = _told(error)
+        status, kind, message = told(error)
         if status == 500:
             _log.error("request failed", request_id=request_id, exc_info=error)
         self.metrics.failed(kind)
@@ -70,7 +70,7 @@ class Envelope:
         return Response(encode_error(kind, message, request_id), status, headers, "application/json")
 
 
-def _told(error: Exception) -> tuple[int, str, str]:
+def told(error: Exception) -> tuple[int, str, str]:
     """Status, type and message for the client; of our own mistakes it learns only that there was one."""
     match error:
         case Refused():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import torch
 
+from prerank._toml import nearest
 from prerank.bundle.item_table import ItemTable
 from prerank.business.targeting import Targeting
 from prerank.errors import DataError, RequestError, SchemaMismatch
@@ -17,7 +19,7 @@ from prerank.serve.graph import Values
 from prerank.serve.past import Past
 from prerank.stores.contexts import columns_of, digest
 from prerank.stores.records import UserRecord, Users
-from prerank.types import Array, Columns, Features, Request
+from prerank.types import Array, Columns, Features, Given, Request
 
 _NEVER = np.zeros(0, np.int64)
 
@@ -122,6 +124,19 @@ class ExpandUser:
             **{name: past.counter(counter) for name, counter in schema.interaction.items()},
         }
         return {name: torch.from_numpy(array) for name, array in encoded.items()}, tuple(notes)
+
+    def said(self, record: UserRecord | None, profile: Mapping[str, Given]) -> UserRecord:
+        """The user as the store knows him, if it does, with what a caller says of his profile in place of its own.
+
+        Raises RequestError naming a column that is none of the profile's, or a value that its feature cannot read.
+        """
+        columns = self.transforms.schema.columns("user")
+        for name in profile:
+            if name not in columns:
+                raise RequestError(f"user.{name}: expected one of {columns}{nearest(name, columns)}")
+        self.transforms.encode_row("user", profile)
+        known = record if record is not None and record.profile else self._stranger(record)
+        return replace(known, profile={**known.profile, **profile})
 
     def _stranger(self, record: UserRecord | None) -> UserRecord:
         """A profile of nothing, beside what he did so far, if that is known."""

@@ -28,9 +28,11 @@ from prerank.kernels.engine import Engine
 from prerank.kernels.native import level, library
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed, Changes
+from prerank.serve.expand import ExpandUser
 from prerank.serve.graph import Deadline, GraphRun
 from prerank.serve.metadata import Described, Descriptions
 from prerank.serve.passage import run_graph
+from prerank.serve.ranking import Ranking
 from prerank.serve.record import Recorded, check_contexts, check_events
 from prerank.serve.tail import Tail
 from prerank.serve.wiring import wire
@@ -81,6 +83,8 @@ class Funnel:
         self.tail: Tail | None = None
         if tail is not None:
             self.tail = Tail(bundle, tail, self.inventory.readers)
+        expand = ExpandUser(users, bundle.transforms, items, targeting)
+        self.ranking = Ranking(bundle, expand, self.tail, self.inventory.readers, self.max_k)
         self._pool = ThreadPoolExecutor(_STAGES_AT_ONCE, thread_name_prefix="stage")
         self._descriptions = Descriptions(config.metadata, metadata, items, bundle.version, counts)
         self._counts = counts

@@ -12,11 +12,11 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import structlog
 import torch
@@ -29,7 +29,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from prerank.bundle.registry import Registry
-from prerank.errors import PrerankError, RegistryError
+from prerank.errors import ConfigError, PrerankError, RegistryError
 from prerank.serve import arrow
 from prerank.serve.answer import Answer
 from prerank.serve.changes import Changed
@@ -37,7 +37,10 @@ from prerank.serve.envelope import Envelope, Refused, read_body, refused_by_rout
 from prerank.serve.funnel import Funnel
 from prerank.serve.metadata import Described
 from prerank.serve.metrics import CONTENT_TYPE, ServeMetrics
+from prerank.serve.open_inference import OpenInference
+from prerank.serve.open_inference_http import routes as open_inference_routes
 from prerank.serve.openapi import docs_page, openapi
+from prerank.serve.ranking import Ranking
 from prerank.serve.record import Recorded
 from prerank.serve.wire import (
     decode_events,
@@ -52,7 +55,12 @@ from prerank.serve.wire import (
 from prerank.stores.events import LiveEvent
 from prerank.types import Given, ItemChange, Request
 
+if TYPE_CHECKING:
+    from prerank.serve.open_inference_grpc import GrpcServer
+
 _RETRY = {"retry-after": "1"}
+_GRACE_S = 10
+T = TypeVar("T")
 
 
 class Recommender(Protocol):
@@ -93,6 +101,11 @@ class Recommender(Protocol):
         """What came of candidates that are not resident, by outcome; nothing where all are."""
         ...
 
+    @property
+    def ranking(self) -> Ranking:
+        """The ranking stage alone."""
+        ...
+
     def recommend(self, request: Request, arrived: float | None = None) -> Answer:
         """The winners; see `Funnel.recommend`."""
         ...
@@ -115,7 +128,7 @@ class Limits:
     """What one process takes on: `threads` requests run at once, `waiting` more may wait, of `body_bytes` each.
 
     Calls with events or items run one at a time; as many may wait, of `events_bytes` or `items_bytes` each, or of
-    `stream_bytes` as an Arrow stream.
+    `stream_bytes` as an Arrow stream. A call of the Open Inference Protocol is a request, of `tensor_bytes`.
     """
 
     threads: int = 2
@@ -124,18 +137,30 @@ class Limits:
     events_bytes: int = 524_288
     items_bytes: int = 2_097_152
     stream_bytes: int = 67_108_864
+    tensor_bytes: int = 67_108_864
 
 
-def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) -> Starlette:
-    """The application around `funnel`, or, given the error that kept it from loading, one that says it is not ready."""
+def create_app(
+    funnel: Recommender | PrerankError, limits: Limits = Limits(), grpc: tuple[str, int] | None = None
+) -> Starlette:
+    """The application around `funnel`, or, given the error that kept it from loading, one that says it is not ready.
+
+    As long as it lives the Open Inference Protocol is spoken over gRPC too, at the host and port `grpc` if said.
+    Raises ConfigError where that cannot be.
+    """
     server = _Server(funnel, limits)
+    beside = None if grpc is None else server.grpc(*grpc)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        if beside is not None:
+            beside.start()
         yield
+        if beside is not None:
+            beside.stop(_GRACE_S)
         server.close()
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/recommend", server.recommend, methods=["POST"]),
             Route("/v1/metadata", server.describe, methods=["POST"]),
@@ -143,6 +168,9 @@ def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) ->
             Route("/v1/items", server.change, methods=["POST"]),
             Route("/healthz", server.healthz),
             Route("/readyz", server.readyz),
+            *open_inference_routes(
+                server.open_inference, server.answers.do, server.metrics.failed, limits.tensor_bytes
+            ),
             Route("/metrics", server.metrics_text),
             Route("/openapi.json", server.openapi),
             Route("/docs", server.docs),
@@ -152,6 +180,8 @@ def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) ->
         exception_handlers={HTTPException: refused_by_routing},
         lifespan=lifespan,
     )
+    app.state.grpc_port = None if beside is None else beside.port
+    return app
 
 
 def serve(
@@ -163,10 +193,11 @@ def serve(
     limits: Limits = Limits(),
     workers: int | None = None,
     tail: str | None = None,
+    grpc_port: int | None = None,
 ) -> None:
     """Serve `version` of the funnel at `store` (the live one unless named) until a signal ends it.
 
-    `workers` and `tail` are as `Funnel.open`'s.
+    `workers` and `tail` are as `Funnel.open`'s. At `grpc_port` of the same host there is gRPC, if it is said.
     Raises RegistryError at once where there is nothing to serve. A version or store that cannot be loaded is said on
     stderr in one line, and by /readyz for as long as the process lives.
     """
@@ -190,8 +221,8 @@ def serve(
             # what is loaded stays: without this every full collection looks through it, while all requests wait
             gc.collect()
             gc.freeze()
-        app = create_app(funnel, limits)
-        uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=10)
+        app = create_app(funnel, limits, None if grpc_port is None else (host, grpc_port))
+        uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=_GRACE_S)
     finally:
         if isinstance(funnel, Funnel):
             funnel.close()
@@ -217,14 +248,17 @@ class _Lane:
 
     async def run(self, work: Callable[[], bytes]) -> Response:
         """What `work` gives, as JSON. Raises Refused where too much waits."""
+        return Response(await self.do(work), media_type="application/json")
+
+    async def do(self, work: Callable[[], T]) -> T:
+        """What `work` gives. Raises Refused where too much waits."""
         if self._num >= self._most:
             raise Refused(503, "Overloaded", f"{self._num} requests are waiting already; try again later", _RETRY)
         self._change(+1)
         try:
-            encoded = await asyncio.get_running_loop().run_in_executor(self.pool, work)
+            return await asyncio.get_running_loop().run_in_executor(self.pool, work)
         finally:
             self._change(-1)
-        return Response(encoded, media_type="application/json")
 
     def _change(self, by: int) -> None:
         self._num += by
@@ -238,9 +272,26 @@ class _Server:
         self.funnel, self.limits = funnel, limits
         self.metrics = ServeMetrics()
         self.answers = _Lane("recommend", limits.threads, limits.waiting, self.metrics.in_flight)
+        self.open_inference = OpenInference(self._ranks)
         self.records = _Lane("events", 1, limits.waiting, self.metrics.events_in_flight)
         if not isinstance(funnel, PrerankError):
             self.metrics.serves(funnel.version, funnel.ranks_by, lambda: funnel.tail_counts)
+
+    def grpc(self, host: str, port: int) -> GrpcServer:
+        """The same protocol over gRPC, on the threads that rank. Raises ConfigError without the extra, or the port."""
+        try:
+            from prerank.serve.open_inference_grpc import GrpcServer  # an extra, and only needed here
+        except ImportError as error:
+            raise ConfigError(f"gRPC needs an extra, {error}; pip install 'prerank[grpc]'") from None
+        return GrpcServer(
+            self.open_inference,
+            lambda work: self.answers.pool.submit(work).result(),
+            self.metrics.failed,
+            host=host,
+            port=port,
+            most_calls=self.limits.threads + self.limits.waiting,
+            most_bytes=self.limits.tensor_bytes,
+        )
 
     def close(self) -> None:
         """Finish what is running."""
@@ -266,6 +317,10 @@ class _Server:
         limit = self.limits.stream_bytes if is_stream else self.limits.items_bytes
         funnel, content = self._ready(), await read_body(http, limit)
         return await self.records.run(lambda: self._change(funnel, content, is_stream))
+
+    @contextlib.contextmanager
+    def _ranks(self) -> Iterator[Ranking]:
+        yield self._ready().ranking
 
     def _ready(self) -> Recommender:
         if isinstance(self.funnel, PrerankError):

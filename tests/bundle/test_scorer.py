@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ from prerank.business.rule import Rule
 from prerank.business.utility import Utility
 from prerank.config import DiversityRule, Rules
 from prerank.errors import SchemaMismatch
-from prerank.types import CandidateSet
+from prerank.types import CandidateSet, ItemChange
 
 ALL = 500
 
@@ -279,3 +279,16 @@ def test_the_compiler_sees_the_whole_of_it_in_one_graph():
 def test_a_utility_of_a_value_the_items_lack_is_refused():
     with pytest.raises(SchemaMismatch, match=r"the utility reads 'price', and the items have \['a', 'b', 'bid'\]"):
         scorer(a=[1.0], terms={"click": "price"})
+
+
+def test_the_values_of_candidates_are_worth_in_place_of_the_items_own():
+    model = scorer(a=[0.0, 0.0, 0.0], bid=[1, 2, 3])
+    asked = candidates([[0, 1, 2], [0, 1, 2]])
+    bids = torch.tensor([[30.0, 20.0, 10.0], [1.0, float("nan"), 5.0]])
+    top = model(user(0.0, 0.0), replace(asked, values={"bid": bids}), 3)
+    assert top.item_ids.tolist() == [[0, 10, 20], [20, 0, -1]]
+    assert top.utility[top.valid].tolist() == [15.0, 10.0, 5.0, 2.5, 0.5]
+    assert top.num_nonfinite.tolist() == [0, 1]
+    model.live.change([0], [ItemChange(0, pacing=0.1)])
+    assert model(user(), replace(candidates([[0, 1, 2]]), values={"bid": bids[:1]}), 1).item_ids.tolist() == [[10]]
+    assert model(user(), candidates([[0, 1, 2]]), 1).item_ids.tolist() == [[20]]

@@ -194,7 +194,7 @@ def test_our_own_mistake_is_a_500_with_an_id_and_no_details(
 
 
 def test_what_is_not_there_has_the_same_form_of_error(client: Client) -> None:
-    assert error_of(client.get("/v2")) == (404, "NotFound", "GET /v2: Not Found")
+    assert error_of(client.get("/v3")) == (404, "NotFound", "GET /v3: Not Found")
     response = client.get("/v1/recommend")
     assert error_of(response) == (405, "MethodNotAllowed", "GET /v1/recommend: Method Not Allowed")
     assert response.headers["allow"] == "POST"
