@@ -12,11 +12,10 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 import torch
@@ -28,16 +27,14 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from prerank.bundle.registry import Registry
-from prerank.errors import PrerankError, RegistryError
+from prerank.errors import PrerankError
 from prerank.serve import arrow
-from prerank.serve.answer import Answer
-from prerank.serve.changes import Changed
 from prerank.serve.envelope import Envelope, Refused, read_body, refused_by_routing
-from prerank.serve.funnel import Funnel
+from prerank.serve.live_version import LiveVersion
 from prerank.serve.metrics import CONTENT_TYPE, ServeMetrics
 from prerank.serve.openapi import docs_page, openapi
-from prerank.serve.record import Recorded
+from prerank.serve.recommender import Recommender
+from prerank.serve.watch import VersionWatch
 from prerank.serve.wire import (
     decode_events,
     decode_items,
@@ -46,61 +43,9 @@ from prerank.serve.wire import (
     encode_changed,
     encode_recorded,
 )
-from prerank.stores.events import LiveEvent
-from prerank.types import Given, ItemChange, Request
+from prerank.types import Given
 
 _RETRY = {"retry-after": "1"}
-
-
-class Recommender(Protocol):
-    """What a server needs of a funnel; `serve.funnel.Funnel` is one."""
-
-    @property
-    def version(self) -> str:
-        """The version every answer is of."""
-        ...
-
-    @property
-    def ranks_by(self) -> str:
-        """What ranks: a level of the native kernels, or "torch"."""
-        ...
-
-    @property
-    def default_deadline_ms(self) -> float:
-        """The deadline of a request that names none."""
-        ...
-
-    @property
-    def example_context(self) -> Mapping[str, Given]:
-        """A context that works, one value a field."""
-        ...
-
-    @property
-    def example_events(self) -> Sequence[Mapping[str, object]]:
-        """Events that work, as `POST /v1/events` takes them."""
-        ...
-
-    @property
-    def example_items(self) -> Sequence[Mapping[str, object]]:
-        """Changes of items that work, as `POST /v1/items` takes them."""
-        ...
-
-    @property
-    def tail_counts(self) -> Mapping[str, int]:
-        """What came of candidates that are not resident, by outcome; nothing where all are."""
-        ...
-
-    def recommend(self, request: Request, arrived: float | None = None) -> Answer:
-        """The winners; see `Funnel.recommend`."""
-        ...
-
-    def record(self, events: Sequence[LiveEvent]) -> Recorded:
-        """Keep what happened; see `Funnel.record`."""
-        ...
-
-    def change(self, changes: Sequence[ItemChange]) -> Changed:
-        """Change items; see `Funnel.change`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +65,10 @@ class Limits:
 
 
 def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) -> Starlette:
-    """The application around `funnel`, or, given the error that kept it from loading, one that says it is not ready."""
+    """The application around `funnel`, or, given the error that kept it from loading, one that says it is not ready.
+
+    A `LiveVersion` may become another version, or ready, at any time.
+    """
     server = _Server(funnel, limits)
 
     @contextlib.asynccontextmanager
@@ -156,14 +104,12 @@ def serve(
     workers: int | None = None,
     tail: str | None = None,
 ) -> None:
-    """Serve `version` of the funnel at `store` (the live one unless named) until a signal ends it.
+    """Serve the live version of the funnel at `store`, and each that goes live later, until a signal ends it.
 
-    `workers` and `tail` are as `Funnel.open`'s.
+    Or `version` for good, if it is named. `workers` and `tail` are as `Funnel.open`'s.
     Raises RegistryError at once where there is nothing to serve. A version or store that cannot be loaded is said on
-    stderr in one line, and by /readyz for as long as the process lives.
+    stderr in one line, and by /readyz until one can be.
     """
-    if version is None and Registry(store).live() is None:
-        raise RegistryError(f"{store}: no version is live; promote one, or name one with --version")
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -175,29 +121,29 @@ def serve(
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     torch.set_num_threads(1)  # two requests that share cores by spinning cost each other more than they gain
-    funnel = _open(store, version, workers, tail)
+    watch = VersionWatch.open(store, version, workers, tail, settled=_settle)
     try:
-        if isinstance(funnel, Funnel):
-            funnel.sweep()
-            # what is loaded stays: without this every full collection looks through it, while all requests wait
-            gc.collect()
-            gc.freeze()
-        app = create_app(funnel, limits)
+        if watch.live.error is not None:
+            print(_why_not_ready(watch.live.error), file=sys.stderr, flush=True)
+        gc.collect()
+        gc.freeze()
+        if version is None:
+            watch.start()
+        app = create_app(watch.live, limits)
         uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=10)
     finally:
-        if isinstance(funnel, Funnel):
-            funnel.close()
+        watch.close()
 
 
-def _open(
-    store: Path, version: str | None, workers: int | None = None, tail: str | None = None
-) -> Funnel | PrerankError:
-    try:
-        return Funnel.open(store, version, workers, tail)
-    except PrerankError as error:
-        line = " ".join(str(error).split())
-        print(f"prerank serve: not ready: {type(error).__name__}: {line}", file=sys.stderr, flush=True)
-        return error
+def _settle() -> None:
+    # what is loaded stays: without this every full collection looks through it, while all requests wait. What was
+    # frozen before goes when nobody refers to it, for nothing of a version refers to itself
+    gc.collect(1)
+    gc.freeze()
+
+
+def _why_not_ready(error: PrerankError) -> str:
+    return f"prerank serve: not ready: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class _Lane:
@@ -227,12 +173,17 @@ class _Server:
     """The endpoints and what they share."""
 
     def __init__(self, funnel: Recommender | PrerankError, limits: Limits) -> None:
-        self.funnel, self.limits = funnel, limits
+        self.live = funnel if isinstance(funnel, LiveVersion) else LiveVersion(funnel)
+        self.limits = limits
         self.metrics = ServeMetrics()
         self.answers = _Lane("recommend", limits.threads, limits.waiting, self.metrics.in_flight)
         self.records = _Lane("events", 1, limits.waiting, self.metrics.events_in_flight)
-        if not isinstance(funnel, PrerankError):
-            self.metrics.serves(funnel.version, funnel.ranks_by, lambda: funnel.tail_counts)
+        self.metrics.serves(self.live)
+
+    @property
+    def funnel(self) -> Recommender | PrerankError:
+        """What serves now, or why nothing does."""
+        return self.live if self.live.error is None else self.live.error
 
     def close(self) -> None:
         """Finish what is running."""
@@ -240,9 +191,10 @@ class _Server:
         self.records.pool.shutdown()
 
     async def recommend(self, http: HttpRequest) -> Response:
-        funnel, content = self._ready(), await read_body(http, self.limits.body_bytes)
+        self._ready()
+        content = await read_body(http, self.limits.body_bytes)
         arrived, request_id = time.perf_counter(), http.state.request_id
-        return await self.answers.run(lambda: self._answer(funnel, content, arrived, request_id))
+        return await self.answers.run(lambda: self._answer(content, arrived, request_id))
 
     async def record(self, http: HttpRequest) -> Response:
         funnel, content = self._ready(), await read_body(http, self.limits.events_bytes)
@@ -260,13 +212,13 @@ class _Server:
             raise Refused(503, "NotReady", "no version is loaded; /readyz says why")
         return self.funnel
 
-    def _answer(self, funnel: Recommender, content: bytes, arrived: float, request_id: str) -> bytes:
+    def _answer(self, content: bytes, arrived: float, request_id: str) -> bytes:
         # rounded up, so that an event of this very millisecond came before the moment asked about
         now_ms = -(-time.time_ns() // 1_000_000)
-        request = decode_request(content).request(
-            now_ms=now_ms, deadline_ms=funnel.default_deadline_ms, request_id=request_id
-        )
-        answer = funnel.recommend(request, arrived)
+        body = decode_request(content)
+        with self.live.taken() as funnel:
+            request = body.request(now_ms=now_ms, deadline_ms=funnel.default_deadline_ms, request_id=request_id)
+            answer = funnel.recommend(request, arrived)
         self.metrics.answered(answer)
         return encode_answer(answer)
 

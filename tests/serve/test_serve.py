@@ -1,5 +1,6 @@
 """The server as a user starts it: a process, a signal, and what it says when it cannot load."""
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -14,10 +15,11 @@ import pytest
 
 from prerank.bundle.executor import NativeRanker
 from prerank.bundle.registry import Registry
-from prerank.errors import BundleError, PrerankError, RegistryError
+from prerank.errors import BundleError, RegistryError
 from prerank.kernels.native import level
 from prerank.serve.funnel import Funnel
-from prerank.serve.http import _open, create_app, serve
+from prerank.serve.http import _why_not_ready, create_app, serve
+from prerank.serve.watch import VersionWatch
 from prerank.stores.events import EventStore, LiveEvent
 from prerank.stores.live import LiveUsers
 from tests.serve.client import Client
@@ -43,16 +45,16 @@ def test_a_funnel_over_http_answers_as_it_does_in_process(published: Path) -> No
         assert stranger["notes"] == ["unknown user 404: served as a new user"]
 
 
-def test_a_damaged_version_is_said_in_one_line_and_never_ready(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_version_is_said_in_one_line_and_not_ready(store: Path) -> None:
     scorer = Registry(store).path(str(Registry(store).live())) / "scorer.safetensors"
     scorer.write_bytes(scorer.read_bytes()[:-7])
-    opened = _open(store, None)
-    assert isinstance(opened, PrerankError)
-    said = capfd.readouterr().err
+    watch = VersionWatch.open(store)
+    assert isinstance(watch.live.error, BundleError)
+    said = _why_not_ready(watch.live.error)
     assert said.startswith("prerank serve: not ready: BundleError: ")
     assert "scorer.safetensors" in said
-    assert said.count("\n") == 1
-    with Client(create_app(opened)) as client:
+    assert "\n" not in said
+    with contextlib.closing(watch), Client(create_app(watch.live)) as client:
         ready = client.get("/readyz")
         assert ready.status_code == 503
         assert "scorer.safetensors" in ready.json()["error"]["message"]
