@@ -6,14 +6,13 @@ Events have a thread of their own, so that nobody's winners wait for the disk.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import logging
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +28,18 @@ from starlette.routing import Route
 
 from prerank.errors import PrerankError
 from prerank.serve import arrow
+from prerank.serve.admission import Door, Lane, leaving
+from prerank.serve.ending import EndingServer
 from prerank.serve.envelope import Envelope, Refused, read_body, refused_by_routing
+from prerank.serve.exposure import LOCAL, Exposure
+from prerank.serve.graph import Deadline
 from prerank.serve.live_version import LiveVersion
 from prerank.serve.metrics import CONTENT_TYPE, ServeMetrics
 from prerank.serve.openapi import docs_page, openapi
 from prerank.serve.recommender import Recommender
 from prerank.serve.watch import VersionWatch
 from prerank.serve.wire import (
+    deadline_ms_of,
     decode_events,
     decode_items,
     decode_request,
@@ -44,8 +48,6 @@ from prerank.serve.wire import (
     encode_recorded,
 )
 from prerank.types import Given
-
-_RETRY = {"retry-after": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +66,17 @@ class Limits:
     stream_bytes: int = 67_108_864
 
 
-def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) -> Starlette:
+def create_app(
+    funnel: Recommender | PrerankError,
+    limits: Limits = Limits(),
+    exposure: Exposure = LOCAL,
+    door: Door | None = None,
+) -> Starlette:
     """The application around `funnel`, or, given the error that kept it from loading, one that says it is not ready.
 
-    A `LiveVersion` may become another version, or ready, at any time.
+    A `LiveVersion` may become another version, or ready, at any time. When `door` is closed it takes nothing new.
     """
-    server = _Server(funnel, limits)
+    server = _Server(funnel, limits, exposure, door or Door())
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -103,13 +110,17 @@ def serve(
     limits: Limits = Limits(),
     workers: int | None = None,
     tail: str | None = None,
+    token_file: Path | None = None,
+    linger_s: float = 0.0,
 ) -> None:
     """Serve the live version of the funnel at `store`, and each that goes live later, until a signal ends it.
 
-    Or `version` for good, if it is named. `workers` and `tail` are as `Funnel.open`'s.
-    Raises RegistryError at once where there is nothing to serve. A version or store that cannot be loaded is said on
-    stderr in one line, and by /readyz until one can be.
+    Or `version` for good, if it is named. `workers` and `tail` are as `Funnel.open`'s, `token_file` as `Exposure.of`'s,
+    `linger_s` as `EndingServer`'s.
+    Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token. A
+    version or store that cannot be loaded is said on stderr in one line, and by /readyz until one can be.
     """
+    exposure, door = Exposure.of(host, token_file), Door()
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -129,8 +140,10 @@ def serve(
         gc.freeze()
         if version is None:
             watch.start()
-        app = create_app(watch.live, limits)
-        uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=10)
+        app = create_app(watch.live, limits, exposure, door)
+        config = uvicorn.Config(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=10)
+        with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when all is done
+            EndingServer(config, door, linger_s).run()
     finally:
         watch.close()
 
@@ -146,38 +159,16 @@ def _why_not_ready(error: PrerankError) -> str:
     return f"prerank serve: not ready: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-class _Lane:
-    """Work of one kind: `threads` at once, `waiting` more wait their turn, and the rest is turned away."""
-
-    def __init__(self, name: str, threads: int, waiting: int, note: Callable[[int], None]) -> None:
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
-        self._most, self._num, self._note = threads + waiting, 0, note
-
-    async def run(self, work: Callable[[], bytes]) -> Response:
-        """What `work` gives, as JSON. Raises Refused where too much waits."""
-        if self._num >= self._most:
-            raise Refused(503, "Overloaded", f"{self._num} requests are waiting already; try again later", _RETRY)
-        self._change(+1)
-        try:
-            encoded = await asyncio.get_running_loop().run_in_executor(self.pool, work)
-        finally:
-            self._change(-1)
-        return Response(encoded, media_type="application/json")
-
-    def _change(self, by: int) -> None:
-        self._num += by
-        self._note(self._num)
-
-
 class _Server:
     """The endpoints and what they share."""
 
-    def __init__(self, funnel: Recommender | PrerankError, limits: Limits) -> None:
+    def __init__(self, funnel: Recommender | PrerankError, limits: Limits, exposure: Exposure, door: Door) -> None:
         self.live = funnel if isinstance(funnel, LiveVersion) else LiveVersion(funnel)
-        self.limits = limits
+        self.limits, self.exposure, self.door = limits, exposure, door
         self.metrics = ServeMetrics()
-        self.answers = _Lane("recommend", limits.threads, limits.waiting, self.metrics.in_flight)
-        self.records = _Lane("events", 1, limits.waiting, self.metrics.events_in_flight)
+        refused = self.metrics.refused
+        self.answers = Lane("recommend", limits.threads, limits.waiting, self.metrics.in_flight, door, refused)
+        self.records = Lane("events", 1, limits.waiting, self.metrics.events_in_flight, door, refused)
         self.metrics.serves(self.live)
 
     @property
@@ -194,14 +185,21 @@ class _Server:
         self._ready()
         content = await read_body(http, self.limits.body_bytes)
         arrived, request_id = time.perf_counter(), http.state.request_id
-        return await self.answers.run(lambda: self._answer(content, arrived, request_id))
+
+        def deadline() -> Deadline:
+            return Deadline(arrived, deadline_ms_of(content) or self.live.default_deadline_ms)
+
+        async with leaving(http) as gone:
+            return await self.answers.run(lambda: self._answer(content, arrived, request_id, gone), deadline, gone)
 
     async def record(self, http: HttpRequest) -> Response:
+        self._check_admin(http)
         funnel, content = self._ready(), await read_body(http, self.limits.events_bytes)
         now_ms = time.time_ns() // 1_000_000
         return await self.records.run(lambda: self._record(funnel, content, now_ms))
 
     async def change(self, http: HttpRequest) -> Response:
+        self._check_admin(http)
         is_stream = http.headers.get("content-type", "").partition(";")[0].strip() == arrow.CONTENT_TYPE
         limit = self.limits.stream_bytes if is_stream else self.limits.items_bytes
         funnel, content = self._ready(), await read_body(http, limit)
@@ -212,13 +210,17 @@ class _Server:
             raise Refused(503, "NotReady", "no version is loaded; /readyz says why")
         return self.funnel
 
-    def _answer(self, content: bytes, arrived: float, request_id: str) -> bytes:
+    def _check_admin(self, http: HttpRequest) -> None:
+        """Before anything is read. Raises Refused where the caller may not change what is served."""
+        self.exposure.check(http.headers.get("authorization", ""))
+
+    def _answer(self, content: bytes, arrived: float, request_id: str, gone: threading.Event) -> bytes:
         # rounded up, so that an event of this very millisecond came before the moment asked about
         now_ms = -(-time.time_ns() // 1_000_000)
         body = decode_request(content)
         with self.live.taken() as funnel:
             request = body.request(now_ms=now_ms, deadline_ms=funnel.default_deadline_ms, request_id=request_id)
-            answer = funnel.recommend(request, arrived)
+            answer = funnel.recommend(request, arrived, gone)
         self.metrics.answered(answer)
         return encode_answer(answer)
 
@@ -238,9 +240,12 @@ class _Server:
         return PlainTextResponse("alive\n")
 
     async def readyz(self, _: HttpRequest) -> Response:
-        if isinstance(self.funnel, PrerankError):
-            raise Refused(503, "NotReady", f"{type(self.funnel).__name__}: {self.funnel}")
-        return JSONResponse({"status": "ready", "version": self.funnel.version})
+        self.door.check()
+        if (error := self.live.error) is not None:
+            # the error names files, which is nothing to tell other machines
+            why = str(error) if self.exposure.is_local else "the server's log says why"
+            raise Refused(503, "NotReady", f"{type(error).__name__}: {why}")
+        return JSONResponse({"status": "ready", "version": self.live.version})
 
     async def metrics_text(self, _: HttpRequest) -> Response:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})

@@ -91,6 +91,12 @@ class ServeMetrics:
         )
         self._errors = Counter("prerank_errors", "Answers that are errors, by type.", ["type"], registry=self._registry)
         self._degraded = Counter("prerank_degraded", "Answers with a stage replaced.", registry=self._registry)
+        self._refused = Counter(
+            "prerank_refused",
+            "Calls turned away before any work, by why: queue_full, deadline (it would pass first) or draining.",
+            ["why"],
+            registry=self._registry,
+        )
         self._in_flight = Gauge(
             "prerank_requests_in_flight", "Recommend requests waiting or running.", registry=self._registry
         )
@@ -146,6 +152,10 @@ class ServeMetrics:
     def failed(self, kind: str) -> None:
         """Note an error answer of this type."""
         self._errors.labels(kind).inc()
+
+    def refused(self, why: str) -> None:
+        """Note a call that was turned away before any work."""
+        self._refused.labels(why).inc()
 
     def took(self, path: str, status: int, seconds: float) -> None:
         """Note the whole time of a call to one of the endpoints that work, whatever came of it."""

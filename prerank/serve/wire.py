@@ -64,6 +64,12 @@ class RecommendBody(msgspec.Struct, forbid_unknown_fields=True):
         )
 
 
+class _Hurry(msgspec.Struct):
+    """What of a request is asked before its turn comes."""
+
+    deadline_ms: float | None = None
+
+
 class EventBody(msgspec.Struct, forbid_unknown_fields=True):
     """One thing a user did."""
 
@@ -198,6 +204,7 @@ class ReadyBody(msgspec.Struct):
 
 
 _request = msgspec.json.Decoder(RecommendBody)
+_hurry = msgspec.json.Decoder(_Hurry)
 _events = msgspec.json.Decoder(EventsBody)
 _items = msgspec.json.Decoder(ItemsBody)
 _split = msgspec.json.Decoder(_SplitBody)
@@ -222,6 +229,15 @@ def decode_request(content: bytes) -> RecommendBody:
             return _request.decode(content)
         except msgspec.ValidationError as error:
             raise RequestError(_sentence(str(error), RecommendBody, content)) from None
+
+
+def deadline_ms_of(content: bytes) -> float | None:
+    """The deadline alone, for a body that is not decoded yet; None where it names none that can be one."""
+    try:
+        found = _hurry.decode(content).deadline_ms
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None  # what is wrong with it is said when it is decoded
+    return found if found is not None and found > 0 else None
 
 
 def decode_events(content: bytes) -> EventsBody:
