@@ -22,7 +22,9 @@ from prerank.serve.http import _why_not_ready, create_app, serve
 from prerank.serve.watch import VersionWatch
 from prerank.stores.events import EventStore, LiveEvent
 from prerank.stores.live import LiveUsers
+from tests.serve import world
 from tests.serve.client import Client
+from tests.serve.conftest import publish_live
 from tests.serve.world import UNTIL
 
 BODY = {"user_id": 1, "k": 3, "context": {"hour": 1, "surface": "feed"}}
@@ -100,6 +102,30 @@ def test_the_server_starts_answers_and_ends_on_a_signal(published: Path) -> None
     assert process.returncode in (0, -signal.SIGTERM)
     assert "Traceback" not in said
     assert address in said
+
+
+def test_a_server_that_runs_follows_a_promote_and_a_rollback(store: Path) -> None:
+    first = str(Registry(store).live())
+    second = str(Registry(publish_live(store, world.config(), seed=7)).live())
+    Registry(store).rollback(first, "a test", "the first serves first")
+    with started(store) as (process, address), httpx.Client(base_url=address) as http:
+        assert http.get("/readyz").json()["version"] == first
+        for move in (
+            lambda: Registry(store).promote(second, "a test", ""),
+            lambda: Registry(store).rollback(None, "a test", ""),
+        ):
+            move()
+            wanted = Registry(store).live()
+            until = time.monotonic() + 30
+            while http.post("/v1/recommend", json=BODY).json()["version"] != wanted:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            assert http.get("/readyz").json()["version"] == wanted
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    assert "Traceback" not in said
+    assert said.count('"event": "another version serves"') == 2
+    assert said.count('"event": "a version was let go"') == 2
 
 
 def test_every_event_that_was_answered_outlives_a_server_that_is_killed(store: Path) -> None:

@@ -130,7 +130,7 @@ def under_load(store: Path, first: str, second: str, num_switches: int) -> None:
             winners = {one["item_id"] for one in http.post("/v1/recommend", json=BODY).json()["winners"]}
             assert is_on or item_id not in winners, "what was answered with 200 holds for every request after"
 
-    me = psutil.Process()
+    me, rss = psutil.Process(), []
     with closing(VersionWatch.open(store, poll_s=0.02)) as watch, listening(create_app(watch.live)) as address:
         watch.start()
         left: list[weakref.ref[object]] = []
@@ -164,6 +164,7 @@ def under_load(store: Path, first: str, second: str, num_switches: int) -> None:
                     del funnel
                     promote(store, (second, first)[number % 2])
                     until(partial(is_done, number + 1, sum(asked) + 8))
+                    rss.append(me.memory_info().rss)
                     handles.append((me.num_fds(), len([t for t in threading.enumerate() if "stage" not in t.name])))
             finally:
                 gc.enable()
@@ -172,6 +173,8 @@ def under_load(store: Path, first: str, second: str, num_switches: int) -> None:
         assert min(asked) >= num_switches
         for kind in zip(*handles, strict=True):
             assert max(kind[2:]) <= max(kind[:2]) + 2, f"files or threads grow: {handles}"
+    settled = num_switches // 5
+    assert max(rss[-settled:], default=0) < max(rss[:settled], default=0) + (32 << 20), "memory grows"
     with LiveUsers.open(store / "users.lmdb", store / "events.lmdb") as users:
         record = users.get(1)
     assert record is not None
