@@ -164,6 +164,7 @@ def under_load(store: Path, first: str, second: str, num_switches: int) -> None:
                     del funnel
                     promote(store, (second, first)[number % 2])
                     until(partial(is_done, number + 1, sum(asked) + 8))
+                    gc.collect()  # of what clients and server made meanwhile
                     rss.append(me.memory_info().rss)
                     handles.append((me.num_fds(), len([t for t in threading.enumerate() if "stage" not in t.name])))
             finally:
