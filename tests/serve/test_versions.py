@@ -259,6 +259,19 @@ def test_what_changes_while_a_version_loads_holds_in_it_too(
                 assert float(state.value("bid_micros")[rows[0]]) == 7e6
 
 
+def test_what_changes_just_before_the_switch_holds_too(store: Path, two: tuple[Path, str, str]) -> None:
+    """When `settled` is called the version has caught up once."""
+    changes = iter([[ItemChange(103, on=False)]])
+    with closing(VersionWatch.open(store, settled=lambda: watch.live.change(next(changes)) and None)) as watch:
+        promote(store, two[2])
+        assert watch.look()
+        assert next(changes, None) is None
+        with watch.live.taken() as funnel:
+            assert isinstance(funnel, Funnel)
+            assert not funnel.inventory._scorer.live.on[funnel.inventory.rows_of([103])[0]]
+        assert 103 not in {one.item_id for one in watch.live.recommend(ASKED).winners}
+
+
 def test_the_version_before_ends_when_its_last_request_has(store: Path, two: tuple[Path, str, str]) -> None:
     with closing(VersionWatch.open(store)) as watch:
         promote(store, two[2])
