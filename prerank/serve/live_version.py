@@ -78,6 +78,11 @@ class LiveVersion:
         with self._changing:
             self._noted = set()
 
+    def note_no_changes(self) -> None:
+        """There is no other version that would miss any."""
+        with self._changing:
+            self._noted = None
+
     def noted(self) -> set[int]:
         """The items that changed since this or `note_changes` was called."""
         with self._changing:

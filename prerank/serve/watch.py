@@ -160,6 +160,7 @@ class VersionWatch:
         return True
 
     def _failed(self, version: str, error: Exception) -> bool:
+        self.live.note_no_changes()
         is_new = self._gave_up is None or self._gave_up[0] != version
         self._gave_up = version, time.monotonic() + AGAIN_S
         if version or is_new:

@@ -330,6 +330,7 @@ def test_a_version_that_cannot_catch_up_is_not_switched_to(
         assert isinstance(logs[0]["exc_info"], ValueError)
         assert watch.live.recommend(ASKED).version == two[1]
         assert watch.live.change([ItemChange(100, on=True)]).accepted == 1
+        assert not watch.live.noted(), "nobody needs to know"
 
 
 def test_a_pointer_that_is_damaged_leaves_what_serves(store: Path) -> None:
