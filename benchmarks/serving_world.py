@@ -6,6 +6,7 @@ import http.client
 import json
 import multiprocessing
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -169,7 +170,9 @@ class Ready:
         for n in range(HTTP_WINNERS)
     )
 
-    def recommend(self, request: Request, arrived: float | None = None) -> Answer:
+    def recommend(
+        self, request: Request, arrived: float | None = None, cancelled: threading.Event | None = None
+    ) -> Answer:
         """The same for everyone."""
         stages = [StageReport(f"stage {n}", 0.0, 1, 1) for n in range(4)]
         return Answer(request.request_id, self.version, self.winners, stages, False, [])

@@ -252,14 +252,30 @@ def serve(
         int | None,
         typer.Option(min=1, max=65535, help="The port for the Open Inference Protocol over gRPC; none by default."),
     ] = None,
+    admin_token_file: Annotated[
+        Path | None,
+        typer.Option(help="A file with the token that events and items need; or set PRERANK_ADMIN_TOKEN."),
+    ] = None,
+    linger_s: Annotated[
+        float, typer.Option(min=0, help="Seconds to say not ready before ending, for a load balancer to see.")
+    ] = 0.0,
 ) -> None:
-    """Serve the live version over HTTP.
+    """Serve the live version over HTTP, and each that is promoted later.
 
     POST /v1/recommend answers; /docs describes it. The ranking stage alone is under /v2.
     """
     from prerank.serve.http import serve as serve_http  # the HTTP stack is only needed here
 
-    serve_http(_found(store, funnel), host=host, port=port, workers=workers, tail=tail, grpc_port=grpc_port)
+    serve_http(
+        _found(store, funnel),
+        host=host,
+        port=port,
+        workers=workers,
+        tail=tail,
+        token_file=admin_token_file,
+        linger_s=linger_s,
+        grpc_port=grpc_port,
+    )
 
 
 @app.command()

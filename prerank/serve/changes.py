@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import NoReturn
@@ -45,9 +45,10 @@ class Changes:
 
     def __init__(self, inventory: Inventory, live: LiveItems, store: ItemStore | None, until_ns: int) -> None:
         self._inventory, self._live, self._store = inventory, live, store
+        self._until_ns = until_ns
         self._writing = threading.Lock()
         if store is not None:
-            self._replay(store.all(), until_ns)
+            self._replay(store.all())
 
     def take(self, changes: Sequence[ItemChange]) -> Changed:
         """See `Funnel.change`."""
@@ -71,8 +72,17 @@ class Changes:
             num_unknown = self._rest([one for one in wanted if one.columns is None])
             return Changed(len(changes), num_unknown, self._inventory.num_free)
 
-    def _replay(self, stored: Iterable[Stored], until_ns: int) -> None:
-        """What changed before this version was opened; of what it was made with, only what is no part of a version."""
+    def catch_up(self, item_ids: Collection[int]) -> None:
+        """Take what the store has of these items by now; what was taken before is taken again, which changes nothing.
+
+        So another version may be told of items while this one is loaded, if it is told of them afterwards.
+        """
+        if self._store is not None and item_ids:
+            with self._writing:
+                self._replay(self._store.get(item_ids))
+
+    def _replay(self, stored: Iterable[Stored]) -> None:
+        """What changed before this version served; of what it was made with, only what is no part of a version."""
         read, names = set(self._inventory.columns), set(self._live.names)
         coming: list[Stored] = []
         rest: list[ItemChange] = []
@@ -80,13 +90,16 @@ class Changes:
         for one in stored:
             # a column or a value that this version does not read is another's
             change = replace(one.change, values={n: v for n, v in one.change.values.items() if n in names})
-            if one.time_ns <= until_ns:
+            if one.time_ns <= self._until_ns:
                 rest.append(replace(change, columns=None, removed=False))
             elif change.columns is None:
                 rest.append(change)
             elif read <= set(change.columns):
                 columns = {name: change.columns[name] for name in self._inventory.columns}
-                coming.append(Stored(replace(change, columns=columns), one.time_ns))
+                # a record is all that is known: what it does not say is as of an item that nobody changed, also where
+                # an earlier replay found one of the same id that has left since
+                on, pacing = change.on is not False, 1.0 if change.pacing is None else change.pacing
+                coming.append(Stored(replace(change, columns=columns, on=on, pacing=pacing), one.time_ns))
             else:
                 num_unfit += 1
         if coming:

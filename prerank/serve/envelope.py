@@ -9,11 +9,13 @@ from collections.abc import Mapping
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prerank.errors import DeadlineExceeded, NoRoom, PrerankError, RequestError
+from prerank.serve.graph import Cancelled
 from prerank.serve.metrics import ServeMetrics
 from prerank.serve.wire import MalformedBody, encode_error
 
@@ -75,6 +77,8 @@ def told(error: Exception) -> tuple[int, str, str]:
     match error:
         case Refused():
             return error.status, error.kind, str(error)
+        case Cancelled() | ClientDisconnect():
+            return 499, "ClientGone", "the client left before its answer"
         case MalformedBody():
             return 400, "MalformedBody", str(error)
         case RequestError():

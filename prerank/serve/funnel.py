@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from math import isfinite
@@ -66,7 +67,8 @@ class Funnel:
                 f"{bundle.path}: metadata of {metadata.num_rows} rows for {items.num_published} items; publish again"
             )
         self.version = bundle.version
-        self.engine = engine
+        self.engine, self._owns_engine = engine, True
+        self.recent: deque[Request] = deque(maxlen=_MOST_RECENT)
         self.max_k = min(config.serve.max_k, config.ranker.keep)
         self.default_deadline_ms = config.serve.deadline_ms
         targeting = bundle.scorer.targeting
@@ -92,14 +94,19 @@ class Funnel:
 
     @classmethod
     def open(
-        cls, store: Path, version: str | None = None, workers: int | None = None, tail: str | None = None
+        cls,
+        store: Path,
+        version: str | None = None,
+        workers: int | None = None,
+        tail: str | None = None,
+        shared: Engine | None = None,
     ) -> Funnel:
         """`version` of the funnel at `store`, the live one unless named.
 
         `tail` is the url of the Redis that holds the items that are not resident; by default they are in `tail.lmdb`.
 
         `workers` native threads rank, one a core unless told otherwise; with 0, and where there are no native kernels,
-        torch does on the calling thread.
+        torch does on the calling thread. With a `shared` engine its threads do, and it stays open.
         Raises RegistryError if there is no such version, BundleError for one that is damaged, DataError for a user
         store that is. Nothing half-loaded is ever returned. What happens meanwhile is kept in the store's
         `events.lmdb` and `items.lmdb`, which are made if they are not there.
@@ -110,7 +117,7 @@ class Funnel:
             raise RegistryError(f"{store}: no version is live; promote one, or name one with --version")
         path = registry.path(chosen)
         bundle = load(path)
-        engine = _engine(workers)
+        engine = shared or engine_of(workers)
         if engine is not None:
             bundle.accelerate(engine)
         metadata = MetadataTable.open(path / "metadata.arrow")
@@ -124,6 +131,7 @@ class Funnel:
             counts = ReadCounts.open(store / READS)
             opened.append(counts)
             funnel = cls(bundle, users, metadata, engine, changes, rest, counts)
+            funnel._owns_engine = shared is None
             # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
             funnel.recommend(Request(user_id=0, k=1, time_ms=0, context=funnel.example_context))
             return funnel
@@ -147,6 +155,7 @@ class Funnel:
         deadline = None if request.deadline_ms is None else Deadline(start, request.deadline_ms)
         with torch.inference_mode(), self.inventory.readers.reading():
             run = run_graph(self._graph, {"request": request}, deadline, cancelled)
+            self.recent.append(request)
             return self._answer(request, run)
 
     def describe(self, item_ids: Sequence[int], columns: Sequence[str] | None) -> Described:
@@ -174,6 +183,10 @@ class Funnel:
         """
         return self._changes.take(changes)
 
+    def catch_up(self, item_ids: Collection[int]) -> None:
+        """Take what another version that shares the stores was told of these items, and has put on the disk."""
+        self._changes.catch_up(item_ids)
+
     def sweep(self) -> int:
         """Forget the recorded events that the log has by now: how many. For the one process that serves a store."""
         return self._users.sweep()
@@ -198,7 +211,7 @@ class Funnel:
             self.tail.close()
         if self._counts is not None:
             self._counts.close()
-        if self.engine is not None:
+        if self.engine is not None and self._owns_engine:
             self.engine.close()
 
     def __enter__(self) -> Funnel:
@@ -245,7 +258,12 @@ _STAGES_AT_ONCE = 32
 """Threads for stages, made as they are needed: of a request that overlap, and those that are waited for no more."""
 
 
-def _engine(workers: int | None) -> Engine | None:
+_MOST_RECENT = 8
+"""Of the latest requests, so many are kept to warm the next version with."""
+
+
+def engine_of(workers: int | None) -> Engine | None:
+    """So many native threads, one a core unless told otherwise; None where torch ranks."""
     if workers == 0 or library() is None or level() == "portable":  # which is right, and slower than torch
         return None
     return Engine(len(os.sched_getaffinity(0)) if workers is None else workers)

@@ -6,17 +6,16 @@ Events have a thread of their own, so that nobody's winners wait for the disk.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import logging
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -28,21 +27,23 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from prerank.bundle.registry import Registry
-from prerank.errors import ConfigError, PrerankError, RegistryError
+from prerank.errors import ConfigError, PrerankError
 from prerank.serve import arrow
-from prerank.serve.answer import Answer
-from prerank.serve.changes import Changed
+from prerank.serve.admission import Door, Lane, leaving
+from prerank.serve.ending import MOST_S, EndingServer
 from prerank.serve.envelope import Envelope, Refused, read_body, refused_by_routing
-from prerank.serve.funnel import Funnel
-from prerank.serve.metadata import Described
+from prerank.serve.exposure import LOCAL, Exposure
+from prerank.serve.graph import Deadline
+from prerank.serve.live_version import LiveVersion
 from prerank.serve.metrics import CONTENT_TYPE, ServeMetrics
 from prerank.serve.open_inference import OpenInference
 from prerank.serve.open_inference_http import routes as open_inference_routes
 from prerank.serve.openapi import docs_page, openapi
 from prerank.serve.ranking import Ranking
-from prerank.serve.record import Recorded
+from prerank.serve.recommender import Recommender
+from prerank.serve.watch import VersionWatch
 from prerank.serve.wire import (
+    deadline_ms_of,
     decode_events,
     decode_items,
     decode_metadata,
@@ -52,75 +53,10 @@ from prerank.serve.wire import (
     encode_described,
     encode_recorded,
 )
-from prerank.stores.events import LiveEvent
-from prerank.types import Given, ItemChange, Request
+from prerank.types import Given
 
 if TYPE_CHECKING:
     from prerank.serve.open_inference_grpc import GrpcServer
-
-_RETRY = {"retry-after": "1"}
-_GRACE_S = 10
-T = TypeVar("T")
-
-
-class Recommender(Protocol):
-    """What a server needs of a funnel; `serve.funnel.Funnel` is one."""
-
-    @property
-    def version(self) -> str:
-        """The version every answer is of."""
-        ...
-
-    @property
-    def ranks_by(self) -> str:
-        """What ranks: a level of the native kernels, or "torch"."""
-        ...
-
-    @property
-    def default_deadline_ms(self) -> float:
-        """The deadline of a request that names none."""
-        ...
-
-    @property
-    def example_context(self) -> Mapping[str, Given]:
-        """A context that works, one value a field."""
-        ...
-
-    @property
-    def example_events(self) -> Sequence[Mapping[str, object]]:
-        """Events that work, as `POST /v1/events` takes them."""
-        ...
-
-    @property
-    def example_items(self) -> Sequence[Mapping[str, object]]:
-        """Changes of items that work, as `POST /v1/items` takes them."""
-        ...
-
-    @property
-    def tail_counts(self) -> Mapping[str, int]:
-        """What came of candidates that are not resident, by outcome; nothing where all are."""
-        ...
-
-    @property
-    def ranking(self) -> Ranking:
-        """The ranking stage alone."""
-        ...
-
-    def recommend(self, request: Request, arrived: float | None = None) -> Answer:
-        """The winners; see `Funnel.recommend`."""
-        ...
-
-    def describe(self, item_ids: Sequence[int], columns: Sequence[str] | None) -> Described:
-        """Metadata of items; see `Funnel.describe`."""
-        ...
-
-    def record(self, events: Sequence[LiveEvent]) -> Recorded:
-        """Keep what happened; see `Funnel.record`."""
-        ...
-
-    def change(self, changes: Sequence[ItemChange]) -> Changed:
-        """Change items; see `Funnel.change`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +77,19 @@ class Limits:
 
 
 def create_app(
-    funnel: Recommender | PrerankError, limits: Limits = Limits(), grpc: tuple[str, int] | None = None
+    funnel: Recommender | PrerankError,
+    limits: Limits = Limits(),
+    exposure: Exposure = LOCAL,
+    door: Door | None = None,
+    grpc: tuple[str, int] | None = None,
 ) -> Starlette:
     """The application around `funnel`, or, given the error that kept it from loading, one that says it is not ready.
 
-    As long as it lives the Open Inference Protocol is spoken over gRPC too, at the host and port `grpc` if said.
+    A `LiveVersion` may become another version, or ready, at any time. When `door` is closed it takes nothing new. The
+    Open Inference Protocol is spoken over gRPC too as long as it lives, at the host and port `grpc` if said.
     Raises ConfigError where that cannot be.
     """
-    server = _Server(funnel, limits)
+    server = _Server(funnel, limits, exposure, door or Door())
     beside = None if grpc is None else server.grpc(*grpc)
 
     @contextlib.asynccontextmanager
@@ -157,7 +98,7 @@ def create_app(
             beside.start()
         yield
         if beside is not None:
-            beside.stop(_GRACE_S)
+            beside.stop(MOST_S)
         server.close()
 
     app = Starlette(
@@ -193,16 +134,18 @@ def serve(
     limits: Limits = Limits(),
     workers: int | None = None,
     tail: str | None = None,
+    token_file: Path | None = None,
+    linger_s: float = 0.0,
     grpc_port: int | None = None,
 ) -> None:
-    """Serve `version` of the funnel at `store` (the live one unless named) until a signal ends it.
+    """Serve the live version of the funnel at `store`, and each that goes live later, until a signal ends it.
 
-    `workers` and `tail` are as `Funnel.open`'s. At `grpc_port` of the same host there is gRPC, if it is said.
-    Raises RegistryError at once where there is nothing to serve. A version or store that cannot be loaded is said on
-    stderr in one line, and by /readyz for as long as the process lives.
+    Or `version` for good, if it is named. `workers` and `tail` are as `Funnel.open`'s, `token_file` as `Exposure.of`'s,
+    `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if it is said.
+    Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token. A
+    version or store that cannot be loaded is said on stderr in one line, and by /readyz until one can be.
     """
-    if version is None and Registry(store).live() is None:
-        raise RegistryError(f"{store}: no version is live; promote one, or name one with --version")
+    exposure, door = Exposure.of(host, token_file), Door()
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -214,68 +157,51 @@ def serve(
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     torch.set_num_threads(1)  # two requests that share cores by spinning cost each other more than they gain
-    funnel = _open(store, version, workers, tail)
+    watch = VersionWatch.open(store, version, workers, tail, settled=_settle)
     try:
-        if isinstance(funnel, Funnel):
-            funnel.sweep()
-            # what is loaded stays: without this every full collection looks through it, while all requests wait
-            gc.collect()
-            gc.freeze()
-        app = create_app(funnel, limits, None if grpc_port is None else (host, grpc_port))
-        uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=_GRACE_S)
+        if watch.live.error is not None:
+            print(_why_not_ready(watch.live.error), file=sys.stderr, flush=True)
+        gc.collect()
+        gc.freeze()
+        if version is None:
+            watch.start()
+        grpc = None if grpc_port is None else (host, grpc_port)
+        app = create_app(watch.live, limits, exposure, door, grpc)
+        config = uvicorn.Config(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=10)
+        with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when all is done
+            EndingServer(config, door, linger_s).run()
     finally:
-        if isinstance(funnel, Funnel):
-            funnel.close()
+        watch.close()
 
 
-def _open(
-    store: Path, version: str | None, workers: int | None = None, tail: str | None = None
-) -> Funnel | PrerankError:
-    try:
-        return Funnel.open(store, version, workers, tail)
-    except PrerankError as error:
-        line = " ".join(str(error).split())
-        print(f"prerank serve: not ready: {type(error).__name__}: {line}", file=sys.stderr, flush=True)
-        return error
+def _settle() -> None:
+    # what is loaded stays: without this every full collection looks through it, while all requests wait. What was
+    # frozen before goes when nobody refers to it, for nothing of a version refers to itself
+    gc.collect(1)
+    gc.freeze()
 
 
-class _Lane:
-    """Work of one kind: `threads` at once, `waiting` more wait their turn, and the rest is turned away."""
-
-    def __init__(self, name: str, threads: int, waiting: int, note: Callable[[int], None]) -> None:
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
-        self._most, self._num, self._note = threads + waiting, 0, note
-
-    async def run(self, work: Callable[[], bytes]) -> Response:
-        """What `work` gives, as JSON. Raises Refused where too much waits."""
-        return Response(await self.do(work), media_type="application/json")
-
-    async def do(self, work: Callable[[], T]) -> T:
-        """What `work` gives. Raises Refused where too much waits."""
-        if self._num >= self._most:
-            raise Refused(503, "Overloaded", f"{self._num} requests are waiting already; try again later", _RETRY)
-        self._change(+1)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, work)
-        finally:
-            self._change(-1)
-
-    def _change(self, by: int) -> None:
-        self._num += by
-        self._note(self._num)
+def _why_not_ready(error: PrerankError) -> str:
+    return f"prerank serve: not ready: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class _Server:
     """The endpoints and what they share."""
 
-    def __init__(self, funnel: Recommender | PrerankError, limits: Limits) -> None:
-        self.funnel, self.limits = funnel, limits
+    def __init__(self, funnel: Recommender | PrerankError, limits: Limits, exposure: Exposure, door: Door) -> None:
+        self.live = funnel if isinstance(funnel, LiveVersion) else LiveVersion(funnel)
+        self.limits, self.exposure, self.door = limits, exposure, door
         self.metrics = ServeMetrics()
-        self.answers = _Lane("recommend", limits.threads, limits.waiting, self.metrics.in_flight)
+        refused = self.metrics.refused
+        self.answers = Lane("recommend", limits.threads, limits.waiting, self.metrics.in_flight, door, refused)
+        self.records = Lane("events", 1, limits.waiting, self.metrics.events_in_flight, door, refused)
         self.open_inference = OpenInference(self._ranks)
-        self.records = _Lane("events", 1, limits.waiting, self.metrics.events_in_flight)
-        if not isinstance(funnel, PrerankError):
-            self.metrics.serves(funnel.version, funnel.ranks_by, lambda: funnel.tail_counts)
+        self.metrics.serves(self.live)
+
+    @property
+    def funnel(self) -> Recommender | PrerankError:
+        """What serves now, or why nothing does."""
+        return self.live if self.live.error is None else self.live.error
 
     def grpc(self, host: str, port: int) -> GrpcServer:
         """The same protocol over gRPC, on the threads that rank. Raises ConfigError without the extra, or the port."""
@@ -299,20 +225,28 @@ class _Server:
         self.records.pool.shutdown()
 
     async def recommend(self, http: HttpRequest) -> Response:
-        funnel, content = self._ready(), await read_body(http, self.limits.body_bytes)
+        self._ready()
+        content = await read_body(http, self.limits.body_bytes)
         arrived, request_id = time.perf_counter(), http.state.request_id
-        return await self.answers.run(lambda: self._answer(funnel, content, arrived, request_id))
+
+        def deadline() -> Deadline:
+            return Deadline(arrived, deadline_ms_of(content) or self.live.default_deadline_ms)
+
+        async with leaving(http) as gone:
+            return await self.answers.run(lambda: self._answer(content, arrived, request_id, gone), deadline, gone)
 
     async def describe(self, http: HttpRequest) -> Response:
         funnel, content = self._ready(), await read_body(http, self.limits.events_bytes)
         return await self.answers.run(lambda: self._describe(funnel, content))
 
     async def record(self, http: HttpRequest) -> Response:
+        self._check_admin(http)
         funnel, content = self._ready(), await read_body(http, self.limits.events_bytes)
         now_ms = time.time_ns() // 1_000_000
         return await self.records.run(lambda: self._record(funnel, content, now_ms))
 
     async def change(self, http: HttpRequest) -> Response:
+        self._check_admin(http)
         is_stream = http.headers.get("content-type", "").partition(";")[0].strip() == arrow.CONTENT_TYPE
         limit = self.limits.stream_bytes if is_stream else self.limits.items_bytes
         funnel, content = self._ready(), await read_body(http, limit)
@@ -320,20 +254,26 @@ class _Server:
 
     @contextlib.contextmanager
     def _ranks(self) -> Iterator[Ranking]:
-        yield self._ready().ranking
+        self._ready()
+        with self.live.taken() as funnel:
+            yield funnel.ranking
 
     def _ready(self) -> Recommender:
         if isinstance(self.funnel, PrerankError):
             raise Refused(503, "NotReady", "no version is loaded; /readyz says why")
         return self.funnel
 
-    def _answer(self, funnel: Recommender, content: bytes, arrived: float, request_id: str) -> bytes:
+    def _check_admin(self, http: HttpRequest) -> None:
+        """Before anything is read. Raises Refused where the caller may not change what is served."""
+        self.exposure.check(http.headers.get("authorization", ""))
+
+    def _answer(self, content: bytes, arrived: float, request_id: str, gone: threading.Event) -> bytes:
         # rounded up, so that an event of this very millisecond came before the moment asked about
         now_ms = -(-time.time_ns() // 1_000_000)
-        request = decode_request(content).request(
-            now_ms=now_ms, deadline_ms=funnel.default_deadline_ms, request_id=request_id
-        )
-        answer = funnel.recommend(request, arrived)
+        body = decode_request(content)
+        with self.live.taken() as funnel:
+            request = body.request(now_ms=now_ms, deadline_ms=funnel.default_deadline_ms, request_id=request_id)
+            answer = funnel.recommend(request, arrived, gone)
         self.metrics.answered(answer)
         return encode_answer(answer)
 
@@ -357,9 +297,12 @@ class _Server:
         return PlainTextResponse("alive\n")
 
     async def readyz(self, _: HttpRequest) -> Response:
-        if isinstance(self.funnel, PrerankError):
-            raise Refused(503, "NotReady", f"{type(self.funnel).__name__}: {self.funnel}")
-        return JSONResponse({"status": "ready", "version": self.funnel.version})
+        self.door.check()
+        if (error := self.live.error) is not None:
+            # the error names files, which is nothing to tell other machines
+            why = str(error) if self.exposure.is_local else "the server's log says why"
+            raise Refused(503, "NotReady", f"{type(error).__name__}: {why}")
+        return JSONResponse({"status": "ready", "version": self.live.version})
 
     async def metrics_text(self, _: HttpRequest) -> Response:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter as Counts
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from prerank.serve.answer import Answer
 from prerank.serve.changes import Changed
+from prerank.serve.live_version import LiveVersion
 from prerank.serve.record import Recorded
 from prerank.stores.events import LiveEvent
 
@@ -18,20 +19,46 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = tuple(n * 10.0**e for e in (-4, -3, -2, -1, 0) for n in (1.0, 2.0, 5.0))
 
 
-class _TailCounts(Collector):
-    """Counts that are kept where they are counted."""
+class _Serving(Collector):
+    """What serves when somebody scrapes, and counts that are kept where they are counted."""
 
-    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
-        self._counts = counts
+    def __init__(self, live: LiveVersion) -> None:
+        self._live = live
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """As prometheus_client asks for it."""
-        family = CounterMetricFamily(
-            "prerank_tail_candidates", "Candidates that are not resident, by what came of them.", labels=["outcome"]
+        loads = self._live.loads
+        switched = CounterMetricFamily(
+            "prerank_version_loads",
+            "Versions that went live while this process served, by whether they serve or served, or could not.",
+            labels=["outcome"],
         )
-        for outcome, number in self._counts().items():
-            family.add_metric([outcome], number)
+        switched.add_metric(["switched"], loads.switched)
+        switched.add_metric(["failed"], loads.failed)
+        yield switched
+        yield GaugeMetricFamily(
+            "prerank_version_load_seconds", "Of the last version that was switched to, until it served.", loads.last_s
+        )
+        if self._live.error is not None:
+            return
+        with self._live.taken() as funnel:
+            yield _one("prerank_version", "1 for the version that serves.", "version", funnel.version)
+            about = "1 for what ranks: the instructions of the native kernels, or torch where there are none."
+            yield _one("prerank_ranks_by", about, "level", funnel.ranks_by)
+            family = CounterMetricFamily(
+                "prerank_tail_candidates",
+                "Candidates that are not resident, by what came of them; from 0 again with another version.",
+                labels=["outcome"],
+            )
+            for outcome, number in funnel.tail_counts.items():
+                family.add_metric([outcome], number)
         yield family
+
+
+def _one(name: str, about: str, label: str, value: str) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, about, labels=[label])
+    family.add_metric([value], 1)
+    return family
 
 
 class ServeMetrics:
@@ -39,19 +66,12 @@ class ServeMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._version = Gauge("prerank_version", "1 for the version that serves.", ["version"], registry=self._registry)
         self._changed = Counter("prerank_items_changed", "Changes of items accepted.", registry=self._registry)
         self._unknown_changed = Counter(
             "prerank_items_unknown", "Changes accepted of items the version lacks.", registry=self._registry
         )
         self._free_rows = Gauge(
             "prerank_items_free_rows", "Rows of slack for items that come.", registry=self._registry
-        )
-        self._ranks_by = Gauge(
-            "prerank_ranks_by",
-            "1 for what ranks: the instructions of the native kernels, or torch where there are none.",
-            ["level"],
-            registry=self._registry,
         )
         self._requests = Histogram(
             "prerank_request_seconds",
@@ -71,6 +91,12 @@ class ServeMetrics:
         )
         self._errors = Counter("prerank_errors", "Answers that are errors, by type.", ["type"], registry=self._registry)
         self._degraded = Counter("prerank_degraded", "Answers with a stage replaced.", registry=self._registry)
+        self._refused = Counter(
+            "prerank_refused",
+            "Calls turned away before any work, by why: queue_full, deadline (it would pass first) or draining.",
+            ["why"],
+            registry=self._registry,
+        )
         self._in_flight = Gauge(
             "prerank_requests_in_flight", "Recommend requests waiting or running.", registry=self._registry
         )
@@ -102,14 +128,9 @@ class ServeMetrics:
         self._unknown_changed.inc(changed.unknown_items)
         self._free_rows.set(changed.free_rows)
 
-    def serves(self, version: str, ranks_by: str, tail_counts: Callable[[], Mapping[str, int]]) -> None:
-        """Note the version that serves, and what ranks: a level of the native kernels, or torch.
-
-        `tail_counts` is asked whenever somebody scrapes: candidates that are not resident, by what came of them.
-        """
-        self._registry.register(_TailCounts(tail_counts))
-        self._version.labels(version).set(1)
-        self._ranks_by.labels(ranks_by).set(1)
+    def serves(self, live: LiveVersion) -> None:
+        """Say of `live`, whenever somebody scrapes, which version serves, and what it counts itself."""
+        self._registry.register(_Serving(live))
 
     def answered(self, answer: Answer) -> None:
         """Note an answer's stages."""
@@ -131,6 +152,10 @@ class ServeMetrics:
     def failed(self, kind: str) -> None:
         """Note an error answer of this type."""
         self._errors.labels(kind).inc()
+
+    def refused(self, why: str) -> None:
+        """Note a call that was turned away before any work."""
+        self._refused.labels(why).inc()
 
     def took(self, path: str, status: int, seconds: float) -> None:
         """Note the whole time of a call to one of the endpoints that work, whatever came of it."""

@@ -28,7 +28,7 @@ ERRORS = {
     413: "The body is too large.",
     422: "A field is wrong; the message names it, what it must be, and what came.",
     500: "The server's own mistake; its log has the request_id.",
-    503: "No version is loaded, or too many requests wait. Try again later.",
+    503: "No version is loaded, the server ends, or too many wait for this one to be in time. Try again later.",
     504: "The deadline passed before there was an answer.",
 }
 
@@ -64,6 +64,7 @@ def openapi(
     recommend["responses"] = {"200": _answer("Winners, best first.", _json("AnswerBody")), **errors}
     del errors["504"]
     describe["responses"] = {"200": _answer("One an item_id.", _json("DescribedBody")), **errors}
+    errors["401"] = _answer("The server needs an admin token: authorization: Bearer ...", _json("ErrorBody"))
     record["responses"] = {"200": _answer("All of it is on the disk.", _json("RecordedBody")), **errors}
     full = {"507": _answer("More items come than the version has free rows.", _json("ErrorBody"))}
     change["responses"] = {"200": _answer("All of it is on the disk.", _json("ChangedBody")), **errors, **full}

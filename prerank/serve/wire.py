@@ -70,6 +70,12 @@ class RecommendBody(msgspec.Struct, forbid_unknown_fields=True):
         )
 
 
+class _Hurry(msgspec.Struct):
+    """What of a request is asked before its turn comes."""
+
+    deadline_ms: float | None = None
+
+
 class EventBody(msgspec.Struct, forbid_unknown_fields=True):
     """One thing a user did."""
 
@@ -221,6 +227,7 @@ class ReadyBody(msgspec.Struct):
 
 _request = msgspec.json.Decoder(RecommendBody)
 _metadata = msgspec.json.Decoder(MetadataBody)
+_hurry = msgspec.json.Decoder(_Hurry)
 _events = msgspec.json.Decoder(EventsBody)
 _items = msgspec.json.Decoder(ItemsBody)
 _split = msgspec.json.Decoder(_SplitBody)
@@ -260,6 +267,15 @@ def decode_metadata(content: bytes) -> MetadataBody:
 def encode_described(described: Described) -> bytes:
     """Metadata as JSON, in the form of `DescribedBody`."""
     return msgspec.json.encode(described)
+
+
+def deadline_ms_of(content: bytes) -> float | None:
+    """The deadline alone, for a body that is not decoded yet; None where it names none that can be one."""
+    try:
+        found = _hurry.decode(content).deadline_ms
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None  # what is wrong with it is said when it is decoded
+    return found if found is not None and found > 0 else None
 
 
 def decode_events(content: bytes) -> EventsBody:

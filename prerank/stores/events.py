@@ -32,7 +32,7 @@ MOST_NAMES = 255
 
 _MAP_BYTES = 1 << 36  # address space, not disk: the file is as long as what is in it
 _USERS_A_SWEEP = 4096
-_LOAD = "load the log again (prerank publish) and start the server anew, which forgets what the log has by then"
+_LOAD = "load the log again (prerank publish) and promote the version, whose server forgets what the log has by then"
 _AGAIN = "move it away to start an empty one: what came since the log was loaded is lost with it"
 
 

@@ -38,13 +38,15 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return publish_live(tmp_path_factory.mktemp("store") / "tiny", world.config())
 
 
-def publish_live(store: Path, config: Config, targeting: pa.Table | None = None) -> Path:
-    """The tiny world published with `config` into `store` and live, its users loaded."""
+def publish_live(
+    store: Path, config: Config, targeting: pa.Table | None = None, items: pa.Table | None = None, seed: int = 1
+) -> Path:
+    """The tiny world published with `config` into `store` and live, its users loaded; weights are those of `seed`."""
     transforms = world.transforms(config)
     towers, ranker = build_towers(config, transforms.sizes()), build_ranker(config, transforms.sizes())
-    world.seeded(towers, 1)
-    world.seeded(ranker, 2)  # type: ignore[arg-type]
-    table = world.items()
+    world.seeded(towers, seed)
+    world.seeded(ranker, seed + 1)  # type: ignore[arg-type]
+    table = world.items() if items is None else items
     parts = Parts(
         config=config,
         transforms=transforms,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class FakeFunnel:
     example_events: tuple[dict[str, str | int], ...] = ({"user_id": 1, "item_id": 5, "event": "impression"},)
     example_items: tuple[dict[str, int | bool], ...] = ({"item_id": 5, "on": False},)
     degraded: bool = False
+    cancelled: threading.Event | None = None
     asked: list[Request] = field(default_factory=list)
     happened: list[LiveEvent] = field(default_factory=list)
     changed: list[ItemChange] = field(default_factory=list)
@@ -43,11 +45,14 @@ class FakeFunnel:
         self.changed += changes
         return Changed(len(changes), 1, 7)
 
-    def recommend(self, request: Request, arrived: float | None = None) -> Answer:
+    def recommend(
+        self, request: Request, arrived: float | None = None, cancelled: threading.Event | None = None
+    ) -> Answer:
         assert arrived is not None
         assert 0 <= time.perf_counter() - arrived < 60
         check_request(request, MAX_K)
         self.asked.append(request)
+        self.cancelled = cancelled
         self.before(request)
         winners = [Winner(n, 2.5, {"click": 0.25}, {"title": f"item {n}"}) for n in range(request.k)]
         stages = [StageReport("retrieve", 2.0004, 500, 100), StageReport("rank", 1.0, 100, request.k, 2.0)]

@@ -46,7 +46,7 @@ class Stub:
 
 @pytest.fixture
 def both(funnel: Funnel) -> Iterator[tuple[Client, Stub]]:
-    app = create_app(funnel, Limits(tensor_bytes=20_000), ("127.0.0.1", 0))
+    app = create_app(funnel, Limits(tensor_bytes=20_000), grpc=("127.0.0.1", 0))
     with Client(app) as client:
         stub = Stub(app.state.grpc_port)
         yield client, stub
@@ -206,7 +206,7 @@ def test_a_caller_who_waits_no_more_is_not_ranked_for_and_too_many_are_turned_aw
         return right(*asked)
 
     monkeypatch.setattr(funnel.ranking, "rank", slow)
-    app = create_app(funnel, Limits(threads=1, waiting=1), ("127.0.0.1", 0))
+    app = create_app(funnel, Limits(threads=1, waiting=1), grpc=("127.0.0.1", 0))
     with Client(app), ThreadPoolExecutor(1) as others:
         stub = Stub(app.state.grpc_port)
         held = others.submit(lambda: stub.ModelInfer(model_name="tiny", inputs=typed()))

@@ -1,5 +1,6 @@
 """The server as a user starts it: a process, a signal, and what it says when it cannot load."""
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -14,13 +15,16 @@ import pytest
 
 from prerank.bundle.executor import NativeRanker
 from prerank.bundle.registry import Registry
-from prerank.errors import BundleError, PrerankError, RegistryError
+from prerank.errors import BundleError, RegistryError
 from prerank.kernels.native import level
 from prerank.serve.funnel import Funnel
-from prerank.serve.http import _open, create_app, serve
+from prerank.serve.http import _why_not_ready, create_app, serve
+from prerank.serve.watch import VersionWatch
 from prerank.stores.events import EventStore, LiveEvent
 from prerank.stores.live import LiveUsers
+from tests.serve import world
 from tests.serve.client import Client
+from tests.serve.conftest import publish_live
 from tests.serve.world import UNTIL
 
 BODY = {"user_id": 1, "k": 3, "context": {"hour": 1, "surface": "feed"}}
@@ -43,16 +47,16 @@ def test_a_funnel_over_http_answers_as_it_does_in_process(published: Path) -> No
         assert stranger["notes"] == ["unknown user 404: served as a new user"]
 
 
-def test_a_damaged_version_is_said_in_one_line_and_never_ready(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_version_is_said_in_one_line_and_not_ready(store: Path) -> None:
     scorer = Registry(store).path(str(Registry(store).live())) / "scorer.safetensors"
     scorer.write_bytes(scorer.read_bytes()[:-7])
-    opened = _open(store, None)
-    assert isinstance(opened, PrerankError)
-    said = capfd.readouterr().err
+    watch = VersionWatch.open(store)
+    assert isinstance(watch.live.error, BundleError)
+    said = _why_not_ready(watch.live.error)
     assert said.startswith("prerank serve: not ready: BundleError: ")
     assert "scorer.safetensors" in said
-    assert said.count("\n") == 1
-    with Client(create_app(opened)) as client:
+    assert "\n" not in said
+    with contextlib.closing(watch), Client(create_app(watch.live)) as client:
         ready = client.get("/readyz")
         assert ready.status_code == 503
         assert "scorer.safetensors" in ready.json()["error"]["message"]
@@ -98,6 +102,30 @@ def test_the_server_starts_answers_and_ends_on_a_signal(published: Path) -> None
     assert process.returncode in (0, -signal.SIGTERM)
     assert "Traceback" not in said
     assert address in said
+
+
+def test_a_server_that_runs_follows_a_promote_and_a_rollback(store: Path) -> None:
+    first = str(Registry(store).live())
+    second = str(Registry(publish_live(store, world.config(), seed=7)).live())
+    Registry(store).rollback(first, "a test", "the first serves first")
+    with started(store) as (process, address), httpx.Client(base_url=address) as http:
+        assert http.get("/readyz").json()["version"] == first
+        for move in (
+            lambda: Registry(store).promote(second, "a test", ""),
+            lambda: Registry(store).rollback(None, "a test", ""),
+        ):
+            move()
+            wanted = Registry(store).live()
+            until = time.monotonic() + 30
+            while http.post("/v1/recommend", json=BODY).json()["version"] != wanted:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            assert http.get("/readyz").json()["version"] == wanted
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    assert "Traceback" not in said
+    assert said.count('"event": "another version serves"') == 2
+    assert said.count('"event": "a version was let go"') == 2
 
 
 def test_every_event_that_was_answered_outlives_a_server_that_is_killed(store: Path) -> None:
