@@ -75,6 +75,8 @@ class Inventory:
         self._lock = threading.Lock()
         self._next = self._items.num_published  # the high-water mark: rows from here on were never taken
         self._left: deque[tuple[int, int]] = deque()  # slack rows that items left, and after which line of readers
+        if self.num_free:
+            self._own()
         self._unseen: Tensor | None = None  # the popularity of items that nobody was shown
         self._rates: dict[str, dict[int, float]] = {}
 
@@ -82,6 +84,19 @@ class Inventory:
     def num_free(self) -> int:
         """How many rows of slack are free, now or as soon as the requests that run have ended."""
         return self._items.num_rows - self._next + len(self._left)
+
+    def _own(self) -> None:
+        """Have the pages that will be written copied from the mapped file now.
+
+        Each that is copied while serving interrupts every core that may have seen it.
+        """
+        self._bundle.index.own()
+        first, slots = self._items.num_published, self._items.num_resident
+        with torch.inference_mode():
+            for tensor in [*self._items.buffers(), *self._scorer.item_side.buffers()]:
+                start = first if len(tensor.shape) and len(tensor) == self._items.num_rows else slots
+                if len(tensor.shape) and len(tensor) in (self._items.num_rows, self._items.num_slots):
+                    tensor[start:] = tensor[start:].clone()
 
     def rows_of(self, item_ids: Sequence[int]) -> list[int]:
         """Where items are, -1 for one that is not here."""

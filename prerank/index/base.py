@@ -43,6 +43,10 @@ class Index(Protocol):
         """
         ...
 
+    def own(self) -> None:
+        """Hold what was mapped from a file in memory of this process's own, so that `put` need not copy its pages."""
+        ...
+
     def save(self, path: Path, models: Mapping[str, str]) -> None:
         """Write one file, `models` beside the vectors."""
         ...

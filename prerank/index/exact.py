@@ -54,6 +54,11 @@ class ExactIndex(nn.Module):
             if self.scales is not None and scales is not None:
                 self.scales[rows] = scales
 
+    def own(self) -> None:
+        """See `Index.own`."""
+        self.register_buffer("vectors", self.vectors.clone())
+        self.register_buffer("scales", None if self.scales is None else self.scales.clone())
+
     def save(self, path: Path, models: Mapping[str, str]) -> None:
         """Write one safetensors file; `models` is the version of each model the vectors were made with, by name."""
         tensors = {"vectors": self.vectors} if self.scales is None else {"vectors": self.vectors, "scales": self.scales}
