@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import logging
 import sys
@@ -38,6 +39,9 @@ from prerank.serve.funnel import Funnel
 from prerank.serve.metrics import CONTENT_TYPE, ServeMetrics
 from prerank.serve.openapi import docs_page, openapi
 from prerank.serve.record import Recorded
+from prerank.serve.seeing import AS_USUAL, Seeing, Sight
+from prerank.serve.seen import Seen
+from prerank.serve.trace_pages import trace_routes
 from prerank.serve.wire import (
     decode_events,
     decode_items,
@@ -119,9 +123,9 @@ class Limits:
     stream_bytes: int = 67_108_864
 
 
-def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) -> Starlette:
+def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits(), sight: Sight = AS_USUAL) -> Starlette:
     """The application around `funnel`, or, given the error that kept it from loading, one that says it is not ready."""
-    server = _Server(funnel, limits)
+    server = _Server(funnel, limits, Seeing(sight))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -139,8 +143,9 @@ def create_app(funnel: Recommender | PrerankError, limits: Limits = Limits()) ->
             Route("/openapi.json", server.openapi),
             Route("/docs", server.docs),
             Route("/", server.home),
+            *trace_routes(server.seeing.traces),
         ],
-        middleware=[Middleware(Envelope, metrics=server.metrics)],
+        middleware=[Middleware(Envelope, metrics=server.metrics, seeing=server.seeing)],
         exception_handlers={HTTPException: refused_by_routing},
         lifespan=lifespan,
     )
@@ -155,6 +160,7 @@ def serve(
     limits: Limits = Limits(),
     workers: int | None = None,
     tail: str | None = None,
+    sight: Sight = AS_USUAL,
 ) -> None:
     """Serve `version` of the funnel at `store` (the live one unless named) until a signal ends it.
 
@@ -166,6 +172,7 @@ def serve(
         raise RegistryError(f"{store}: no version is live; promote one, or name one with --version")
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
@@ -182,7 +189,7 @@ def serve(
             # what is loaded stays: without this every full collection looks through it, while all requests wait
             gc.collect()
             gc.freeze()
-        app = create_app(funnel, limits)
+        app = create_app(funnel, limits, sight)
         uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=10)
     finally:
         if isinstance(funnel, Funnel):
@@ -213,7 +220,8 @@ class _Lane:
             raise Refused(503, "Overloaded", f"{self._num} requests are waiting already; try again later", _RETRY)
         self._change(+1)
         try:
-            encoded = await asyncio.get_running_loop().run_in_executor(self.pool, work)
+            context = contextvars.copy_context()  # the request that is seen, and its id for the logs
+            encoded = await asyncio.get_running_loop().run_in_executor(self.pool, context.run, work)
         finally:
             self._change(-1)
         return Response(encoded, media_type="application/json")
@@ -226,8 +234,8 @@ class _Lane:
 class _Server:
     """The endpoints and what they share."""
 
-    def __init__(self, funnel: Recommender | PrerankError, limits: Limits) -> None:
-        self.funnel, self.limits = funnel, limits
+    def __init__(self, funnel: Recommender | PrerankError, limits: Limits, seeing: Seeing) -> None:
+        self.funnel, self.limits, self.seeing = funnel, limits, seeing
         self.metrics = ServeMetrics()
         self.answers = _Lane("recommend", limits.threads, limits.waiting, self.metrics.in_flight)
         self.records = _Lane("events", 1, limits.waiting, self.metrics.events_in_flight)
@@ -241,8 +249,8 @@ class _Server:
 
     async def recommend(self, http: HttpRequest) -> Response:
         funnel, content = self._ready(), await read_body(http, self.limits.body_bytes)
-        arrived, request_id = time.perf_counter(), http.state.request_id
-        return await self.answers.run(lambda: self._answer(funnel, content, arrived, request_id))
+        arrived, seen = time.perf_counter(), http.state.seen
+        return await self.answers.run(lambda: self._answer(funnel, content, arrived, seen))
 
     async def record(self, http: HttpRequest) -> Response:
         funnel, content = self._ready(), await read_body(http, self.limits.events_bytes)
@@ -260,13 +268,13 @@ class _Server:
             raise Refused(503, "NotReady", "no version is loaded; /readyz says why")
         return self.funnel
 
-    def _answer(self, funnel: Recommender, content: bytes, arrived: float, request_id: str) -> bytes:
+    def _answer(self, funnel: Recommender, content: bytes, arrived: float, seen: Seen) -> bytes:
         # rounded up, so that an event of this very millisecond came before the moment asked about
         now_ms = -(-time.time_ns() // 1_000_000)
-        request = decode_request(content).request(
-            now_ms=now_ms, deadline_ms=funnel.default_deadline_ms, request_id=request_id
+        request = seen.request = decode_request(content).request(
+            now_ms=now_ms, deadline_ms=funnel.default_deadline_ms, request_id=seen.request_id
         )
-        answer = funnel.recommend(request, arrived)
+        answer = seen.answer = funnel.recommend(request, arrived)
         self.metrics.answered(answer)
         return encode_answer(answer)
 

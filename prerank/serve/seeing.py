@@ -1,0 +1,39 @@
+"""What a server shows of its requests besides metrics: when one leaves, it is told to all who watch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prerank.serve.seen import Seen
+from prerank.serve.traces import LATEST, Trace, Traces
+
+_TRACED = "/v1/recommend"
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """How much is shown: the latest `traces` requests are kept (0: none)."""
+
+    traces: int = LATEST
+
+
+AS_USUAL = Sight()
+
+
+class Seeing:
+    """Those who watch the requests of one app."""
+
+    def __init__(self, sight: Sight = AS_USUAL) -> None:
+        self.traces = Traces(sight.traces)
+
+    def arrives(self, request_id: str, headers: Mapping[str, str]) -> Seen:
+        """What will be seen of a request that came now."""
+        return Seen(request_id)
+
+    def leaves(self, seen: Seen, path: str, status: int, seconds: float) -> None:
+        """Tell of a request that left with this HTTP status, if it was one for winners."""
+        if seen.request is None and path != _TRACED:
+            return
+        if self.traces.most:
+            self.traces.add(Trace.of(seen, status, seconds * 1000.0))
