@@ -242,14 +242,18 @@ def serve(
         int | None, typer.Option(min=0, help="Native threads that rank; one a core by default, 0 lets torch rank.")
     ] = None,
     tail: TailUrl = None,
+    traces: Annotated[int, typer.Option(min=0, help="How many of the latest requests are kept for /traces.")] = 256,
+    lines: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that get a line on stderr.")] = 0.0,
 ) -> None:
     """Serve the live version over HTTP.
 
     POST /v1/recommend answers; /docs describes it.
     """
     from prerank.serve.http import serve as serve_http  # the HTTP stack is only needed here
+    from prerank.serve.seeing import Sight
 
-    serve_http(_found(store, funnel), host=host, port=port, workers=workers, tail=tail)
+    sight = Sight(traces, lines)
+    serve_http(_found(store, funnel), host=host, port=port, workers=workers, tail=tail, sight=sight)
 
 
 @app.command()

@@ -94,6 +94,11 @@ class Recommender(Protocol):
         """What came of candidates that are not resident, by outcome; nothing where all are."""
         ...
 
+    @property
+    def tail_evictions(self) -> Mapping[str, int]:
+        """How many items that are not resident left memory again, by why; nothing where all are resident."""
+        ...
+
     def recommend(self, request: Request, arrived: float | None = None) -> Answer:
         """The winners; see `Funnel.recommend`."""
         ...
@@ -241,6 +246,7 @@ class _Server:
         self.records = _Lane("events", 1, limits.waiting, self.metrics.events_in_flight)
         if not isinstance(funnel, PrerankError):
             self.metrics.serves(funnel.version, funnel.ranks_by, lambda: funnel.tail_counts)
+            self.metrics.evicts(lambda: funnel.tail_evictions)
 
     def close(self) -> None:
         """Finish what is running."""

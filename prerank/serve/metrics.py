@@ -18,19 +18,17 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = tuple(n * 10.0**e for e in (-4, -3, -2, -1, 0) for n in (1.0, 2.0, 5.0))
 
 
-class _TailCounts(Collector):
+class _Counts(Collector):
     """Counts that are kept where they are counted."""
 
-    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
-        self._counts = counts
+    def __init__(self, name: str, about: str, label: str, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._name, self._about, self._label, self._counts = name, about, label, counts
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         """As prometheus_client asks for it."""
-        family = CounterMetricFamily(
-            "prerank_tail_candidates", "Candidates that are not resident, by what came of them.", labels=["outcome"]
-        )
-        for outcome, number in self._counts().items():
-            family.add_metric([outcome], number)
+        family = CounterMetricFamily(self._name, self._about, labels=[self._label])
+        for value, number in self._counts().items():
+            family.add_metric([value], number)
         yield family
 
 
@@ -107,9 +105,15 @@ class ServeMetrics:
 
         `tail_counts` is asked whenever somebody scrapes: candidates that are not resident, by what came of them.
         """
-        self._registry.register(_TailCounts(tail_counts))
+        about = "Candidates that are not resident, by what came of them."
+        self._registry.register(_Counts("prerank_tail_candidates", about, "outcome", tail_counts))
         self._version.labels(version).set(1)
         self._ranks_by.labels(ranks_by).set(1)
+
+    def evicts(self, tail_evictions: Callable[[], Mapping[str, int]]) -> None:
+        """`tail_evictions` is asked whenever somebody scrapes: fetched items that left memory again, by why."""
+        about = "Fetched items that left memory again, by why."
+        self._registry.register(_Counts("prerank_tail_evictions", about, "why", tail_evictions))
 
     def answered(self, answer: Answer) -> None:
         """Note an answer's stages."""

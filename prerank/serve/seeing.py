@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import structlog
 
 from prerank.serve.seen import Seen
 from prerank.serve.traces import LATEST, Trace, Traces
 
+_log = structlog.get_logger(__name__)
 _TRACED = "/v1/recommend"
 
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """How much is shown: the latest `traces` requests are kept (0: none)."""
+    """How much is shown: the latest `traces` requests are kept (0: none), and a share `lines` is logged, a line each."""
 
     traces: int = LATEST
+    lines: float = 0.0
 
 
 AS_USUAL = Sight()
@@ -25,7 +30,7 @@ class Seeing:
     """Those who watch the requests of one app."""
 
     def __init__(self, sight: Sight = AS_USUAL) -> None:
-        self.traces = Traces(sight.traces)
+        self.traces, self._lines = Traces(sight.traces), sight.lines
 
     def arrives(self, request_id: str, headers: Mapping[str, str]) -> Seen:
         """What will be seen of a request that came now."""
@@ -37,3 +42,14 @@ class Seeing:
             return
         if self.traces.most:
             self.traces.add(Trace.of(seen, status, seconds * 1000.0))
+        if self._lines and random.random() < self._lines:
+            answer = seen.answer
+            _log.info(
+                "request",
+                request_id=seen.request_id,
+                version=None if answer is None else answer.version,
+                status=status,
+                ms=round(seconds * 1000.0, 3),
+                degraded=answer is not None and answer.degraded,
+                error=None if seen.error is None else seen.error[0],
+            )

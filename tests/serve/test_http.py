@@ -257,6 +257,8 @@ def test_metrics_count_requests_stages_errors_and_degraded_answers(client: Clien
         'prerank_errors_total{type="RequestError"} 1.0',
         'prerank_errors_total{type="NotFound"} 1.0',
         "prerank_degraded_total 1.0",
+        'prerank_tail_evictions_total{why="stale"} 5.0',
+        'prerank_tail_evictions_total{why="room"} 2.0',
         "prerank_requests_in_flight 0.0",
     ):
         assert line in lines

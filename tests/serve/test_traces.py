@@ -215,3 +215,29 @@ def test_pages_load_nothing_and_escape_what_a_client_sent() -> None:
             assert not re.findall(r'(?:src|href)="(?:https?:)?//', page.text)
             assert page.headers["content-security-policy"].startswith("default-src 'none'")
         assert 'href="/traces"' in client.get("/docs").text
+
+
+@pytest.mark.parametrize(("share", "num"), [(1.0, 3), (0.0, 0)])
+def test_a_line_a_request_says_what_came_of_it(share: float, num: int) -> None:
+    with (
+        structlog.testing.capture_logs() as logs,
+        Client(create_app(FakeFunnel(degraded=True), sight=Sight(lines=share))) as client,
+    ):
+        for body in (GOOD, {**GOOD, "k": 0}, {"k": 1}):
+            client.post("/v1/recommend", json=body, headers={"x-request-id": "r"})
+        client.get("/healthz")
+    assert len(logs) == num
+    for log, status, degraded, error in zip(
+        logs, (200, 422, 422), (True, False, False), (None, "RequestError", "RequestError"), strict=False
+    ):
+        assert 0 < log.pop("ms") < 60_000
+        version = "20220501T0000-abc" if degraded else None
+        assert log == {
+            "event": "request",
+            "log_level": "info",
+            "request_id": "r",
+            "version": version,
+            "status": status,
+            "degraded": degraded,
+            "error": error,
+        }
