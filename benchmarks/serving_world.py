@@ -182,6 +182,11 @@ class Ready:
         """All items are resident."""
         return {}
 
+    @property
+    def tail_evictions(self) -> dict[str, int]:
+        """All items are resident."""
+        return {}
+
     def describe(self, item_ids: Sequence[int], columns: Sequence[str] | None) -> Described:
         """Nothing is known of them."""
         return Described(self.version, [None for _ in item_ids])

@@ -259,13 +259,17 @@ def serve(
     linger_s: Annotated[
         float, typer.Option(min=0, help="Seconds to say not ready before ending, for a load balancer to see.")
     ] = 0.0,
+    traces: Annotated[int, typer.Option(min=0, help="How many of the latest requests are kept for /traces.")] = 256,
+    lines: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that get a line on stderr.")] = 0.0,
 ) -> None:
     """Serve the live version over HTTP, and each that is promoted later.
 
     POST /v1/recommend answers; /docs describes it. The ranking stage alone is under /v2.
     """
     from prerank.serve.http import serve as serve_http  # the HTTP stack is only needed here
+    from prerank.serve.seeing import Sight
 
+    sight = Sight(traces, lines)
     serve_http(
         _found(store, funnel),
         host=host,
@@ -275,6 +279,7 @@ def serve(
         token_file=admin_token_file,
         linger_s=linger_s,
         grpc_port=grpc_port,
+        sight=sight,
     )
 
 

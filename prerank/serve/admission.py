@@ -7,6 +7,7 @@ while it waited, and then nothing of it is done.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import threading
 import time
@@ -110,7 +111,8 @@ class Lane:
 
         self._change(+1)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, begin)
+            context = contextvars.copy_context()  # the request that is seen, and its id for the logs
+            return await asyncio.get_running_loop().run_in_executor(self.pool, context.run, begin)
         finally:
             self._change(-1)
 

@@ -17,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from prerank.errors import DeadlineExceeded, NoRoom, PrerankError, RequestError
 from prerank.serve.graph import Cancelled
 from prerank.serve.metrics import ServeMetrics
+from prerank.serve.seeing import Seeing
+from prerank.serve.seen import Seen, begin, end
 from prerank.serve.wire import MalformedBody, encode_error
 
 _log = structlog.get_logger(__name__)
@@ -34,18 +36,19 @@ class Refused(PrerankError):
 class Envelope:
     """The middleware that does it."""
 
-    def __init__(self, app: ASGIApp, metrics: ServeMetrics) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: ServeMetrics, seeing: Seeing) -> None:
+        self.app, self.metrics, self.seeing = app, metrics, seeing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; see `starlette.types.ASGIApp`."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start = time.perf_counter()
-        request_id = _request_id(Headers(scope=scope))
-        scope.setdefault("state", {})["request_id"] = request_id
-        status = 0
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        seen = self.seeing.arrives(request_id, headers)
+        scope.setdefault("state", {}).update(request_id=request_id, seen=seen)
+        status, token, bound = 0, begin(seen), structlog.contextvars.bind_contextvars(request_id=request_id)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -59,12 +62,17 @@ class Envelope:
         except Exception as error:
             if status:  # the answer is on its way, and a second one would not be HTTP
                 raise
-            await self._failed(error, request_id)(scope, receive, send_with_id)
+            await self._failed(error, seen)(scope, receive, send_with_id)
         finally:
-            self.metrics.took(scope["path"], status, time.perf_counter() - start)
+            seconds = time.perf_counter() - seen.arrived
+            self.metrics.took(scope["path"], status, seconds)
+            self.seeing.leaves(seen, scope["path"], status, seconds)
+            structlog.contextvars.reset_contextvars(**bound)
+            end(token)
 
-    def _failed(self, error: Exception, request_id: str) -> Response:
+    def _failed(self, error: Exception, seen: Seen) -> Response:
         status, kind, message = told(error)
+        request_id, seen.error = seen.request_id, (kind, message)
         if status == 500:
             _log.error("request failed", request_id=request_id, exc_info=error)
         self.metrics.failed(kind)

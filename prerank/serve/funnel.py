@@ -201,6 +201,11 @@ class Funnel:
         """What came of candidates that are not resident, by outcome (`serve.tail.OUTCOMES`); none where all are."""
         return {} if self.tail is None else self.tail.counts()
 
+    @property
+    def tail_evictions(self) -> Mapping[str, int]:
+        """How many items left their slots, by why (`serve.tail.EVICTIONS`); none where all are resident."""
+        return {} if self.tail is None else self.tail.evictions()
+
     def close(self) -> None:
         """Let go of the stores and the threads; the funnel answers no more."""
         self._pool.shutdown()

@@ -41,6 +41,9 @@ from prerank.serve.open_inference_http import routes as open_inference_routes
 from prerank.serve.openapi import docs_page, openapi
 from prerank.serve.ranking import Ranking
 from prerank.serve.recommender import Recommender
+from prerank.serve.seeing import AS_USUAL, Seeing, Sight
+from prerank.serve.seen import Seen
+from prerank.serve.trace_pages import trace_routes
 from prerank.serve.watch import VersionWatch
 from prerank.serve.wire import (
     deadline_ms_of,
@@ -82,6 +85,7 @@ def create_app(
     exposure: Exposure = LOCAL,
     door: Door | None = None,
     grpc: tuple[str, int] | None = None,
+    sight: Sight = AS_USUAL,
 ) -> Starlette:
     """The application around `funnel`, or, given the error that kept it from loading, one that says it is not ready.
 
@@ -89,7 +93,7 @@ def create_app(
     Open Inference Protocol is spoken over gRPC too as long as it lives, at the host and port `grpc` if said.
     Raises ConfigError where that cannot be.
     """
-    server = _Server(funnel, limits, exposure, door or Door())
+    server = _Server(funnel, limits, exposure, door or Door(), Seeing(sight))
     beside = None if grpc is None else server.grpc(*grpc)
 
     @contextlib.asynccontextmanager
@@ -116,8 +120,9 @@ def create_app(
             Route("/openapi.json", server.openapi),
             Route("/docs", server.docs),
             Route("/", server.home),
+            *trace_routes(server.seeing.traces),
         ],
-        middleware=[Middleware(Envelope, metrics=server.metrics)],
+        middleware=[Middleware(Envelope, metrics=server.metrics, seeing=server.seeing)],
         exception_handlers={HTTPException: refused_by_routing},
         lifespan=lifespan,
     )
@@ -137,6 +142,7 @@ def serve(
     token_file: Path | None = None,
     linger_s: float = 0.0,
     grpc_port: int | None = None,
+    sight: Sight = AS_USUAL,
 ) -> None:
     """Serve the live version of the funnel at `store`, and each that goes live later, until a signal ends it.
 
@@ -148,6 +154,7 @@ def serve(
     exposure, door = Exposure.of(host, token_file), Door()
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
@@ -166,7 +173,7 @@ def serve(
         if version is None:
             watch.start()
         grpc = None if grpc_port is None else (host, grpc_port)
-        app = create_app(watch.live, limits, exposure, door, grpc)
+        app = create_app(watch.live, limits, exposure, door, grpc, sight)
         config = uvicorn.Config(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=10)
         with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when all is done
             EndingServer(config, door, linger_s).run()
@@ -188,9 +195,16 @@ def _why_not_ready(error: PrerankError) -> str:
 class _Server:
     """The endpoints and what they share."""
 
-    def __init__(self, funnel: Recommender | PrerankError, limits: Limits, exposure: Exposure, door: Door) -> None:
+    def __init__(
+        self,
+        funnel: Recommender | PrerankError,
+        limits: Limits,
+        exposure: Exposure,
+        door: Door,
+        seeing: Seeing,
+    ) -> None:
         self.live = funnel if isinstance(funnel, LiveVersion) else LiveVersion(funnel)
-        self.limits, self.exposure, self.door = limits, exposure, door
+        self.limits, self.exposure, self.door, self.seeing = limits, exposure, door, seeing
         self.metrics = ServeMetrics()
         refused = self.metrics.refused
         self.answers = Lane("recommend", limits.threads, limits.waiting, self.metrics.in_flight, door, refused)
@@ -227,13 +241,13 @@ class _Server:
     async def recommend(self, http: HttpRequest) -> Response:
         self._ready()
         content = await read_body(http, self.limits.body_bytes)
-        arrived, request_id = time.perf_counter(), http.state.request_id
+        arrived, seen = time.perf_counter(), http.state.seen
 
         def deadline() -> Deadline:
             return Deadline(arrived, deadline_ms_of(content) or self.live.default_deadline_ms)
 
         async with leaving(http) as gone:
-            return await self.answers.run(lambda: self._answer(content, arrived, request_id, gone), deadline, gone)
+            return await self.answers.run(lambda: self._answer(content, arrived, seen, gone), deadline, gone)
 
     async def describe(self, http: HttpRequest) -> Response:
         funnel, content = self._ready(), await read_body(http, self.limits.events_bytes)
@@ -267,13 +281,15 @@ class _Server:
         """Before anything is read. Raises Refused where the caller may not change what is served."""
         self.exposure.check(http.headers.get("authorization", ""))
 
-    def _answer(self, content: bytes, arrived: float, request_id: str, gone: threading.Event) -> bytes:
+    def _answer(self, content: bytes, arrived: float, seen: Seen, gone: threading.Event) -> bytes:
         # rounded up, so that an event of this very millisecond came before the moment asked about
         now_ms = -(-time.time_ns() // 1_000_000)
         body = decode_request(content)
         with self.live.taken() as funnel:
-            request = body.request(now_ms=now_ms, deadline_ms=funnel.default_deadline_ms, request_id=request_id)
-            answer = funnel.recommend(request, arrived, gone)
+            request = seen.request = body.request(
+                now_ms=now_ms, deadline_ms=funnel.default_deadline_ms, request_id=seen.request_id
+            )
+            answer = seen.answer = funnel.recommend(request, arrived, gone)
         self.metrics.answered(answer)
         return encode_answer(answer)
 

@@ -178,6 +178,11 @@ class LiveVersion:
         """What came of candidates that are not resident."""
         return self._now().funnel.tail_counts
 
+    @property
+    def tail_evictions(self) -> Mapping[str, int]:
+        """How many items that are not resident left memory again."""
+        return self._now().funnel.tail_evictions
+
     def _now(self) -> Held:
         held, error = self._held, self._error
         if held is None:

@@ -45,6 +45,12 @@ class _Serving(Collector):
             yield _one("prerank_version", "1 for the version that serves.", "version", funnel.version)
             about = "1 for what ranks: the instructions of the native kernels, or torch where there are none."
             yield _one("prerank_ranks_by", about, "level", funnel.ranks_by)
+            evicted = CounterMetricFamily(
+                "prerank_tail_evictions", "Fetched items that left memory again, by why.", labels=["why"]
+            )
+            for why, number in funnel.tail_evictions.items():
+                evicted.add_metric([why], number)
+            yield evicted
             family = CounterMetricFamily(
                 "prerank_tail_candidates",
                 "Candidates that are not resident, by what came of them; from 0 again with another version.",

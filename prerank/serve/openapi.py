@@ -9,6 +9,7 @@ import msgspec
 
 from prerank import __version__
 from prerank.serve import arrow
+from prerank.serve.traces import TraceBody, TracesBody
 from prerank.serve.wire import (
     AnswerBody,
     ChangedBody,
@@ -44,6 +45,8 @@ BODIES = (
     ChangedBody,
     ErrorBody,
     ReadyBody,
+    TraceBody,
+    TracesBody,
 )
 
 
@@ -80,6 +83,8 @@ def openapi(
             "/v1/metadata": {"post": describe},
             "/v1/events": {"post": record},
             "/v1/items": {"post": change},
+            "/v1/traces": {"get": _get("The latest requests.", {"200": _answer("Latest first.", _json("TracesBody"))})},
+            "/v1/trace/{id}": {"get": _trace()},
             "/healthz": {"get": _get("Is the process alive?", {"200": _answer("It is.", _text())})},
             "/readyz": {
                 "get": _get(
@@ -181,6 +186,15 @@ def _post(operation: str, summary: str, body: str, example: Mapping[str, object]
         ],
         "requestBody": {"required": True, "content": {"application/json": {**_ref(body), "example": example}}},
     }
+
+
+def _trace() -> dict[str, object]:
+    answers = {
+        "200": _answer("Its stages, times and counts.", _json("TraceBody")),
+        "404": _answer("It is not kept, or no longer.", _json("ErrorBody")),
+    }
+    about = {"name": "id", "in": "path", "required": True, "description": "Its x-request-id."}
+    return {**_get("One recent request.", answers), "parameters": [{**about, "schema": {"type": "string"}}]}
 
 
 def _get(summary: str, responses: Mapping[str, object]) -> dict[str, object]:

@@ -18,6 +18,7 @@ import structlog
 
 from prerank.errors import DeadlineExceeded, GraphError, PrerankError
 from prerank.serve.graph import Cancelled, Deadline, GraphRun, RequestGraph, Stage, StageReport, Values
+from prerank.serve.seen import current
 
 _log = structlog.get_logger(__name__)
 
@@ -33,9 +34,13 @@ def run_graph(
     if frozenset(values) != graph.inputs:
         raise GraphError(f"expected the inputs {sorted(graph.inputs)}, got {sorted(values)}")
     passage = _Passage(graph, dict(values), deadline, cancelled)
-    passage.go()
-    reports = sorted(passage.reports, key=lambda one: one.start_ms)
-    return GraphRun({n: passage.values[n] for n in graph.outputs}, tuple(reports), tuple(passage.notes))
+    try:
+        passage.go()
+    finally:
+        reports = tuple(sorted(passage.reports, key=lambda one: one.start_ms))
+        if (seen := current()) is not None:
+            seen.passed(passage.start, reports, tuple(passage.notes), passage.values)
+    return GraphRun({n: passage.values[n] for n in graph.outputs}, reports, tuple(passage.notes))
 
 
 @dataclass(slots=True)
@@ -65,7 +70,7 @@ class _Passage:
         self._watched: dict[str, _Watched] = {}
         self._error: BaseException | None = None
         self._is_over = False
-        self._start = graph.clock()
+        self.start = graph.clock()
 
     def go(self) -> None:
         """All of it, from the caller's thread."""
@@ -192,7 +197,7 @@ class _Passage:
         if frozenset(written) != stage.writes:
             missing, extra = sorted(stage.writes - set(written)), sorted(set(written) - stage.writes)
             raise GraphError(f"stage {doer.name!r} did not write {missing} as declared, and wrote {extra} undeclared")
-        report = StageReport(doer.name, ms, *doer.count(given, written), (start - self._start) * 1000.0)
+        report = StageReport(doer.name, ms, *doer.count(given, written), (start - self.start) * 1000.0)
         with self._changed:
             if stage.name in self._done or (doer is stage and self._was_left(stage)):
                 return False

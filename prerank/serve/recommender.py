@@ -54,6 +54,11 @@ class Recommender(Protocol):
         ...
 
     @property
+    def tail_evictions(self) -> Mapping[str, int]:
+        """How many items that are not resident left memory again, by why; nothing where all are resident."""
+        ...
+
+    @property
     def ranking(self) -> Ranking:
         """The ranking stage alone."""
         ...

@@ -37,6 +37,8 @@ _log = structlog.get_logger(__name__)
 OUTCOMES = ("slot", "host", "store", "late", "unknown", "failed", "full")
 """What came of a candidate that is not resident: its slot was there yet; it was in this process, or in the store; the
 store was late, does not have it, or failed; there was no slot for it."""
+EVICTIONS = ("stale", "room")
+"""Why an item left its slot: it was fetched too long ago; it was used least lately, and slots were wanted."""
 
 
 class Tail:
@@ -62,11 +64,17 @@ class Tail:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tail")
         self._counts = Counter[str](dict.fromkeys(OUTCOMES, 0))
+        self._evicted = Counter[str](dict.fromkeys(EVICTIONS, 0))
 
     def counts(self) -> dict[str, int]:
         """How many candidates there were of each of OUTCOMES."""
         with self._lock:
             return dict(self._counts)
+
+    def evictions(self) -> dict[str, int]:
+        """How many items left their slots for each of EVICTIONS."""
+        with self._lock:
+            return dict(self._evicted)
 
     def locate(self, candidates: CandidateSet) -> CandidateSet:
         """`candidates` with the slots of all that are resident or could be fetched in time; of the others -1."""
@@ -173,7 +181,7 @@ class Tail:
         while self._made and self._made[0][0] <= now:
             _, slot, row = self._made.popleft()
             if self._row[slot] == row:
-                self._let_go(np.array([slot]))
+                self._let_go(np.array([slot]), "stale")
 
     def _make_room(self) -> None:
         """Let the items go that were used least lately, several at once, until enough slots are or will be free."""
@@ -181,13 +189,14 @@ class Tail:
         if 2 * spare < enough:
             held = np.flatnonzero(self._row >= 0)
             missing = min(enough - spare, len(held))
-            self._let_go(held[np.argpartition(self._used[held], missing - 1)[:missing]])
+            self._let_go(held[np.argpartition(self._used[held], missing - 1)[:missing]], "room")
 
-    def _let_go(self, slots: Array) -> None:
+    def _let_go(self, slots: Array, why: str) -> None:
         assert self._items.slots is not None
         with torch.inference_mode():
             self._items.slots[torch.from_numpy(self._row[slots])] = -1
         self._row[slots] = -1
+        self._evicted[why] += len(slots)
         line = self._readers.mark()
         self._left.extend((slot, line) for slot in slots.tolist())
 

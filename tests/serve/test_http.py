@@ -269,6 +269,8 @@ def test_metrics_count_requests_stages_errors_and_degraded_answers(client: Clien
         'prerank_errors_total{type="RequestError"} 1.0',
         'prerank_errors_total{type="NotFound"} 1.0',
         "prerank_degraded_total 1.0",
+        'prerank_tail_evictions_total{why="stale"} 5.0',
+        'prerank_tail_evictions_total{why="room"} 2.0',
         "prerank_requests_in_flight 0.0",
     ):
         assert line in lines
@@ -284,7 +286,7 @@ def test_the_openapi_document_describes_every_endpoint_and_every_reference_resol
     document = client.get("/openapi.json").json()
     assert document["openapi"] == "3.1.0"
     assert set(document["paths"]) == {
-        *("/v1/recommend", "/v1/metadata", "/v1/events", "/v1/items"),
+        *("/v1/recommend", "/v1/metadata", "/v1/events", "/v1/items", "/v1/traces", "/v1/trace/{id}"),
         *("/healthz", "/readyz", "/metrics"),
     }
     for ref in re.findall(r'"\$ref": ?"#/components/schemas/(\w+)"', json.dumps(document)):
