@@ -28,7 +28,7 @@ from benchmarks.request_servers import server_rows
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
 from benchmarks.scorer_world import SEED
-from benchmarks.served_world import NUM_USERS, T0_MS, K, published, served_items
+from benchmarks.served_world import COUNTRIES, NUM_USERS, T0_MS, K, published, served_items
 from prerank.bundle.load import load
 from prerank.bundle.registry import Registry
 from prerank.serve.funnel import Funnel
@@ -38,7 +38,6 @@ from prerank.types import Request
 
 NUM_ITEMS, QUICK_ITEMS = 1_000_000, 30_000
 SIZES, QUICK_SIZES = (10_000, 100_000), (1_000,)
-COUNTRIES = 4
 CALLS, QUICK_CALLS = 40, 4
 NAIVE_CALLS = {1_000: 4, 10_000: 12, 100_000: 5}
 SCORER = ("target", "retrieve", "prepare_user", "rank")

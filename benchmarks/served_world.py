@@ -24,7 +24,7 @@ from prerank.types import Array
 KEEP, K = 10_000, 1_000
 COLUMNS = ("advertiser", "topics", "price", "bid_micros")
 T0_MS = 1_767_225_600_000
-NUM_USERS = 1_000
+NUM_USERS, COUNTRIES = 1_000, 4
 
 
 def served_items(num: int) -> pa.Table:
@@ -57,7 +57,7 @@ def published(store: Path, items: pa.Table, inventory: Mapping[str, object], kee
     """
     torch.manual_seed(SEED)
     config, num = _config(inventory, keep, **more), items.num_rows
-    users = pa.table({"user_id": np.arange(1_000), "country": [f"c{n % 50}" for n in range(1_000)]})
+    users = pa.table({"user_id": np.arange(1_000), "country": [f"c{n % COUNTRIES}" for n in range(1_000)]})
     transforms = Transforms.fit(
         config.features,
         users=(users, np.ones(len(users), np.int64)),
