@@ -53,6 +53,8 @@ TABLES = {
     "scorer_eligibility": ("scorer_cpu", "eligib.*"),
     "scorer_whole": ("scorer_cpu", "(Scorer|straightforward|greedy|the same).*"),
     "scorer_agreement": ("scorer_cpu", ".* of float64's top 1,000.*"),
+    "request_path_whole": ("request_path", "(naive|request|stage|retrieval|bytes|expansions).*"),
+    "request_path_servers": ("request_path", "empty model.*"),
     "index_parts": ("serving_parts", "(ExactIndex|matmul).*"),
     "scorer_parts": ("serving_parts", "Scorer.*"),
     "store_parts": ("serving_parts", "(UserStore|MetadataTable).*"),
