@@ -71,8 +71,9 @@ def narrowing(stages: Sequence[StageReport]) -> list[Level]:
     counts: list[tuple[str, int]] = []
     if target := by_name.get("target"):
         counts += [("items", target.num_in), ("eligible", target.num_out)]
-    if retrieve := by_name.get("retrieve"):
-        counts.append(("candidates", retrieve.num_out))
+    # of several generators, what they found together
+    if found := by_name.get("merge", by_name.get("retrieve")):
+        counts.append(("candidates", found.num_out))
     if rank := next((by_name[name] for name in _RANKS if name in by_name), None):
         fetched = by_name.get("fetch_tail") if rank.name == _RANKS[0] else None
         counts += [("ranked", rank.num_in if fetched is None else fetched.num_out), ("winners", rank.num_out)]

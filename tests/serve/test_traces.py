@@ -175,6 +175,18 @@ def test_bars_lie_where_stages_ran_and_those_that_overlap_do() -> None:
     assert [bar.name for bar in waterfall(trace(stages=(), began_ms=None))] == ["no stage began"]
 
 
+def test_candidates_are_what_all_generators_found_together() -> None:
+    stages = [
+        StageReport("target", 1.0, 500, 400),
+        StageReport("retrieve", 1.0, 400, 100),
+        StageReport("generate_new", 1.0, 1, 50),
+        StageReport("merge", 1.0, 150, 120),
+        StageReport("rank", 1.0, 120, 5),
+    ]
+    found = [(one.name, one.num) for one in narrowing(stages)]
+    assert found == [("items", 500), ("eligible", 400), ("candidates", 120), ("ranked", 120), ("winners", 5)]
+
+
 def test_counts_narrow_from_items_to_winners_and_say_what_share_was_left() -> None:
     levels = narrowing(trace().stages)
     assert [(one.name, one.num, one.passed) for one in levels] == [
