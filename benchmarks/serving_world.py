@@ -161,6 +161,7 @@ class Ready:
 
     version: str = "20260105T0000-000000000000"
     ranks_by: str = "torch"
+    free_rows: int = 0
     default_deadline_ms: float = 1000.0
     example_context: Mapping[str, Given] = field(default_factory=dict)
     example_events: Sequence[Mapping[str, Given]] = ()

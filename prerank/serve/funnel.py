@@ -202,6 +202,11 @@ class Funnel:
         return {} if self.tail is None else self.tail.counts()
 
     @property
+    def free_rows(self) -> int:
+        """For how many items that come, or are written anew, there is room."""
+        return self.inventory.num_free
+
+    @property
     def tail_evictions(self) -> Mapping[str, int]:
         """How many items left their slots, by why (`serve.tail.EVICTIONS`); none where all are resident."""
         return {} if self.tail is None else self.tail.evictions()

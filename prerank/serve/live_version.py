@@ -179,6 +179,11 @@ class LiveVersion:
         return self._now().funnel.tail_counts
 
     @property
+    def free_rows(self) -> int:
+        """For how many items that come there is room."""
+        return self._now().funnel.free_rows
+
+    @property
     def tail_evictions(self) -> Mapping[str, int]:
         """How many items that are not resident left memory again."""
         return self._now().funnel.tail_evictions

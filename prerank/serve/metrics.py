@@ -45,6 +45,8 @@ class _Serving(Collector):
             yield _one("prerank_version", "1 for the version that serves.", "version", funnel.version)
             about = "1 for what ranks: the instructions of the native kernels, or torch where there are none."
             yield _one("prerank_ranks_by", about, "level", funnel.ranks_by)
+            free = "Rows of slack that items which come may take."
+            yield GaugeMetricFamily("prerank_items_free_rows", free, funnel.free_rows)
             evicted = CounterMetricFamily(
                 "prerank_tail_evictions", "Fetched items that left memory again, by why.", labels=["why"]
             )
@@ -75,9 +77,6 @@ class ServeMetrics:
         self._changed = Counter("prerank_items_changed", "Changes of items accepted.", registry=self._registry)
         self._unknown_changed = Counter(
             "prerank_items_unknown", "Changes accepted of items the version lacks.", registry=self._registry
-        )
-        self._free_rows = Gauge(
-            "prerank_items_free_rows", "Rows of slack for items that come.", registry=self._registry
         )
         self._requests = Histogram(
             "prerank_request_seconds",
@@ -132,7 +131,6 @@ class ServeMetrics:
         """Note the changes of one call."""
         self._changed.inc(changed.accepted)
         self._unknown_changed.inc(changed.unknown_items)
-        self._free_rows.set(changed.free_rows)
 
     def serves(self, live: LiveVersion) -> None:
         """Say of `live`, whenever somebody scrapes, which version serves, and what it counts itself."""

@@ -54,6 +54,11 @@ class Recommender(Protocol):
         ...
 
     @property
+    def free_rows(self) -> int:
+        """For how many items that come, or are written anew, there is room."""
+        ...
+
+    @property
     def tail_evictions(self) -> Mapping[str, int]:
         """How many items that are not resident left memory again, by why; nothing where all are resident."""
         ...

@@ -28,6 +28,7 @@ class FakeFunnel:
     version: str = "20220501T0000-abc"
     ranks_by: str = "avx2"
     tail_counts: dict[str, int] = field(default_factory=lambda: {"slot": 3, "late": 1})
+    free_rows: int = 7
     tail_evictions: dict[str, int] = field(default_factory=lambda: {"stale": 5, "room": 2})
     default_deadline_ms: float = 250.0
     example_context: dict[str, str | int] = field(default_factory=lambda: {"hour": 1, "page": '<"top">'})

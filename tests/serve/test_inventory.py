@@ -250,6 +250,7 @@ def test_a_reader_sees_an_item_once_and_whole_while_it_is_written_again_and_agai
 
 def test_items_come_and_leave_over_http_and_no_room_is_507(store: Path) -> None:
     with Funnel.open(store) as funnel, Client(create_app(funnel)) as client:
+        assert f"prerank_items_free_rows {SLACK}.0" in client.get("/metrics").text
         body = {"items": [{"item_id": 500, "columns": COLUMNS}, {"item_id": 100, "removed": True}]}
         assert client.post("/v1/items", json=body).json() == {"accepted": 2, "unknown_items": 0, "free_rows": SLACK - 1}
         assert 500 in winners(funnel)
