@@ -182,6 +182,7 @@ def test_what_was_fetched_grows_stale_and_is_fetched_again(store: Path) -> None:
         clock.now = 301.0
         assert bool((tail.locate(everyone).slots >= 0).all())
         assert len(shelf.asked) == 2
+        assert tail.evictions() == {"stale": 5, "room": 0}
         tail.close()
 
 
@@ -213,6 +214,7 @@ def test_with_fewer_slots_than_items_those_used_least_lately_go_and_no_request_r
         for thread in threads:
             thread.join()
         assert not wrong
+        assert funnel.tail_evictions["room"] > 0
         assert funnel.tail_counts["full"] > 0
         assert funnel.tail_counts["host"] > 0
         assert funnel.tail_counts["slot"] > 0
