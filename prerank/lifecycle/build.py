@@ -127,12 +127,12 @@ def load_tail(
     """
     if config.inventory.resident is None:
         return
-    columns = list(dict.fromkeys([config.data.item_id, *config.features.columns("item")]))
-    items = tables.items(columns).sort_by(config.data.item_id)
+    features = config.features.columns("item")
+    items = tables.items(list(dict.fromkeys([config.data.item_id, *features]))).sort_by(config.data.item_id)
     latest = DailyItems(prepared, config).latest() if config.features.rates() else {}
     for name in config.features.rates():
         items = items.append_column(RATE + name, pa.array(latest[name].numpy()))
-    stored = [name for name in items.column_names if name != config.data.item_id or name in columns[1:]]
+    stored = [*features, *(RATE + name for name in config.features.rates())]
     if redis is None:
         LmdbTail.write(home / TAIL, items, config.data.item_id, stored, report)
     else:
