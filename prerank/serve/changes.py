@@ -106,13 +106,26 @@ class Changes:
             coming.sort(key=lambda one: one.time_ns)
             fits = [one.change for one in coming[: self._inventory.num_free]]
             if fits:
-                arrivals = self._inventory.read(fits, [f"item {one.item_id}" for one in fits])
-                self._inventory.swap(self._inventory.write(arrivals), fits)
+                self._bring(fits)
             if len(fits) < len(coming):
                 _log.warning("no slack for items that came", left_out=len(coming) - len(fits), taken=len(fits))
         if num_unfit:
             _log.warning("items came without columns that this version reads", left_out=num_unfit, reads=sorted(read))
         self._rest(rest)
+
+    def _bring(self, items: Sequence[ItemChange]) -> None:
+        """Items as an earlier version read them, without those that this one cannot."""
+        try:
+            written = self._inventory.write(self._inventory.read(items, [f"item {one.item_id}" for one in items]))
+        except RequestError as error:
+            if len(items) == 1:
+                _log.warning("an item that came is not as this version reads it", error=str(error))
+                return
+            half = len(items) // 2  # one that is wrong is found in a few turns
+            self._bring(items[:half])
+            self._bring(items[half:])
+        else:
+            self._inventory.swap(written, items)
 
     def _rest(self, changes: Sequence[ItemChange]) -> int:
         """Changes of items that are there, or leave; how many are of items that this version does not have."""

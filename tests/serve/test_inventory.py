@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import structlog
 import torch
 
 from prerank.errors import NoRoom, RequestError
 from prerank.serve.funnel import Funnel
 from prerank.serve.http import create_app
+from prerank.stores.items import ItemStore
 from prerank.types import Given, ItemChange, Request
 from tests.serve import world
 from tests.serve.client import Client
@@ -147,6 +149,17 @@ def test_what_was_said_of_an_item_before_it_came_is_true_of_it(store: Path) -> N
         found = winners(funnel)
     with Funnel.open(store) as again:
         assert winners(again) == found
+
+
+def test_an_item_that_a_later_version_cannot_read_is_left_out_and_the_others_come(store: Path) -> None:
+    with ItemStore.open(store / "items.lmdb") as items:
+        items.put([new(500), new(501, bid_micros="dear"), new(502), new(503, genre=["a", "list"]), new(504)])
+    with structlog.testing.capture_logs() as logs, Funnel.open(store) as funnel:
+        assert {500, 502, 504} <= set(winners(funnel))
+        assert funnel.inventory.rows_of([501, 503]) == [-1, -1]
+        assert funnel.inventory.num_free == SLACK - 3
+    said = [one["error"] for one in logs if one["event"] == "an item that came is not as this version reads it"]
+    assert [one.split(":")[0] for one in said] == ["item 501", "item 503"]
 
 
 def test_changes_of_one_call_are_taken_in_their_order(funnel: Funnel) -> None:
