@@ -65,24 +65,22 @@ def _changing(funnel: Funnel, num: int, calls: int) -> Iterator[Row]:
         yield Row.timed(f"change of {at_once:,} items that come anew, on the disk", spent, at_once)
     still: list[float] = []
     moving: list[float] = []
+    came: list[float] = []  # a second, in each turn
     for _ in range(4):  # by turns, for the machine's own changes
         still += times_ms(lambda: _ask(funnel), calls // 4)
-        with _coming(funnel, made, num) as told:
+        with _coming(funnel, made, num, came):
             moving += times_ms(lambda: _ask(funnel), calls // 4)
     yield Row.timed("request", still, KEEP)
     yield Row.timed("request, while items come", moving, KEEP)
-    yield Row.of("items that came a second", float(np.mean(told)), "items", KEEP)
+    yield Row.of("items that came a second", float(np.mean(came)), "items", KEEP)
     ratio = float(np.median(moving) / np.median(still))
     row = Row.of("request: p50 while items come over p50 without", ratio, "times", KEEP)
     yield row if num < NUM_ITEMS else replace(row, bar=1.05, holds=ratio <= 1.05)
 
 
-_told: list[float] = []
-
-
 @contextmanager
-def _coming(funnel: Funnel, made: np.random.Generator, num: int) -> Iterator[list[float]]:
-    """Beside this, A_SECOND items a second that are written anew; how many came a second, of every turn."""
+def _coming(funnel: Funnel, made: np.random.Generator, num: int, came: list[float]) -> Iterator[None]:
+    """Beside this, A_SECOND items a second that are written anew; how many it was goes to the end of `came`."""
     done, count = Event(), 0
 
     def send() -> None:
@@ -96,11 +94,11 @@ def _coming(funnel: Funnel, made: np.random.Generator, num: int) -> Iterator[lis
     thread, start = Thread(target=send), time.perf_counter()
     thread.start()
     try:
-        yield _told
+        yield
     finally:
         done.set()
         thread.join()
-        _told.append(count / (time.perf_counter() - start))
+        came.append(count / (time.perf_counter() - start))
 
 
 def _fetching(funnel: Funnel, num: int, calls: int) -> Iterator[Row]:

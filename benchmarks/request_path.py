@@ -34,6 +34,7 @@ from prerank.bundle.registry import Registry
 from prerank.serve.funnel import Funnel
 from prerank.serve.graph import RequestGraph, Values
 from prerank.serve.passage import run_graph
+from prerank.serve.stages import Target
 from prerank.types import Request
 
 NUM_ITEMS, QUICK_ITEMS = 1_000_000, 30_000
@@ -104,6 +105,10 @@ def _retrieval(funnel: Funnel, naive: Naive, keep: int, calls: int) -> Iterator[
     """What goes to the next process: objects in JSON, or ids and bids as an Arrow stream and the winners' metadata."""
     name = f"{keep:,} candidates"
     stages = {one.name: one for one in funnel._graph.order}
+    target = stages["target"]
+    assert isinstance(target, Target)
+    assert target.live is not None
+    live = target.live
     request = Request(0, K, T0_MS, {"surface": "a"})
     features = stages["expand_user"].run({"request": request})["features"]
     profile = naive.users.profile(0) or {}
@@ -113,10 +118,10 @@ def _retrieval(funnel: Funnel, naive: Naive, keep: int, calls: int) -> Iterator[
         sent["rows"] = len(json.dumps(naive.retrieve(features, str(profile.get("country")), keep)))
 
     def by_columns() -> None:
-        targeted = stages["target"].run({"request": request, "profile": profile})
+        targeted = target.run({"request": request, "profile": profile})
         candidates = stages["retrieve"].run({"features": features, **targeted})["candidates"]
         ids = funnel._items.item_ids[candidates.rows[0]]
-        bids = funnel.inventory.values("bid_micros")[candidates.rows[0]]
+        bids = live.value("bid_micros")[candidates.rows[0]]
         sink = pa.BufferOutputStream()
         batch = pa.record_batch({"item_id": pa.array(ids.numpy()), "bid": pa.array(bids.numpy())})
         with pa.ipc.new_stream(sink, batch.schema) as writer:

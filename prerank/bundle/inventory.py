@@ -23,6 +23,7 @@ from prerank.bundle.load import Bundle
 from prerank.bundle.readers import Readers
 from prerank.business.targeting import Listed
 from prerank.errors import DataError, NoRoom, RequestError
+from prerank.features.rates import GroupRates
 from prerank.stores.metadata import MetadataTable
 from prerank.types import Array, Features, Given, ItemChange
 
@@ -78,7 +79,7 @@ class Inventory:
         if self.num_free:
             self._own()
         self._unseen: Tensor | None = None  # the popularity of items that nobody was shown
-        self._rates: dict[str, dict[int, float]] = {}
+        self._rates: dict[str, GroupRates] = {}
 
     @property
     def num_free(self) -> int:
@@ -101,10 +102,6 @@ class Inventory:
     def rows_of(self, item_ids: Sequence[int]) -> list[int]:
         """Where items are, -1 for one that is not here."""
         return list(self._items.rows_of(torch.tensor(item_ids, dtype=torch.int64)).tolist())
-
-    def values(self, name: str) -> Tensor:
-        """A value that the utility reads, such as bids, as it is now: float32 [C], by row."""
-        return self._scorer.live.value(name)
 
     def check_room(self, num: int) -> None:
         """Raises NoRoom where there are not so many free rows."""
@@ -231,13 +228,13 @@ class Inventory:
         return _Made(whole, side, popularity, vectors)
 
     def _rate(self, name: str, by: str, features: Features, before: Tensor) -> Tensor:
-        """An item's rate as it was, and of a new one what its group's is, or 0, as all items' together."""
+        """The rate of an item's group; of those that are their own, as it was, and of a new one 0, as all together."""
         held = self._items.features()
         if by and name not in self._rates:
-            codes, first = np.unique(held[by][: self._items.num_resident].numpy(), return_index=True)
-            self._rates[name] = dict(zip(codes.tolist(), held[name].numpy()[first].tolist(), strict=True))
+            num = self._items.num_resident
+            self._rates[name] = GroupRates(held[by][:num].numpy(), held[name][:num].numpy())
         if by:
-            return torch.tensor([self._rates[name].get(code, 0.0) for code in features[by].tolist()])
+            return torch.from_numpy(self._rates[name].of(features[by].numpy()))
         slots = self._items.slots_of(before.clamp_min(0))
         return torch.where((before < 0) | (slots < 0), 0.0, held[name][slots.clamp_min(0)])
 

@@ -176,7 +176,8 @@ def _write_files(folder: Path, parts: Parts) -> int:
         plain = json.dumps(targeting.to_plain(), ensure_ascii=False, indent=1)
         (folder / manifest.TARGETING).write_text(plain + "\n", encoding="utf-8")
     if config.generators:
-        generators = build_generators(config, _encoded(parts), raw, items.num_rows)
+        known = {name: items.of_every_row(name)[: items.num_published] for name in config.known_of_all()}
+        generators = build_generators(config, known, raw, items.num_rows)
         write_tensors(folder / manifest.GENERATORS, tensors_of(generators), {})
     if diversity is not None:
         _write_groups(folder / manifest.GROUPS, diversity.values)
@@ -198,12 +199,6 @@ def _targeting(parts: Parts) -> Targeting | None:
         raise DataError(f"publish: [targeting] reads the columns {wanted} of {len(parts.item_ids)} items, got {found}")
     ordered = table.take(pa.array(_order(parts.item_ids)))
     return Targeting.fit(rules, {name: ordered[name] for name in ordered.column_names}, len(parts.item_ids), slack)
-
-
-def _encoded(parts: Parts) -> dict[str, Tensor]:
-    """The items' features [I, ...] in row order."""
-    order = _order(parts.item_ids)
-    return {name: torch.from_numpy(np.array(column[order])) for name, column in parts.item_columns.items()}
 
 
 @torch.no_grad()

@@ -27,3 +27,16 @@ def rates(shown: Array, happened: Array, group: Array, prior: float) -> Array:
             p = (h + prior * rate) / (n + prior)
             out[day] = (np.log(p / (1 - p)) - np.log(rate / (1 - rate)))[group]
     return out
+
+
+class GroupRates:
+    """The rate of each group, which all its items share: of group int [I] and rate float32 [I] of I items."""
+
+    def __init__(self, group: Array, rate: Array) -> None:
+        self._codes, first = np.unique(group, return_index=True)
+        self._rates = rate[first].astype(np.float32)
+
+    def of(self, group: Array) -> Array:
+        """int [n] -> float32 [n]; 0, as of all items together, for a group that has no item."""
+        at = np.searchsorted(self._codes, group).clip(0, len(self._codes) - 1)
+        return np.where(self._codes[at] == group, self._rates[at], np.float32(0.0))

@@ -27,6 +27,8 @@ class Generator(nn.Module, ABC):
     def build(cls, options: GeneratorConfig, config: Config, features: Features, raw: pa.Table, num_rows: int) -> Self:
         """Over the items of a version in row order: encoded features [I, ...] and raw [I], of `num_rows` rows.
 
+        The features are those of `Config.known_of_all`.
+
         Raises DataError naming the key and the column that is missing or not as it must be.
         """
 

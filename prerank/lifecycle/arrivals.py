@@ -7,7 +7,7 @@ the table has it, and slack that was taken is free again in the next version.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import structlog
 from prerank.config import Config
 from prerank.data.logs import Tables
 from prerank.errors import DataError
+from prerank.features.rates import GroupRates
 from prerank.features.transforms import Transforms
 from prerank.stores.items import ItemStore, Stored
 from prerank.types import Array
@@ -42,7 +43,8 @@ class Stock:
 def with_arrivals(stock: Stock, config: Config, transforms: Transforms, tables: Tables, home: Path) -> Stock:
     """`stock`, of the items table, with what came since and without what left.
 
-    An item's rates and popularity stay; a new one has the rate of its group, and nobody was shown it.
+    An item's popularity stays, and nobody was shown a new one. A rate is that of the item's group; where there are none
+    it stays too, and that of a new one is 0, as of all items together.
     Raises DataError where what came does not fit the table's types.
     """
     if not (home / ITEMS).exists():
@@ -54,6 +56,8 @@ def with_arrivals(stock: Stock, config: Config, transforms: Transforms, tables: 
     until_ns = max((one.time_ns for one in dated), default=0)
     came = [one for one in later if one.change.columns is not None and _fits(one, config)]
     left = [one.change.item_id for one in later if one.change.removed]
+    if not came and not left:
+        return replace(stock, until_ns=until_ns)
     ids = np.array([one.change.item_id for one in came], np.int64)
     stays = ~np.isin(stock.item_ids, np.concatenate([ids, np.array(left, np.int64)]))
     if not stays.any() and not came:
@@ -63,9 +67,11 @@ def with_arrivals(stock: Stock, config: Config, transforms: Transforms, tables: 
     place = np.searchsorted(stock.item_ids, ids).clip(0, len(stock.item_ids) - 1)
     is_new = stock.item_ids[place] != ids
     for name, rate in config.features.rates().items():
-        encoded[name] = np.where(is_new, _of_group(stock, name, rate.by, encoded), stock.columns[name][place])
-    unseen = stock.popularity.min(axis=0, initial=0.0)
-    popularity = np.where(is_new[:, None], unseen, stock.popularity[place])
+        if rate.by:
+            encoded[name] = GroupRates(stock.columns[rate.by], stock.columns[name]).of(encoded[rate.by])
+        else:
+            encoded[name] = np.where(is_new, 0.0, stock.columns[name][place]).astype(np.float32)
+    popularity = np.where(is_new[:, None], stock.popularity.min(axis=0), stock.popularity[place])
     item_ids = np.concatenate([stock.item_ids[stays], ids])
     order = np.argsort(item_ids, kind="stable")
     return Stock(
@@ -97,12 +103,3 @@ def _rows(came: list[Stored], schema: pa.Schema) -> pa.Table:
                 f"{error}; send them again"
             ) from None
     return pa.table(columns, schema=schema)
-
-
-def _of_group(stock: Stock, name: str, by: str, encoded: Mapping[str, Array]) -> Array:
-    """The rate of items like each that came, float32 [n]; 0, as all items' together, where there are none."""
-    if not by:
-        return np.zeros(len(next(iter(encoded.values()))), np.float32)
-    codes, first = np.unique(stock.columns[by], return_index=True)
-    at = np.searchsorted(codes, encoded[by]).clip(0, len(codes) - 1)
-    return np.where(codes[at] == encoded[by], stock.columns[name][first[at]], 0.0).astype(np.float32)

@@ -44,9 +44,8 @@ class Envelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        request_id = _request_id(headers)
-        seen = self.seeing.arrives(request_id, headers)
+        request_id = _request_id(Headers(scope=scope))
+        seen = Seen(request_id)
         scope.setdefault("state", {}).update(request_id=request_id, seen=seen)
         status, token, bound = 0, begin(seen), structlog.contextvars.bind_contextvars(request_id=request_id)
 

@@ -174,7 +174,7 @@ def serve(
             watch.start()
         grpc = None if grpc_port is None else (host, grpc_port)
         app = create_app(watch.live, limits, exposure, door, grpc, sight)
-        config = uvicorn.Config(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=10)
+        config = uvicorn.Config(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=int(MOST_S))
         with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when all is done
             EndingServer(config, door, linger_s).run()
     finally:

@@ -12,14 +12,18 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
+import structlog
+
 from prerank import __version__
 from prerank._toml import nearest
 from prerank.errors import DeadlineExceeded, PrerankError, RequestError
+from prerank.serve.envelope import told
 from prerank.serve.ranking import MOST_USERS, Ranking
 from prerank.serve.ranking_tensors import Candidates, RankingTensors, TensorSpec
 from prerank.serve.statistics import Statistics, Took
 from prerank.serve.tensors import NamedTensor
 
+_log = structlog.get_logger(__name__)
 T = TypeVar("T")
 Plain: TypeAlias = dict[str, object]
 """An object as JSON and protobuf's JSON form have it."""
@@ -31,6 +35,19 @@ _PARAMETERS = ("k", "timeout", "priority")
 
 class UnknownModel(RequestError):
     """There is no such model, or no such version of it, here."""
+
+
+def told_by_protocol(error: Exception, request_id: str) -> tuple[int, str, str]:
+    """HTTP status, type and message; of our own mistakes, which are logged, a client learns only the request's id."""
+    status, kind, message = told(error)
+    if isinstance(error, UnknownModel):
+        status, kind = 404, "NotFound"
+    elif isinstance(error, RequestError):
+        status = 400
+    if status == 500:
+        _log.error("request failed", request_id=request_id, exc_info=error)
+        message = f"{message}: {request_id}"
+    return status, kind, message
 
 
 @dataclass(frozen=True, slots=True)

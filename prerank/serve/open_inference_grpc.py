@@ -16,9 +16,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from prerank.errors import ConfigError, DeadlineExceeded, RequestError
-from prerank.serve.envelope import told
 from prerank.serve.grpc_stubs import open_inference_pb2 as pb
-from prerank.serve.open_inference import InferCall, Inferred, OpenInference, Plain, UnknownModel
+from prerank.serve.open_inference import InferCall, Inferred, OpenInference, Plain, told_by_protocol
 from prerank.serve.tensors import NamedTensor, from_raw, from_values, to_raw
 
 SERVICE = "inference.GRPCInferenceService"
@@ -172,15 +171,7 @@ class _Verbs:
         )
 
     def _error(self, error: Exception) -> tuple[grpc.StatusCode, str]:
-        status, kind, message = told(error)
-        if isinstance(error, UnknownModel):
-            status, kind = 404, "NotFound"
-        elif isinstance(error, RequestError):
-            status = 400
-        if status == 500:
-            request_id = uuid.uuid4().hex
-            _log.error("request failed", request_id=request_id, exc_info=error)
-            message = f"{message}: {request_id}"
+        status, kind, message = told_by_protocol(error, uuid.uuid4().hex)
         self._failed(kind)
         return _STATUS.get(status, grpc.StatusCode.INTERNAL), message
 

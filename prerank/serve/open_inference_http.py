@@ -14,8 +14,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from prerank.errors import RequestError
-from prerank.serve.envelope import Refused, read_body, told
-from prerank.serve.open_inference import InferCall, Inferred, OpenInference, Plain, UnknownModel
+from prerank.serve.envelope import Refused, read_body
+from prerank.serve.open_inference import InferCall, Inferred, OpenInference, Plain, told_by_protocol
 from prerank.serve.tensors import NamedTensor, from_json, from_raw, to_raw, to_values
 
 JSON_LENGTH = "inference-header-content-length"
@@ -207,15 +207,8 @@ def _named(http: HttpRequest) -> tuple[str, str]:
 
 
 def _error(error: Exception, request_id: str, failed: Callable[[str], None]) -> Response:
-    """The protocol's one form of an error; of our own mistakes a client learns no more than the request's id."""
-    status, kind, message = told(error)
-    if isinstance(error, UnknownModel):
-        status, kind = 404, "NotFound"
-    elif isinstance(error, RequestError):
-        status = 400
-    if status == 500:
-        _log.error("request failed", request_id=request_id, exc_info=error)
-        message = f"{message}: {request_id}"
+    """The protocol's one form of an error."""
+    status, kind, message = told_by_protocol(error, request_id)
     failed(kind)
     headers = error.headers if isinstance(error, Refused) else None
     return Response(msgspec.json.encode({"error": message}), status, headers, "application/json")

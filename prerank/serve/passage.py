@@ -39,7 +39,7 @@ def run_graph(
     finally:
         reports = tuple(sorted(passage.reports, key=lambda one: one.start_ms))
         if (seen := current()) is not None:
-            seen.passed(passage.start, reports, tuple(passage.notes), passage.values)
+            seen.passed(passage.start, reports, tuple(passage.notes))
     return GraphRun({n: passage.values[n] for n in graph.outputs}, reports, tuple(passage.notes))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -31,10 +30,6 @@ class Seeing:
 
     def __init__(self, sight: Sight = AS_USUAL) -> None:
         self.traces, self._lines = Traces(sight.traces), sight.lines
-
-    def arrives(self, request_id: str, headers: Mapping[str, str]) -> Seen:
-        """What will be seen of a request that came now."""
-        return Seen(request_id)
 
     def leaves(self, seen: Seen, path: str, status: int, seconds: float) -> None:
         """Tell of a request that left with this HTTP status, if it was one for winners."""

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prerank.features.rates import rates
+from prerank.features.rates import GroupRates, rates
 
 
 @given(st.integers(0, 1_000_000))
@@ -33,3 +33,9 @@ def test_a_day_changes_nothing_of_itself_or_before():
     after = rates(shown, happened, np.arange(2), 1.0)
     assert np.array_equal(before[:3], after[:3])
     assert after[3, 0] > after[3, 1]
+
+
+def test_a_group_has_the_rate_of_its_items_and_one_without_items_that_of_all():
+    found = GroupRates(np.array([7, 2, 7, 5]), np.array([0.5, -1.0, 0.5, 0.25], np.float32))
+    assert found.of(np.array([2, 3, 7, 5, 9, 0])).tolist() == [-1.0, 0.0, 0.5, 0.25, 0.0, 0.0]
+    assert found.of(np.array([], np.int64)).shape == (0,)

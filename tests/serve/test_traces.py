@@ -163,7 +163,6 @@ def test_what_is_seen_costs_nothing_where_nobody_looks(funnel: Funnel) -> None:
     funnel.recommend(Request(1, 3, 1_650_844_900_000, REAL["context"]))  # type: ignore[arg-type]
     end(token)
     assert "rank" in {stage.name for stage in seen.stages}
-    assert seen.values == {}, "not kept, so nothing of the request is held"
 
 
 def test_bars_lie_where_stages_ran_and_those_that_overlap_do() -> None:
