@@ -18,6 +18,7 @@ from types import TracebackType
 
 import torch
 
+from prerank._rows import rows_of
 from prerank.bundle.inventory import Inventory
 from prerank.bundle.load import Bundle, load
 from prerank.bundle.publish import ITEMS_UNTIL
@@ -235,12 +236,11 @@ class Funnel:
     def _answer(self, request: Request, run: GraphRun) -> Answer:
         top: TopK = run.outputs["winners"]
         kept = top.valid[0]
-        columns = (top.item_ids[0][kept].tolist(), top.utility[0][kept].tolist(), top.probs[0][kept].tolist())
-        found_by = run.outputs.get("found_by", [(INDEX,)] * len(columns[0]))
-        winners = [
-            Winner(item_id, _finite(utility), dict(zip(self._tasks, map(_finite, probs), strict=True)), metadata, by)
-            for item_id, utility, probs, metadata, by in zip(*columns, run.outputs["described"], found_by, strict=True)
-        ]
+        item_ids, described = top.item_ids[0][kept].tolist(), run.outputs["described"]
+        found_by = run.outputs.get("found_by", [(INDEX,)] * len(item_ids))
+        assert len(item_ids) == len(described) == len(found_by)
+        probs = rows_of(self._tasks, [_finite(of_task) for of_task in top.probs[0][kept].T])
+        winners = list(map(Winner, item_ids, _finite(top.utility[0][kept]), probs, described, found_by))
         said = [run.outputs[notes] for notes in ("user_notes", "retrieve_notes", "rank_notes")]
         notes = [*chain.from_iterable(said), *run.notes]
         return Answer(request.request_id, self.version, winners, run.reports, run.degraded, notes)
@@ -302,5 +302,8 @@ def _takes(transforms: Transforms, columns: Sequence[str], column: str, value: G
     return True
 
 
-def _finite(number: float) -> float | None:
-    return number if isfinite(number) else None
+def _finite(numbers: torch.Tensor) -> list[float | None]:
+    plain: list[float | None] = numbers.tolist()
+    if bool(numbers.isfinite().all()):
+        return plain
+    return [one if one is not None and isfinite(one) else None for one in plain]
