@@ -235,12 +235,12 @@ class Funnel:
 
     def _answer(self, request: Request, run: GraphRun) -> Answer:
         top: TopK = run.outputs["winners"]
-        kept = top.valid[0]
-        item_ids, described = top.item_ids[0][kept].tolist(), run.outputs["described"]
+        num = int(top.valid.sum())  # the first so many
+        item_ids, described = top.item_ids[0, :num].tolist(), run.outputs["described"]
         found_by = run.outputs.get("found_by", [(INDEX,)] * len(item_ids))
         assert len(item_ids) == len(described) == len(found_by)
-        probs = rows_of(self._tasks, [_finite(of_task) for of_task in top.probs[0][kept].T])
-        winners = list(map(Winner, item_ids, _finite(top.utility[0][kept]), probs, described, found_by))
+        probs = rows_of(self._tasks, [_finite(of_task) for of_task in top.probs[0, :num].T])
+        winners = list(map(Winner, item_ids, _finite(top.utility[0, :num]), probs, described, found_by))
         said = [run.outputs[notes] for notes in ("user_notes", "retrieve_notes", "rank_notes")]
         notes = [*chain.from_iterable(said), *run.notes]
         return Answer(request.request_id, self.version, winners, run.reports, run.degraded, notes)

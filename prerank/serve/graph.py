@@ -115,7 +115,9 @@ class RequestGraph:
 
     With a `pool` stages that do not wait for each other overlap, and one that has a fallback or a deadline of its own
     is waited for no longer than that; without, a run is one stage after another on its caller's thread, and nothing is
-    left before it is done. `around` is entered on each thread that runs stages.
+    left before it is done. Stages named in `short` are done sooner than another thread could begin: while one is ready
+    nothing is handed on. Of the others a thread begins with the one that stands first in `stages`. `around` is entered
+    on each thread that runs stages.
     """
 
     def __init__(
@@ -127,13 +129,14 @@ class RequestGraph:
         answer: str,
         fallbacks: Mapping[str, Stage],
         limits: Mapping[str, Limit] | None = None,
+        short: frozenset[str] = frozenset(),
         pool: Executor | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.inputs, self.outputs, self.answer = inputs, outputs, answer
         self.fallbacks, self.limits = dict(fallbacks), dict(limits or {})
-        self.pool, self.around, self.clock = pool, around, clock
+        self.short, self.pool, self.around, self.clock = short, pool, around, clock
         writers = _writers(stages, inputs)
         _check_fallbacks(stages, self.fallbacks)
         self.waits_for = {stage.name: self._waits_for(stage, writers) for stage in stages}
@@ -141,6 +144,9 @@ class RequestGraph:
         for name in sorted({*outputs, answer} - set(writers)):
             raise GraphError(f"output {name!r}: no stage writes it; stages write {written}")
         self.order = _order(stages, self.waits_for)
+        self.precedence = {one.name: (one.name not in short, place) for place, one in enumerate(stages)}
+        for name in sorted(short - set(self.waits_for)):
+            raise GraphError(f"{name!r} is said to be short, and is no stage; stages: {list(self.waits_for)}")
         for name, limit in self.limits.items():
             if name not in self.waits_for:
                 raise GraphError(f"a limit is for {name!r}, which is no stage; stages: {list(self.waits_for)}")

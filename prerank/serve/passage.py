@@ -12,6 +12,7 @@ import contextvars
 import threading
 from collections import deque
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import structlog
@@ -66,10 +67,11 @@ class _Passage:
         self._changed = threading.Condition()
         self._done: set[str] = set()
         self._started: set[str] = set()
-        self._ready: deque[Stage] = deque()  # that any thread may run
+        self._ready: deque[Stage] = deque()  # that any thread may run, short ones first
         self._watched: dict[str, _Watched] = {}
         self._error: BaseException | None = None
         self._is_over = False
+        self._wakes = inf  # when the caller, if it waits, looks again by itself
         self.start = graph.clock()
 
     def go(self) -> None:
@@ -99,11 +101,13 @@ class _Passage:
                 late = self._leave_late()
                 if late is not None:
                     return late
-                self._changed.wait(self._wait_s())
+                wait_s = self._wait_s()
+                self._wakes = inf if wait_s is None else self.graph.clock() + wait_s
+                self._changed.wait(wait_s)
             return None
 
     def _find_ready(self) -> None:
-        """Start what waits for nothing any more: what is watched in the pool, of the rest all but one."""
+        """Start what waits for nothing any more: what is watched in the pool, and all but one of what is long."""
         pool = self.graph.pool
         with self._changed:
             if self._is_over or self._error is not None:
@@ -119,9 +123,15 @@ class _Passage:
                         self._submit(stage)
                 else:
                     self._ready.append(stage)
-            for _ in range(len(self._ready) - 1 if pool is not None else 0):
-                self._submit(None)
-            self._changed.notify_all()
+            # what is short comes first and by one thread, for two would wait for each other's turn at Python
+            self._ready = deque(sorted(self._ready, key=lambda one: self.graph.precedence[one.name]))
+            if pool is not None and self._ready and self._ready[0].name not in self.graph.short:
+                for _ in range(len(self._ready) - 1):
+                    self._submit(None)
+            # a caller that is woken takes its turn at Python from the thread that goes on with what is ready
+            soonest = min((one.until for one in self._watched.values() if one.until is not None), default=inf)
+            if len(self._ready) > 1 or soonest < self._wakes or len(self._done) == len(self.graph.order):
+                self._changed.notify_all()
 
     def _submit(self, stage: Stage | None) -> None:
         """Let a thread of the pool run this stage, and then whatever is ready."""

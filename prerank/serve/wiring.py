@@ -15,6 +15,10 @@ from prerank.serve.stages import Describe, PrepareUser, Rank, RankBySimilarity, 
 from prerank.serve.tail import Locate, Tail
 from prerank.stores.records import Users
 
+_SHORT = (ExpandTargeting, ExpandUser, Target, Describe, Attribute)
+"""Where users are in this process's memory: each a few tenths of a millisecond, most of it under Python's lock, which
+threads that want it at once pass to and fro for longer than that."""
+
 
 def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | None, pool: Executor) -> RequestGraph:
     """The graph from a `request` to `winners`, what is said of them, and who found them.
@@ -46,6 +50,7 @@ def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | Non
         inputs=frozenset({"request"}),
         outputs=frozenset(said | ({"found_by"} if quotas else set())),
         answer="winners",
+        short=frozenset(one.name for one in stages if isinstance(one, _SHORT)),
         fallbacks={Rank.name: RankBySimilarity(items, len(scorer.ranker.tasks), scorer.diversity)},
         pool=pool,
         around=torch.inference_mode,

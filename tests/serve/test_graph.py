@@ -52,6 +52,7 @@ def graph(
     clock: Callable[[], float] | None = None,
     pool: Executor | None = None,
     limits: Mapping[str, Limit] | None = None,
+    short: frozenset[str] = frozenset(),
     **fallbacks: Stage,
 ) -> RequestGraph:
     return RequestGraph(
@@ -63,6 +64,7 @@ def graph(
         clock=clock or Clock(),
         pool=pool,
         limits=limits,
+        short=short,
     )
 
 
@@ -285,6 +287,45 @@ def test_a_short_path_goes_on_while_the_caller_is_on_a_long_one(pool: Executor) 
     assert time.perf_counter() - start < 0.28
 
 
+def test_what_is_short_is_done_first_by_the_thread_that_is_there(pool: Executor) -> None:
+    did: dict[str, int] = {}
+
+    def noting(name: str, reads: str, writes: str) -> Step:
+        def work(values: Values) -> Values:
+            did[name] = threading.get_ident()
+            time.sleep(0.01)  # long enough for another thread to take what is ready
+            return {writes: name}
+
+        return step(name, reads, writes, work)
+
+    wired = graph(
+        noting("long", "request", "slow"),
+        noting("first", "request", "a"),
+        noting("second", "a", "b"),
+        step("join", "slow b", "out"),
+        clock=time.perf_counter,
+        pool=pool,
+        short=frozenset({"first", "second"}),
+    )
+    run_graph(wired, {"request": 0})
+    assert list(did) == ["first", "second", "long"]
+    assert set(did.values()) == {threading.get_ident()}
+
+
+def test_what_is_long_is_shared_out_once_nothing_is_short(pool: Executor) -> None:
+    wired = graph(
+        step("short", "request", "a"),
+        *(sleeping(f"s{n}", "request", f"v{n}", 0.1) for n in range(3)),
+        step("join", "a v0 v1 v2", "out"),
+        clock=time.perf_counter,
+        pool=pool,
+        short=frozenset({"short"}),
+    )
+    start = time.perf_counter()
+    run_graph(wired, {"request": 0})
+    assert time.perf_counter() - start < 0.2
+
+
 def test_a_stage_that_is_not_done_in_time_is_left_and_its_fallback_answers(pool: Executor) -> None:
     wired = graph(
         sleeping("rank", "request", "out", 0.5),
@@ -447,3 +488,8 @@ def test_many_requests_at_once_each_get_their_own_answer(pool: Executor) -> None
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_short_stage_that_there_is_not_is_refused_by_name() -> None:
+    with pytest.raises(GraphError, match=r"'b' is said to be short, and is no stage; stages: \['a'\]"):
+        graph(step("a", "request", "out"), short=frozenset({"b"}))
