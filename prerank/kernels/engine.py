@@ -28,6 +28,7 @@ from prerank.kernels.program import (
     Softmax,
     Step,
 )
+from prerank.kernels.stop import current
 from prerank.types import Features
 
 _MOST_EXPERTS = 16
@@ -78,7 +79,7 @@ class _Asked(ctypes.Structure):
     _fields_ = (
         ("rows", ctypes.c_void_p),
         ("count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("slots", "lengths", "logits")),
+        *((name, ctypes.c_void_p) for name in ("slots", "lengths", "logits", "stop")),
     )
 
 
@@ -163,7 +164,8 @@ class NativeProgram:
     def __call__(self, user: Features, rows: Tensor) -> Tensor:
         """One request's user side (`program.of_request`) and rows int64 [N] -> logits float32 [N, T].
 
-        Raises IndexError for a row that the tables do not have. Threads may call at once; the GIL is not held.
+        Raises IndexError for a row that the tables do not have, Cancelled where the `stop.current` is set before all is
+        done. Threads may call at once; the GIL is not held.
         """
         logits = torch.empty(len(rows), self.num_tasks)
         if not len(rows):
@@ -176,17 +178,20 @@ class NativeProgram:
         if binding is None or not binding.fits(user):
             binding = self._binding = _Binding(self._slots, self._shapes, user)
         memory, slots, lengths = binding.bind(self.engine.library, user)
+        stop = current()
         asked = _Asked(
             native.pointer(rows, torch.int64, len(rows)),
             len(rows),
             ctypes.addressof(slots),
             ctypes.addressof(lengths),
             logits.data_ptr(),
+            stop.address,
         )
         self.engine.library.prerank_engine_run(
             self.engine.handle, ctypes.byref(self._program), self._tables, ctypes.byref(asked)
         )
         del memory  # until here the threads read it
+        stop.check()
         return logits
 
     def update(self, rows: Tensor) -> None:

@@ -14,8 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from prerank.errors import DeadlineExceeded, NoRoom, PrerankError, RequestError
-from prerank.serve.graph import Cancelled
+from prerank.errors import Cancelled, DeadlineExceeded, NoRoom, PrerankError, RequestError
 from prerank.serve.metrics import ServeMetrics
 from prerank.serve.seeing import Seeing
 from prerank.serve.seen import Seen, begin, end

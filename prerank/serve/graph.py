@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Protocol, TypeAlias
 
-from prerank.errors import GraphError, PrerankError
+from prerank.errors import GraphError
 
 Values: TypeAlias = Mapping[str, Any]
 """What stages read and write, by name."""
@@ -99,10 +99,6 @@ class Limit:
 
     deadline_ms: float | None = None
     at_once: int | None = None
-
-
-class Cancelled(PrerankError):
-    """Nobody waits for the answer any more."""
 
 
 class RequestGraph:

@@ -2,8 +2,8 @@
 
 The caller's thread runs stages itself while there are any that nothing watches, and otherwise waits. A stage that is
 ready beside others goes to the pool; so does every one that is watched, which is one with a fallback or a deadline of
-its own, for a thread that runs a stage cannot leave it. What is left behind when its time is up is not interrupted:
-it is not waited for, and what it writes is not looked at.
+its own, for a thread that runs a stage cannot leave it. What is left behind when its time is up, or its client has
+gone, is told so (`kernels.stop`), and native code then ends; what it writes is not looked at.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
 import structlog
 
-from prerank.errors import DeadlineExceeded, GraphError, PrerankError
-from prerank.serve.graph import Cancelled, Deadline, GraphRun, RequestGraph, Stage, StageReport, Values
+from prerank.errors import Cancelled, DeadlineExceeded, GraphError, PrerankError
+from prerank.kernels.stop import Stop, let
+from prerank.serve.graph import Deadline, GraphRun, RequestGraph, Stage, StageReport, Values
 from prerank.serve.seen import current
 
 _log = structlog.get_logger(__name__)
@@ -51,6 +52,7 @@ class _Watched:
     stage: Stage
     until: float | None
     why: str
+    stop: Stop = field(default_factory=Stop)
 
 
 class _Passage:
@@ -88,6 +90,8 @@ class _Passage:
         finally:
             with self._changed:
                 self._is_over = True
+                for one in self._watched.values():
+                    one.stop.set()
 
     def _next(self) -> tuple[Stage, str | None] | None:
         """A stage for the caller to run, or to replace and why; waits until there is one. None when all are done."""
@@ -120,7 +124,7 @@ class _Passage:
                 if pool is not None and self._is_watched(stage):
                     one = self._watched[name] = _Watched(stage, *self._until(stage))
                     if one.until is None or one.until > self.graph.clock():
-                        self._submit(stage)
+                        self._submit(one)
                 else:
                     self._ready.append(stage)
             # what is short comes first and by one thread, for two would wait for each other's turn at Python
@@ -133,21 +137,24 @@ class _Passage:
             if len(self._ready) > 1 or soonest < self._wakes or len(self._done) == len(self.graph.order):
                 self._changed.notify_all()
 
-    def _submit(self, stage: Stage | None) -> None:
+    def _submit(self, watched: _Watched | None) -> None:
         """Let a thread of the pool run this stage, and then whatever is ready."""
         assert self.graph.pool is not None
         context = contextvars.copy_context()  # what logs are bound to, such as the request's id
-        self.graph.pool.submit(context.run, self._work, stage)
+        self.graph.pool.submit(context.run, self._work, watched)
 
-    def _work(self, stage: Stage | None) -> None:
+    def _work(self, watched: _Watched | None) -> None:
         with self.graph.around():
+            if watched is not None:
+                let(watched.stop)
+                self._attempt(watched.stage)
+                let(None)  # others wait for what this thread does next
             while True:
-                if stage is not None:
-                    self._attempt(stage)
                 with self._changed:
                     if self._is_over or not self._ready:
                         return
                     stage = self._ready.popleft()
+                self._attempt(stage)
 
     def _attempt(self, stage: Stage) -> None:
         """Run a stage, or its fallback where it fails or is late; whatever comes of it is told to who waits."""
@@ -242,6 +249,7 @@ class _Passage:
         for name, one in list(self._watched.items()):
             if one.until is not None and now >= one.until:
                 del self._watched[name]
+                one.stop.set()
                 if name in self.graph.fallbacks:
                     return one.stage, one.why
                 raise DeadlineExceeded(f"{name}: {one.why}; allow more with deadline_ms")

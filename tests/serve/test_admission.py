@@ -13,9 +13,9 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 
+from prerank.errors import Cancelled
 from prerank.serve.admission import Door
 from prerank.serve.ending import EndingServer
-from prerank.serve.graph import Cancelled
 from prerank.serve.http import Limits, create_app
 from prerank.types import Request
 from tests.serve.client import Client

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import pytest
 import structlog
 
-from prerank.errors import DeadlineExceeded, GraphError, RequestError
-from prerank.serve.graph import Cancelled, Deadline, Limit, RequestGraph, Stage, Values
+from prerank.errors import Cancelled, DeadlineExceeded, GraphError, RequestError
+from prerank.kernels.stop import current
+from prerank.serve.graph import Deadline, Limit, RequestGraph, Stage, Values
 from prerank.serve.passage import run_graph
 
 
@@ -447,6 +448,42 @@ def test_a_request_that_is_given_up_is_not_waited_for(pool: Executor) -> None:
     with pytest.raises(Cancelled):
         run_graph(wired, {"request": 0}, cancelled=cancelled)
     assert time.perf_counter() - start < 0.5
+
+
+def test_what_is_left_behind_is_told_so(pool: Executor) -> None:
+    """By its own deadline, by the request's, by a client who leaves, and by an error elsewhere."""
+    ended: list[float] = []
+
+    def works(_: Values) -> Values:
+        start, stop = time.perf_counter(), current()
+        while not stop.is_set and time.perf_counter() - start < 5:
+            time.sleep(0.001)
+        ended.append(time.perf_counter() - start)
+        stop.check()
+        return {"out": "too late"}
+
+    def ask(deadline_ms: float | None, limit_ms: float | None, beside: Stage | None = None) -> object:
+        cancelled = threading.Event()
+        if deadline_ms is None and limit_ms is None:
+            threading.Timer(0.05, cancelled.set).start()
+        stages = [step("a", "request", "out", works), *([beside] if beside else [])]
+        limits = {} if limit_ms is None else {"a": Limit(deadline_ms=limit_ms)}
+        fallback = step("f", "request", "out")
+        made = graph(*stages, a=fallback, clock=time.perf_counter, pool=pool, limits=limits)
+        deadline = None if deadline_ms is None else Deadline(time.perf_counter(), deadline_ms)
+        return run_graph(made, {"request": "r"}, deadline, cancelled).outputs["out"]
+
+    assert ask(None, 50) == "f(r)"
+    assert ask(50, None) == "f(r)"
+    with pytest.raises(Cancelled):
+        ask(None, None)
+    with pytest.raises(ValueError, match="a stage broke"):
+        ask(None, 60_000, step("b", "request", "b", fails))
+    until = time.perf_counter() + 2
+    while len(ended) < 4 and time.perf_counter() < until:
+        time.sleep(0.005)
+    assert len(ended) == 4
+    assert max(ended) < 1
 
 
 @pytest.mark.parametrize(
