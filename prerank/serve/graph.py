@@ -107,7 +107,8 @@ class RequestGraph:
     `inputs` are given to every run and `outputs` are what it returns. `fallbacks` maps a stage's name to the stage
     that takes its place when it fails, cannot start in time, or is not done in time; a stage without one is required.
     The deadline holds until the value `answer` exists: from then on the request can be answered, so what is left runs
-    even if late. `limits` are of stages, by name.
+    even if late. `limits` are of stages, by name. A stage with a fallback is left `spare_ms` before the deadline, or a
+    tenth of it if that is less, for what takes its place needs time too.
 
     With a `pool` stages that do not wait for each other overlap, and one that has a fallback or a deadline of its own
     is waited for no longer than that; without, a run is one stage after another on its caller's thread, and nothing is
@@ -126,13 +127,15 @@ class RequestGraph:
         fallbacks: Mapping[str, Stage],
         limits: Mapping[str, Limit] | None = None,
         short: frozenset[str] = frozenset(),
+        spare_ms: float = 0.0,
         pool: Executor | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.inputs, self.outputs, self.answer = inputs, outputs, answer
         self.fallbacks, self.limits = dict(fallbacks), dict(limits or {})
-        self.short, self.pool, self.around, self.clock = short, pool, around, clock
+        self.short, self.spare_ms = short, spare_ms
+        self.pool, self.around, self.clock = pool, around, clock
         writers = _writers(stages, inputs)
         _check_fallbacks(stages, self.fallbacks)
         self.waits_for = {stage.name: self._waits_for(stage, writers) for stage in stages}

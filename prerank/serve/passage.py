@@ -22,6 +22,7 @@ from prerank.kernels.stop import Stop, let
 from prerank.serve.graph import Deadline, GraphRun, RequestGraph, Stage, StageReport, Values
 from prerank.serve.seen import current
 
+_MOST_SPARED = 0.1  # of a short deadline, so that the stage itself has its chance
 _log = structlog.get_logger(__name__)
 
 
@@ -233,15 +234,20 @@ class _Passage:
         limit, now = self.graph.limits.get(stage.name), self.graph.clock()
         own = None if limit is None or limit.deadline_ms is None else now + limit.deadline_ms / 1000.0
         whole = None if self.deadline is None else now + self.deadline.left_s(now)
+        has_fallback, spare_ms = stage.name in self.graph.fallbacks, self._spare_ms()
+        if whole is not None and has_fallback and whole > now:
+            whole = max(now, whole - spare_ms / 1000.0)
         if own is not None and (whole is None or own < whole):
             assert limit is not None
             return own, f"it was not done in its {limit.deadline_ms:g} ms"
-        if whole is not None and whole <= now:
-            return whole, str(self._why_late())
-        return (
-            whole,
-            f"the deadline of {0.0 if self.deadline is None else self.deadline.ms:g} ms passed before it was done",
-        )
+        why, ms = self._why_late(), 0.0 if self.deadline is None else self.deadline.ms
+        if why is None and has_fallback and spare_ms:
+            why = f"it was not done {spare_ms:g} ms before the deadline of {ms:g} ms"
+        return whole, why or f"the deadline of {ms:g} ms passed before it was done"
+
+    def _spare_ms(self) -> float:
+        """What is kept of the request's time for a fallback, and for what comes after it."""
+        return 0.0 if self.deadline is None else min(self.graph.spare_ms, _MOST_SPARED * self.deadline.ms)
 
     def _leave_late(self) -> tuple[Stage, str] | None:
         """A watched stage whose time is up, and why. Raises DeadlineExceeded where nothing can take its place."""

@@ -15,6 +15,8 @@ from prerank.serve.stages import Describe, PrepareUser, Rank, RankBySimilarity, 
 from prerank.serve.tail import Locate, Tail
 from prerank.stores.records import Users
 
+_SPARE_MS = 8.0
+"""To order candidates by similarity, describe the winners, and send them, on cores that others want too."""
 _SHORT = (ExpandTargeting, ExpandUser, Target, Describe, Attribute)
 """Where users are in this process's memory: each a few tenths of a millisecond, most of it under Python's lock, which
 threads that want it at once pass to and fro for longer than that."""
@@ -51,6 +53,7 @@ def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | Non
         outputs=frozenset(said | ({"found_by"} if quotas else set())),
         answer="winners",
         short=frozenset(one.name for one in stages if isinstance(one, _SHORT)),
+        spare_ms=_SPARE_MS,
         fallbacks={Rank.name: RankBySimilarity(items, len(scorer.ranker.tasks), scorer.diversity)},
         pool=pool,
         around=torch.inference_mode,

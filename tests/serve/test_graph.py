@@ -54,6 +54,7 @@ def graph(
     pool: Executor | None = None,
     limits: Mapping[str, Limit] | None = None,
     short: frozenset[str] = frozenset(),
+    spare_ms: float = 0.0,
     **fallbacks: Stage,
 ) -> RequestGraph:
     return RequestGraph(
@@ -66,6 +67,7 @@ def graph(
         pool=pool,
         limits=limits,
         short=short,
+        spare_ms=spare_ms,
     )
 
 
@@ -340,6 +342,23 @@ def test_a_stage_that_is_not_done_in_time_is_left_and_its_fallback_answers(pool:
     assert run.outputs == {"out": "f(r)"}
     assert run.notes == ("rank: the deadline of 50 ms passed before it was done; f took its place",)
     assert [report.name for report in run.reports] == ["f"]
+
+
+def test_a_fallback_has_time_of_its_own_before_the_deadline(pool: Executor) -> None:
+    def ask(deadline_ms: float) -> tuple[float, tuple[str, ...]]:
+        late = sleeping("rank", "request", "out", 0.5)
+        fallback = step("f", "request", "out")
+        wired = graph(late, clock=time.perf_counter, pool=pool, rank=fallback, spare_ms=40)
+        start = time.perf_counter()
+        run = run_graph(wired, {"request": 0}, Deadline(start, deadline_ms))
+        return 1000 * (time.perf_counter() - start), run.notes
+
+    took_ms, notes = ask(150)
+    assert took_ms < 150
+    assert notes == ("rank: it was not done 15 ms before the deadline of 150 ms; f took its place",)
+    took_ms, notes = ask(450)
+    assert 400 < took_ms < 450
+    assert notes == ("rank: it was not done 40 ms before the deadline of 450 ms; f took its place",)
 
 
 def test_a_stage_has_a_deadline_of_its_own(pool: Executor) -> None:
