@@ -22,6 +22,8 @@ QUESTIONS = (
     "serving_parts",
     "inventory",
     "request_path",
+    "request_load",
+    "soak",
 )
 
 
