@@ -18,6 +18,7 @@ from prerank.bundle.manifest import CONFIG, METADATA
 from prerank.bundle.registry import Registry
 from prerank.cli import render
 from prerank.cli.demo import demo as run_demo
+from prerank.cli.doctor import examine
 from prerank.cli.progress import progress
 from prerank.config import load_config
 from prerank.data.check import check as check_tables
@@ -321,6 +322,24 @@ def audit_metadata(store: StoreFolder = _STORE, funnel: FunnelName = "") -> None
         out.print(render.reads(config.metadata, table, counts.all()))
     finally:
         counts.close()
+
+
+@app.command()
+def doctor(
+    measure: Annotated[bool, typer.Option(help="Measure what the machine can do at best, some seconds.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as one JSON object.")] = False,
+) -> None:
+    """Tell what this machine has, what it can do at best, and what is amiss.
+
+    Leaves with exit code 1 where prerank would not work here.
+    """
+    found = examine(measure)
+    if as_json:
+        out.print_json(json.dumps(render.plain(found)))
+    else:
+        out.print(render.findings(found), highlight=False)
+    if any(fault.is_error for fault in found.faults):
+        raise typer.Exit(1)
 
 
 @app.command()
