@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from prerank.bundle.registry import Registry
-from prerank.errors import PrerankError, RegistryError, RequestError
+from prerank.errors import DeadlineExceeded, PrerankError, RegistryError, RequestError
 from prerank.kernels.engine import Engine
 from prerank.serve.funnel import Funnel, engine_of
 from prerank.serve.live_version import Held, LiveVersion
@@ -185,8 +185,8 @@ def _warm(funnel: Funnel, requests: Iterable[Request]) -> None:
     for one in tuple(requests):
         try:
             funnel.recommend(replace(one, deadline_ms=None))
-        except RequestError:
-            continue  # of fields that the version before had
+        except (RequestError, DeadlineExceeded):
+            continue  # of fields that the version before had; a stage that is cold, and has a deadline of its own
 
 
 def _close(left: Held) -> None:

@@ -395,6 +395,50 @@ def test_a_required_stage_that_others_run_is_waited_for_no_longer_than_the_deadl
     assert time.perf_counter() - start < 0.3
 
 
+def test_once_an_answer_exists_the_requests_deadline_ends_no_stage_with_a_longer_one_of_its_own(pool: Executor) -> None:
+    wired = RequestGraph(
+        [sleeping("rank", "request", "won", 0.06), sleeping("tell", "won", "out", 0.02)],
+        inputs=frozenset({"request"}),
+        outputs=frozenset({"out"}),
+        answer="won",
+        fallbacks={},
+        limits={"tell": Limit(deadline_ms=5_000.0, at_once=1)},
+        pool=pool,
+        clock=time.perf_counter,
+    )
+    deadline = Deadline(time.perf_counter(), 50.0)
+    assert run_graph(wired, {"request": "r"}, deadline).outputs == {"out": "tell"}
+
+
+def test_who_has_no_turn_in_the_stages_own_time_is_left_and_never_begins(pool: Executor) -> None:
+    inside, may_end, begun = threading.Event(), threading.Event(), []
+
+    def wait(values: Values) -> Values:
+        begun.append(values["request"])
+        inside.set()
+        may_end.wait(5)
+        return {"found": 1}
+
+    wired = graph(
+        step("find", "request", "found", wait),
+        step("rank", "found", "out"),
+        find=step("f", "", "found"),
+        clock=time.perf_counter,
+        pool=pool,
+        limits={"find": Limit(deadline_ms=60.0, at_once=1)},
+    )
+    first = pool.submit(run_graph, wired, {"request": "first"})
+    assert inside.wait(5)
+    second = run_graph(wired, {"request": "second"})
+    may_end.set()
+    assert first.result(5).degraded
+    assert second.notes[0].partition(";")[0] in ("find: it was not done in its 60 ms", "find: it had no turn in time")
+    assert second.outputs == {"out": "rank(f())"}
+    assert [report.name for report in second.reports] == ["f", "rank"]
+    with wired.turns["find"]:
+        assert begun == ["first"]
+
+
 @pytest.mark.parametrize("is_watched", [False, True])
 def test_an_error_on_any_thread_is_the_requests(pool: Executor, is_watched: bool) -> None:
     limits = {name: Limit(deadline_ms=5_000.0) for name in ("left", "right") if is_watched}
