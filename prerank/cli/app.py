@@ -262,6 +262,10 @@ def serve(
     ] = 0.0,
     traces: Annotated[int, typer.Option(min=0, help="How many of the latest requests are kept for /traces.")] = 256,
     lines: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that get a line on stderr.")] = 0.0,
+    otel: Annotated[
+        bool | None,
+        typer.Option(help="Send OpenTelemetry spans; by default where OTEL_EXPORTER_OTLP_ENDPOINT is set."),
+    ] = None,
 ) -> None:
     """Serve the live version over HTTP, and each that is promoted later.
 
@@ -281,6 +285,7 @@ def serve(
         linger_s=linger_s,
         grpc_port=grpc_port,
         sight=sight,
+        otel=otel,
     )
 
 
