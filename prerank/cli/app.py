@@ -255,8 +255,12 @@ def serve(
     ] = None,
     admin_token_file: Annotated[
         Path | None,
-        typer.Option(help="A file with the token that events and items need; or set PRERANK_ADMIN_TOKEN."),
+        typer.Option(help="A file with the token that events, items and traces need; or set PRERANK_ADMIN_TOKEN."),
     ] = None,
+    allow_host: Annotated[
+        list[str],
+        typer.Option(help="A name beside localhost that a server without a token may be called by; repeat."),
+    ] = [],  # noqa: B006 - typer reads the default
     linger_s: Annotated[
         float, typer.Option(min=0, help="Seconds to say not ready before ending, for a load balancer to see.")
     ] = 0.0,
@@ -286,6 +290,7 @@ def serve(
         grpc_port=grpc_port,
         sight=sight,
         otel=otel,
+        allow_hosts=allow_host,
     )
 
 

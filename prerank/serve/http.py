@@ -13,7 +13,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +121,7 @@ def create_app(
             Route("/openapi.json", server.openapi),
             Route("/docs", server.docs),
             Route("/", server.home),
-            *trace_routes(server.seeing.traces),
+            *trace_routes(server.seeing.traces, exposure.check_reads),
         ],
         middleware=[Middleware(Envelope, metrics=server.metrics, seeing=server.seeing)],
         exception_handlers={HTTPException: refused_by_routing},
@@ -145,16 +145,17 @@ def serve(
     grpc_port: int | None = None,
     sight: Sight = AS_USUAL,
     otel: bool | None = None,
+    allow_hosts: Sequence[str] = (),
 ) -> None:
     """Serve the live version of the funnel at `store`, and each that goes live later, until a signal ends it.
 
-    Or `version` for good, if it is named. `workers` and `tail` are as `Funnel.open`'s, `token_file` as `Exposure.of`'s,
-    `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if it is said.
+    Or `version` for good, if it is named. `workers` and `tail` are as `Funnel.open`'s, `token_file` and `allow_hosts`
+    as `Exposure.of`'s, `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if it is said.
     `otel` sends spans, as `spans_of` has it.
     Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token. A
     version or store that cannot be loaded is said on stderr in one line, and by /readyz until one can be.
     """
-    exposure, door = Exposure.of(host, token_file), Door()
+    exposure, door = Exposure.of(host, token_file, allow_hosts=allow_hosts), Door()
     sight = replace(sight, spans=spans_of(otel))
     structlog.configure(
         processors=[
@@ -289,7 +290,7 @@ class _Server:
 
     def _check_admin(self, http: HttpRequest) -> None:
         """Before anything is read. Raises Refused where the caller may not change what is served."""
-        self.exposure.check(http.headers.get("authorization", ""))
+        self.exposure.check_changes(http.headers)
 
     def _answer(self, content: bytes, arrived: float, seen: Seen, gone: threading.Event) -> bytes:
         # rounded up, so that an event of this very millisecond came before the moment asked about

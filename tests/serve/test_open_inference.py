@@ -448,7 +448,7 @@ def test_more_calls_than_may_wait_are_turned_away_in_the_protocols_form(
     app = create_app(funnel, Limits(threads=1, waiting=0))
 
     async def crowd() -> list[httpx.Response]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as http:
             held = asyncio.create_task(http.post(INFER, json={"inputs": inputs()}))
             while not begun.is_set():
                 await asyncio.sleep(0.002)
