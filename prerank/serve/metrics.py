@@ -40,6 +40,8 @@ class _Serving(Collector):
         yield GaugeMetricFamily(
             "prerank_version_load_seconds", "Of the last version that was switched to, until it served.", loads.last_s
         )
+        about = "Versions that were left and are in memory still, for requests that use them have not ended."
+        yield GaugeMetricFamily("prerank_versions_kept", about, loads.kept)
         if self._live.error is not None:
             return
         with self._live.taken() as funnel:
