@@ -192,7 +192,8 @@ class _Lines(logging.Handler):
     """OpenTelemetry's own complaints, as lines like all others."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _log.warning("OpenTelemetry", says=record.getMessage(), level_name=record.levelname)
+        tell = _log.error if record.levelno >= logging.ERROR else _log.warning
+        tell("OpenTelemetry", says=record.getMessage())
 
 
 def _quiet() -> None:

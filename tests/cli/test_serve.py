@@ -73,8 +73,10 @@ def test_so_many_requests_are_kept_and_such_a_share_has_a_line(store: Path) -> N
     assert all("trace_id" not in line for line in told), "OpenTelemetry is off"
 
 
-def test_nothing_is_kept_or_written_where_that_is_said(store: Path) -> None:
-    with serving(store, "--traces", 0) as (http, lines):
+def test_nothing_is_kept_or_written_where_that_is_said_and_names_are_those_that_are_allowed(store: Path) -> None:
+    with serving(store, "--traces", 0, "--allow-host", "ranker.example", "--allow-host", "other") as (http, lines):
+        for host, status in (("ranker.example", 200), ("other", 200), ("evil.example", 403)):
+            assert http.get("/v1/traces", headers={"host": host}).status_code == status
         http.post("/v1/recommend", json=BODY, headers={"x-request-id": "a"})
         assert http.get("/v1/traces").json() == {"kept": 0, "traces": []}
         assert "none are kept: --traces is 0" in http.get("/v1/trace/a").text
@@ -101,6 +103,7 @@ def test_spans_go_where_the_environment_says_and_what_waits_is_sent_at_the_end(s
 def test_options_that_cannot_be_are_one_line(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Invalid value for '--lines'" in run("serve", "--store", store, "--lines", 2, code=2)
     assert "Invalid value for '--traces'" in run("serve", "--store", store, "--traces", -1, code=2)
+    assert "error: --allow-host 'a:1': expected a name" in run("serve", "--store", store, "--allow-host", "a:1", code=1)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     said = run("serve", "--store", store, "--otel", code=1)
     assert said.startswith("error: OTEL_EXPORTER_OTLP_PROTOCOL: expected http/protobuf")
