@@ -516,14 +516,20 @@ def test_a_request_that_is_given_up_is_not_waited_for(pool: Executor) -> None:
 def test_what_is_left_behind_is_told_so(pool: Executor) -> None:
     """By its own deadline, by the request's, by a client who leaves, and by an error elsewhere."""
     ended: list[float] = []
+    begun = threading.Event()
 
     def works(_: Values) -> Values:
         start, stop = time.perf_counter(), current()
+        begun.set()
         while not stop.is_set and time.perf_counter() - start < 5:
             time.sleep(0.001)
         ended.append(time.perf_counter() - start)
         stop.check()
         return {"out": "too late"}
+
+    def fails_after(values: Values) -> Values:
+        assert begun.wait(5)
+        return fails(values)
 
     def ask(deadline_ms: float | None, limit_ms: float | None, beside: Stage | None = None) -> object:
         cancelled = threading.Event()
@@ -540,8 +546,9 @@ def test_what_is_left_behind_is_told_so(pool: Executor) -> None:
     assert ask(50, None) == "f(r)"
     with pytest.raises(Cancelled):
         ask(None, None)
+    begun.clear()  # one that has not begun when another fails never does
     with pytest.raises(ValueError, match="a stage broke"):
-        ask(None, 60_000, step("b", "request", "b", fails))
+        ask(None, 60_000, step("b", "request", "b", fails_after))
     until = time.perf_counter() + 2
     while len(ended) < 4 and time.perf_counter() < until:
         time.sleep(0.005)
