@@ -410,33 +410,31 @@ def test_once_an_answer_exists_the_requests_deadline_ends_no_stage_with_a_longer
     assert run_graph(wired, {"request": "r"}, deadline).outputs == {"out": "tell"}
 
 
-def test_who_has_no_turn_in_the_stages_own_time_is_left_and_never_begins(pool: Executor) -> None:
-    inside, may_end, begun = threading.Event(), threading.Event(), []
+def test_who_has_no_turn_in_the_stages_own_time_is_left_and_never_begins() -> None:
+    begun: list[object] = []
 
-    def wait(values: Values) -> Values:
+    def begin(values: Values) -> Values:
         begun.append(values["request"])
-        inside.set()
-        may_end.wait(5)
         return {"found": 1}
 
-    wired = graph(
-        step("find", "request", "found", wait),
-        step("rank", "found", "out"),
-        find=step("f", "", "found"),
-        clock=time.perf_counter,
-        pool=pool,
-        limits={"find": Limit(deadline_ms=60.0, at_once=1)},
-    )
-    first = pool.submit(run_graph, wired, {"request": "first"})
-    assert inside.wait(5)
-    second = run_graph(wired, {"request": "second"})
-    may_end.set()
-    assert first.result(5).degraded
-    assert second.notes[0].partition(";")[0] in ("find: it was not done in its 60 ms", "find: it had no turn in time")
-    assert second.outputs == {"out": "rank(f())"}
-    assert [report.name for report in second.reports] == ["f", "rank"]
-    with wired.turns["find"]:
-        assert begun == ["first"]
+    with ThreadPoolExecutor(1) as pool:
+        wired = graph(
+            step("find", "request", "found", begin),
+            step("rank", "found", "out"),
+            find=step("f", "", "found"),
+            clock=time.perf_counter,
+            pool=pool,
+            limits={"find": Limit(deadline_ms=60.0, at_once=1)},
+        )
+        with wired.turns["find"]:
+            run = run_graph(wired, {"request": "r"})
+            reason = run.notes[0].partition(";")[0]
+            assert reason in ("find: it was not done in its 60 ms", "find: it had no turn in time")
+            assert run.outputs == {"out": "rank(f())"}
+            assert [report.name for report in run.reports] == ["f", "rank"]
+            assert not begun
+            pool.submit(int).result(5)  # the thread waits for no turn any more
+    assert not begun, "nor when there is a turn again"
 
 
 @pytest.mark.parametrize("is_watched", [False, True])
@@ -534,7 +532,7 @@ def test_what_is_left_behind_is_told_so(pool: Executor) -> None:
     def ask(deadline_ms: float | None, limit_ms: float | None, beside: Stage | None = None) -> object:
         cancelled = threading.Event()
         if deadline_ms is None and limit_ms is None:
-            threading.Timer(0.05, cancelled.set).start()
+            threading.Timer(0.25, cancelled.set).start()
         stages = [step("a", "request", "out", works), *([beside] if beside else [])]
         limits = {} if limit_ms is None else {"a": Limit(deadline_ms=limit_ms)}
         fallback = step("f", "request", "out")
@@ -542,8 +540,8 @@ def test_what_is_left_behind_is_told_so(pool: Executor) -> None:
         deadline = None if deadline_ms is None else Deadline(time.perf_counter(), deadline_ms)
         return run_graph(made, {"request": "r"}, deadline, cancelled).outputs["out"]
 
-    assert ask(None, 50) == "f(r)"
-    assert ask(50, None) == "f(r)"
+    assert ask(None, 250) == "f(r)"
+    assert ask(250, None) == "f(r)"
     with pytest.raises(Cancelled):
         ask(None, None)
     begun.clear()  # one that has not begun when another fails never does
@@ -553,7 +551,7 @@ def test_what_is_left_behind_is_told_so(pool: Executor) -> None:
     while len(ended) < 4 and time.perf_counter() < until:
         time.sleep(0.005)
     assert len(ended) == 4
-    assert max(ended) < 1
+    assert max(ended) < 2
 
 
 @pytest.mark.parametrize(

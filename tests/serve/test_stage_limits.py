@@ -112,7 +112,8 @@ def test_a_generator_that_is_late_or_fails_costs_its_candidates_alone(
 ) -> None:
     retrieval = {**world.config().to_dict()["retrieval"], "keep": 1}  # type: ignore[dict-item]
     generators = CHOSEN | {"dear": {"kind": "top", "by": "bid_micros", "quota": 2}}
-    config = limited({"generate_chosen": {"deadline_ms": 200}}, generators=generators, retrieval=retrieval)
+    limit_ms = 60_000 if fails else 200
+    config = limited({"generate_chosen": {"deadline_ms": limit_ms}}, generators=generators, retrieval=retrieval)
     store = publish_live(tmp_path / "tiny", config)
     with Funnel.open(store) as funnel:
         whole = funnel.recommend(ASKED)
