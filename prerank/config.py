@@ -315,11 +315,20 @@ class Metadata:
 
 
 @dataclass(frozen=True, slots=True)
+class StageLimit:
+    """What one stage of a request may take: `deadline_ms` of its own from its start, and so many of it `at_once`."""
+
+    deadline_ms: float | None = None
+    at_once: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Serve:
-    """Promises to callers: the default deadline and the most winners one request may ask for."""
+    """Promises to callers: the default deadline and the most winners one request may ask for; limits of `stages`."""
 
     deadline_ms: float = 1000.0
     max_k: int = 1000
+    stages: Mapping[str, StageLimit] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

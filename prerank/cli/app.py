@@ -255,13 +255,21 @@ def serve(
     ] = None,
     admin_token_file: Annotated[
         Path | None,
-        typer.Option(help="A file with the token that events and items need; or set PRERANK_ADMIN_TOKEN."),
+        typer.Option(help="A file with the token that events, items and traces need; or set PRERANK_ADMIN_TOKEN."),
     ] = None,
+    allow_host: Annotated[
+        list[str],
+        typer.Option(help="A name beside localhost that a server without a token may be called by; repeat."),
+    ] = [],  # noqa: B006 - typer reads the default
     linger_s: Annotated[
         float, typer.Option(min=0, help="Seconds to say not ready before ending, for a load balancer to see.")
     ] = 0.0,
     traces: Annotated[int, typer.Option(min=0, help="How many of the latest requests are kept for /traces.")] = 256,
     lines: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that get a line on stderr.")] = 0.0,
+    otel: Annotated[
+        bool | None,
+        typer.Option(help="Send OpenTelemetry spans; by default where OTEL_EXPORTER_OTLP_ENDPOINT is set."),
+    ] = None,
 ) -> None:
     """Serve the live version over HTTP, and each that is promoted later.
 
@@ -281,6 +289,8 @@ def serve(
         linger_s=linger_s,
         grpc_port=grpc_port,
         sight=sight,
+        otel=otel,
+        allow_hosts=allow_host,
     )
 
 

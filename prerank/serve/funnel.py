@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -24,7 +25,7 @@ from prerank.bundle.load import Bundle, load
 from prerank.bundle.publish import ITEMS_UNTIL
 from prerank.bundle.registry import Registry
 from prerank.config import INDEX
-from prerank.errors import BundleError, RegistryError, RequestError
+from prerank.errors import BundleError, DeadlineExceeded, RegistryError, RequestError
 from prerank.features.transforms import Transforms
 from prerank.kernels.engine import Engine
 from prerank.kernels.native import level, library
@@ -134,7 +135,8 @@ class Funnel:
             funnel = cls(bundle, users, metadata, engine, changes, rest, counts)
             funnel._owns_engine = shared is None
             # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
-            funnel.recommend(Request(user_id=0, k=1, time_ms=0, context=funnel.example_context))
+            with suppress(DeadlineExceeded):  # a stage's own deadline is for when it is warm
+                funnel.recommend(Request(user_id=0, k=1, time_ms=0, context=funnel.example_context))
             return funnel
         except BaseException:
             users.close()

@@ -13,6 +13,7 @@ from prerank.serve.answer import Answer
 from prerank.serve.changes import Changed
 from prerank.serve.live_version import LiveVersion
 from prerank.serve.record import Recorded
+from prerank.serve.seen import Spans
 from prerank.stores.events import LiveEvent
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -39,6 +40,8 @@ class _Serving(Collector):
         yield GaugeMetricFamily(
             "prerank_version_load_seconds", "Of the last version that was switched to, until it served.", loads.last_s
         )
+        about = "Versions that were left and are in memory still, for requests that use them have not ended."
+        yield GaugeMetricFamily("prerank_versions_kept", about, loads.kept)
         if self._live.error is not None:
             return
         with self._live.taken() as funnel:
@@ -60,6 +63,21 @@ class _Serving(Collector):
             )
             for outcome, number in funnel.tail_counts.items():
                 family.add_metric([outcome], number)
+        yield family
+
+
+class _Sent(Collector):
+    """What came of spans, counted by who sends them."""
+
+    def __init__(self, spans: Spans) -> None:
+        self._spans = spans
+
+    def collect(self) -> Iterator[Metric]:
+        """As prometheus_client asks for it."""
+        about = "Spans by outcome: sent, failed (the collector did not take them), dropped (too many waited)."
+        family = CounterMetricFamily("prerank_spans", about, labels=["outcome"])
+        for outcome, number in self._spans.counts().items():
+            family.add_metric([outcome], number)
         yield family
 
 
@@ -135,6 +153,10 @@ class ServeMetrics:
     def serves(self, live: LiveVersion) -> None:
         """Say of `live`, whenever somebody scrapes, which version serves, and what it counts itself."""
         self._registry.register(_Serving(live))
+
+    def sends(self, spans: Spans) -> None:
+        """Say, whenever somebody scrapes, what came of `spans`."""
+        self._registry.register(_Sent(spans))
 
     def answered(self, answer: Answer) -> None:
         """Note an answer's stages."""

@@ -175,16 +175,18 @@ class _Passage:
         """Why the stage's fallback must take its place, or None: then it is done, or nobody waits for it."""
         name, turn = stage.name, self.graph.turns.get(stage.name)
         has_fallback = name in self.graph.fallbacks
-        reason = self._why_late()
-        if reason is None and turn is not None and not turn.acquire(timeout=self._left_s()):
-            reason, turn = "it had no turn in time", None
-        elif reason is not None:
+        reason = self._why_late() if self._is_bound(stage) else None
+        if reason is not None:
             turn = None
-        if reason is not None and has_fallback:
-            return reason
-        if reason is not None and self.graph.answer not in self.values:
-            raise DeadlineExceeded(f"{name}: {reason}; allow more with deadline_ms")
+        elif turn is not None and not turn.acquire(timeout=self._left_s(stage)):
+            reason, turn = "it had no turn in time", None
         try:
+            if self._was_left(stage):  # while it waited for a thread or its turn
+                return None
+            if reason is not None and has_fallback:
+                return reason
+            if reason is not None:
+                raise DeadlineExceeded(f"{name}: {reason}; allow more with deadline_ms")
             self._run(stage, stage)
         except PrerankError:
             raise
@@ -233,7 +235,7 @@ class _Passage:
         """When a watched stage is left behind, and why."""
         limit, now = self.graph.limits.get(stage.name), self.graph.clock()
         own = None if limit is None or limit.deadline_ms is None else now + limit.deadline_ms / 1000.0
-        whole = None if self.deadline is None else now + self.deadline.left_s(now)
+        whole = None if self.deadline is None or not self._is_bound(stage) else now + self.deadline.left_s(now)
         has_fallback, spare_ms = stage.name in self.graph.fallbacks, self._spare_ms()
         if whole is not None and has_fallback and whole > now:
             whole = max(now, whole - spare_ms / 1000.0)
@@ -276,8 +278,17 @@ class _Passage:
             return None
         return f"the deadline of {self.deadline.ms:g} ms passed before it could start"
 
-    def _left_s(self) -> float | None:
-        return None if self.deadline is None else max(0.0, self.deadline.left_s(self.graph.clock()))
+    def _left_s(self, stage: Stage) -> float | None:
+        """For how long a stage may wait for its turn; where the answer exists, as long as it takes."""
+        now, watched = self.graph.clock(), self._watched.get(stage.name)
+        ends = [] if watched is None or watched.until is None else [watched.until - now]
+        if self.deadline is not None and self._is_bound(stage):
+            ends.append(self.deadline.left_s(now))
+        return max(0.0, min(ends)) if ends else None
+
+    def _is_bound(self, stage: Stage) -> bool:
+        """Whether the request's deadline is the stage's: with an answer there, what has no other way runs late."""
+        return self.graph.answer not in self.values or stage.name in self.graph.fallbacks
 
     def _wait_s(self) -> float | None:
         """For how long there is nothing to do but wait."""

@@ -7,9 +7,10 @@ from concurrent.futures import Executor
 import torch
 
 from prerank.bundle.load import Bundle
+from prerank.config import Serve
 from prerank.serve.expand import ExpandTargeting, ExpandUser
-from prerank.serve.generate import Attribute, Generate, Merge, names_of
-from prerank.serve.graph import RequestGraph, Stage
+from prerank.serve.generate import Attribute, Generate, GenerateNothing, Merge, names_of
+from prerank.serve.graph import Limit, RequestGraph, Stage
 from prerank.serve.metadata import Descriptions
 from prerank.serve.stages import Describe, PrepareUser, Rank, RankBySimilarity, Retrieve, Target
 from prerank.serve.tail import Locate, Tail
@@ -40,8 +41,10 @@ def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | Non
     ]
     if targeting is not None:
         stages.append(ExpandTargeting(users, targeting))
+    fallbacks: dict[str, Stage] = {Rank.name: RankBySimilarity(items, len(scorer.ranker.tasks), scorer.diversity)}
     for name, generator in bundle.generators.items():
         stages.append(Generate(generator, name, quotas[name], items, live, keep))
+        fallbacks[stages[-1].name] = GenerateNothing(name)
     if quotas:
         stages += [Merge(quotas), Attribute(names_of(quotas))]
     if tail is not None:
@@ -54,7 +57,15 @@ def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | Non
         answer="winners",
         short=frozenset(one.name for one in stages if isinstance(one, _SHORT)),
         spare_ms=_SPARE_MS,
-        fallbacks={Rank.name: RankBySimilarity(items, len(scorer.ranker.tasks), scorer.diversity)},
+        fallbacks=fallbacks,
+        limits=_limits(config.serve, tail is not None),
         pool=pool,
         around=torch.inference_mode,
     )
+
+
+def _limits(serve: Serve, has_tail: bool) -> dict[str, Limit]:
+    limits = {name: Limit(limit.deadline_ms, limit.at_once) for name, limit in serve.stages.items()}
+    if not has_tail:
+        limits.pop(Locate.name, None)  # every item is resident for once
+    return limits
