@@ -7,10 +7,13 @@ more only where a request does not end, for the version that it uses is kept unt
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import structlog
@@ -174,6 +177,8 @@ class VersionWatch:
             version = one.funnel.version
             _close(one)
             _log.info("a version was let go", version=version)
+        if ended:
+            _give_back()
         self.live.loads = replace(self.live.loads, kept=len(self._leaving))
         if (ended or has_switched) and not self._leaving and self.live.error is None:
             # only now, for the version before may have read an older log, and would have missed them
@@ -209,6 +214,18 @@ def _warm(funnel: Funnel, requests: Iterable[Request]) -> None:
             funnel.recommend(replace(one, deadline_ms=None))
         except (RequestError, DeadlineExceeded):
             continue  # of fields that the version before had; a stage that is cold, and has a deadline of its own
+
+
+def _give_back() -> None:
+    """Let the system have what was freed: glibc keeps it in pieces, and a server grows with every version it had."""
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _c_library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _close(left: Held) -> None:
