@@ -261,15 +261,29 @@ def serve(
     ] = 0.0,
     traces: Annotated[int, typer.Option(min=0, help="How many of the latest requests are kept for /traces.")] = 256,
     lines: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that get a line on stderr.")] = 0.0,
+    log_requests: Annotated[
+        Path | None,
+        typer.Option(help="A folder to log requests in, as answered: Parquet files to replay and train on."),
+    ] = None,
+    sample: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that is logged.")] = 0.01,
+    log_gb: Annotated[
+        float | None, typer.Option(min=0, help="The oldest files of the log go when all take more; by default none.")
+    ] = None,
+    log_days: Annotated[
+        float | None, typer.Option(min=0, help="A file of the log goes when it is so old; by default none.")
+    ] = None,
 ) -> None:
     """Serve the live version over HTTP, and each that is promoted later.
 
     POST /v1/recommend answers; /docs describes it. The ranking stage alone is under /v2.
     """
     from prerank.serve.http import serve as serve_http  # the HTTP stack is only needed here
+    from prerank.serve.request_log import LogOptions
     from prerank.serve.seeing import Sight
 
-    sight = Sight(traces, lines)
+    most_bytes = None if log_gb is None else int(log_gb * 1e9)
+    logged = None if log_requests is None else LogOptions(log_requests, sample, most_bytes, log_days)
+    sight = Sight(traces, lines, logged)
     serve_http(
         _found(store, funnel),
         host=host,

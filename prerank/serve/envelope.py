@@ -45,7 +45,7 @@ class Envelope:
             await self.app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope))
-        seen = Seen(request_id)
+        seen = self.seeing.comes(request_id)
         scope.setdefault("state", {}).update(request_id=request_id, seen=seen)
         status, token, bound = 0, begin(seen), structlog.contextvars.bind_contextvars(request_id=request_id)
 

@@ -30,11 +30,14 @@ from prerank.kernels.native import level, library
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed, Changes
 from prerank.serve.expand import ExpandUser
+from prerank.serve.generate import names_of
 from prerank.serve.graph import Deadline, GraphRun
 from prerank.serve.metadata import Described, Descriptions
 from prerank.serve.passage import run_graph
 from prerank.serve.ranking import Ranking
 from prerank.serve.record import Recorded, check_contexts, check_events
+from prerank.serve.seen import current
+from prerank.serve.served import Served
 from prerank.serve.tail import Tail
 from prerank.serve.wiring import wire
 from prerank.stores.events import LiveEvent
@@ -77,7 +80,8 @@ class Funnel:
         said = {column: value for column, value in self.example_context.items() if column in users.contexts}
         self.example_events = _example_events(users.event_names, int(items.item_ids[0]), said)
         self._users, self._items, self._transforms = users, items, bundle.transforms
-        self._tasks = bundle.scorer.ranker.tasks
+        self._scorer, self._tasks = bundle.scorer, bundle.scorer.ranker.tasks
+        self._generators = names_of({name: one.quota for name, one in config.generators.items()})
         self._store = changes
         self.inventory = Inventory(bundle, metadata)
         self._changes = Changes(self.inventory, bundle.scorer.live, changes, _items_until(bundle))
@@ -156,7 +160,11 @@ class Funnel:
         with torch.inference_mode(), self.inventory.readers.reading():
             run = run_graph(self._graph, {"request": request}, deadline, cancelled)
             self.recent.append(request)
-            return self._answer(request, run)
+            answer = self._answer(request, run)
+            if (seen := current()) is not None and seen.is_logged:
+                said = (self._scorer, self._users, self._generators, answer.notes)
+                seen.served = Served.of(request, self.version, run, *said)
+            return answer
 
     def describe(self, item_ids: Sequence[int], columns: Sequence[str] | None) -> Described:
         """Metadata of items, deferred columns too; see `Descriptions.describe`."""

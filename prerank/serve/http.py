@@ -104,6 +104,7 @@ def create_app(
         if beside is not None:
             beside.stop(MOST_S)
         server.close()
+        server.seeing.close()
 
     app = Starlette(
         routes=[
@@ -211,6 +212,8 @@ class _Server:
         self.records = Lane("events", 1, limits.waiting, self.metrics.events_in_flight, door, refused)
         self.open_inference = OpenInference(self._ranks)
         self.metrics.serves(self.live)
+        if seeing.requests is not None:
+            self.metrics.logs(seeing.requests)
 
     @property
     def funnel(self) -> Recommender | PrerankError:

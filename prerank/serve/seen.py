@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from prerank.serve.answer import Answer
 from prerank.serve.graph import StageReport
+from prerank.serve.served import Served
 from prerank.types import Request
 
 
@@ -21,7 +22,7 @@ class Seen:
     """One request: `arrived` in seconds (`time.perf_counter`), `time_ms` the same moment in UTC milliseconds.
 
     `began` is when its stages did, in seconds; `stages` and `notes` are what the graph said, `error` the type and
-    message of what the client got instead of an answer.
+    message of what the client got instead of an answer. `served` is what it was answered from, where `is_logged`.
     """
 
     request_id: str
@@ -33,6 +34,8 @@ class Seen:
     stages: Sequence[StageReport] = ()
     notes: Sequence[str] = ()
     error: tuple[str, str] | None = None
+    is_logged: bool = False
+    served: Served | None = None
 
     def passed(self, began: float, stages: Sequence[StageReport], notes: Sequence[str]) -> None:
         """Note what came of the stages, of a request that failed those that were done."""
