@@ -16,7 +16,7 @@ from prerank import __version__
 from prerank.bundle.load import load
 from prerank.bundle.manifest import CONFIG, METADATA
 from prerank.bundle.registry import Registry
-from prerank.cli import render
+from prerank.cli import render, requests
 from prerank.cli.demo import demo as run_demo
 from prerank.cli.progress import progress
 from prerank.config import load_config
@@ -319,6 +319,30 @@ def recommend(
         print(json.dumps(answer.to_dict(), indent=1))
     else:
         out.print(render.answer(answer))
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="A folder that `prerank serve --log-requests` wrote.")],
+    version: Annotated[str, typer.Option("--version", help="The version to ask; by default the live one.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="The most requests to ask, the oldest first.")] = 10_000,
+    store: StoreFolder = _STORE,
+    funnel: FunnelName = "",
+    tail: TailUrl = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Ask a version the requests of a log again, with the features as served, and compare its winners.
+
+    Of the same version they are the same, unless items changed since: bids, pacing, switches.
+    """
+    home = _found(store, funnel)
+    chosen = _resolve(Registry(home), version) if version else None
+    with progress(err) as report:
+        told = requests.replay_log(folder, home, chosen, tail, limit, report)
+    if as_json:
+        print(json.dumps(render.plain(told), indent=1))
+    else:
+        out.print(requests.replayed(told), highlight=False)
 
 
 @audit_app.command("metadata")

@@ -22,6 +22,7 @@ from prerank.bundle.inventory import Inventory
 from prerank.bundle.load import Bundle, load
 from prerank.bundle.publish import ITEMS_UNTIL
 from prerank.bundle.registry import Registry
+from prerank.bundle.scorer import Scorer
 from prerank.config import INDEX
 from prerank.errors import BundleError, RegistryError, RequestError
 from prerank.features.transforms import Transforms
@@ -46,6 +47,7 @@ from prerank.stores.live import LiveUsers
 from prerank.stores.metadata import MetadataTable
 from prerank.stores.reads import FILE as READS
 from prerank.stores.reads import ReadCounts
+from prerank.stores.records import Users
 from prerank.stores.redis_tail import RedisTail
 from prerank.stores.tail import TAIL, LmdbTail, TailStore
 from prerank.types import Given, ItemChange, Request, TopK
@@ -80,7 +82,7 @@ class Funnel:
         said = {column: value for column, value in self.example_context.items() if column in users.contexts}
         self.example_events = _example_events(users.event_names, int(items.item_ids[0]), said)
         self._users, self._items, self._transforms = users, items, bundle.transforms
-        self._scorer, self._tasks = bundle.scorer, bundle.scorer.ranker.tasks
+        self._tasks = bundle.scorer.ranker.tasks
         self._generators = names_of({name: one.quota for name, one in config.generators.items()})
         self._store = changes
         self.inventory = Inventory(bundle, metadata)
@@ -94,6 +96,7 @@ class Funnel:
         self._pool = ThreadPoolExecutor(_STAGES_AT_ONCE, thread_name_prefix="stage")
         self._descriptions = Descriptions(config.metadata, metadata, items, bundle.version, counts)
         self._counts = counts
+        self._bundle = bundle
         self._graph = wire(bundle, users, self._descriptions, self.tail, self._pool)
 
     @classmethod
@@ -162,7 +165,7 @@ class Funnel:
             self.recent.append(request)
             answer = self._answer(request, run)
             if (seen := current()) is not None and seen.is_logged:
-                said = (self._scorer, self._users, self._generators, answer.notes)
+                said = (self.scorer, self._users, self._generators, answer.notes)
                 seen.served = Served.of(request, self.version, run, *said)
             return answer
 
@@ -198,6 +201,15 @@ class Funnel:
     def sweep(self) -> int:
         """Forget the recorded events that the log has by now: how many. For the one process that serves a store."""
         return self._users.sweep()
+
+    @property
+    def scorer(self) -> Scorer:
+        """What decides the order, with its items."""
+        return self._bundle.scorer
+
+    def look_up_in(self, users: Users) -> None:
+        """Know those who ask from `users` from here on. Raises SchemaMismatch where they lack what is read."""
+        self._graph = wire(self._bundle, users, self._descriptions, self.tail, self._pool)
 
     @property
     def ranks_by(self) -> str:

@@ -85,7 +85,7 @@ def test_a_row_is_what_was_asked_known_and_answered(funnel: Funnel, published: P
 
 def test_from_a_row_the_features_are_made_again_to_the_bit(funnel: Funnel, published: Path, tmp_path: Path) -> None:
     log(funnel, tmp_path)
-    transforms, items = funnel.ranking.transforms, funnel._scorer.items
+    transforms, items = funnel.ranking.transforms, funnel.scorer.items
     with LiveUsers.open(published / "users.lmdb", published / "events.lmdb") as users:
         expand = ExpandUser(users, transforms, items)
         for row in read(tmp_path):
