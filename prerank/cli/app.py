@@ -361,6 +361,35 @@ def audit_metadata(store: StoreFolder = _STORE, funnel: FunnelName = "") -> None
         counts.close()
 
 
+@audit_app.command("skew")
+def audit_skew(
+    folder: Annotated[Path, typer.Argument(help="A folder that `prerank serve --log-requests` wrote.")],
+    config: ConfigPath = _CONFIG,
+    data: DataFolder = _DATA,
+    store: StoreFolder = _STORE,
+    limit: Annotated[int, typer.Option(min=1, help="The most requests to compare, the oldest first.")] = 100_000,
+    at_least: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit code 1 where a feature agrees in a smaller share.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Tell which features were served otherwise than training makes them of the tables, for the same user and moment.
+
+    Feature by feature how often they agree, and the worst examples.
+    """
+    read = load_config(config)
+    work = _home(store, read.name) / "work"
+    tables = open_tables(read, data, work)
+    with progress(err) as report:
+        told = requests.skew_of(folder, tables, work, limit, report)
+    if as_json:
+        print(json.dumps(render.plain(told), indent=1))
+    else:
+        out.print(requests.skew(told), highlight=False)
+    if at_least is not None and any(one.agreement is not None and one.agreement < at_least for one in told.features):
+        raise typer.Exit(1)
+
+
 @app.command()
 def demo(
     config: Annotated[

@@ -1,16 +1,20 @@
-"""What a log of requests tells: its requests asked again."""
+"""What a log of requests tells: its requests asked again, and its features beside those of training."""
 
 from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from prerank.data.logs import Tables
 from prerank.evaluate.replay import Replayed, replay
+from prerank.evaluate.skew import Skew, audit_skew
 from prerank.stores.request_files import read_requests, request_files
+from prerank.train.prepare import prepare
 from prerank.types import Report
 
 _FEW = 12  # item_ids of a list that are shown
@@ -26,6 +30,38 @@ def replay_log(
     files = request_files(folder)
     with Funnel.open(store, version, tail=tail) as funnel:
         return replay(islice(read_requests(files), limit), Replaying(funnel), report)
+
+
+def skew_of(folder: Path, tables: Tables, work: Path, limit: int, report: Report) -> Skew:
+    """The first `limit` requests of the log in `folder` beside what training makes of `tables`, prepared in `work`."""
+    files = request_files(folder)
+    return audit_skew(islice(read_requests(files), limit), prepare(tables.config, tables, work, report), report)
+
+
+def skew(told: Skew) -> RenderableType:
+    """As a person reads it: what agrees least comes first."""
+    words = [
+        f"{told.num_compared:,} of {told.num_requests:,} requests compared, {told.num_joined:,} with an impression"
+    ]
+    words += [f"not {num:,}: {why}" for why, num in told.skipped.items()]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("feature", "of", "agree", "differ", "fewer", "more"):
+        table.add_column(name, justify="left" if name in ("feature", "of") else "right")
+    for one in told.features:
+        agree = "-" if one.agreement is None else _share(one.agreement)
+        counts = [f"{one.num_fewer:,}", f"{one.num_more:,}"] if one.owner in ("history", "counter") else ["", ""]
+        differ = one.num_compared - one.num_same
+        table.add_row(one.name, one.owner, agree, f"{differ:,}", *counts, style="yellow" if differ else None)
+    examples = [
+        Text(
+            f"{one.name}, request {each.request_id} of user {each.user_id} at {each.time_ms}\n  served   {each.served}"
+            f"\n  training {each.trained}"
+        )
+        for one in told.features
+        for each in one.worst
+    ]
+    worst = [Text("the worst of each", style="bold"), *examples] if examples else []
+    return Group(Text("\n".join(words)), table, *worst)
 
 
 def replayed(told: Replayed) -> RenderableType:

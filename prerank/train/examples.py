@@ -9,7 +9,7 @@ from torch import Tensor
 from prerank.features.counters import encode
 from prerank.schema import DERIVED, FeatureSchema
 from prerank.train.prepare import Prepared
-from prerank.types import Array
+from prerank.types import Array, Columns
 
 
 class UserExamples:
@@ -33,8 +33,12 @@ class UserExamples:
         log = self.prepared.events
         user = np.asarray(log["user"][events], dtype=np.int64)
         moment = np.asarray(log["time_ms"][events]) if time_ms is None else time_ms
+        return _tensors(self.of(user, moment, {name: log[name][events] for name in self.context}))
+
+    def of(self, user: Array, moment: Array, context: Columns) -> dict[str, Array]:
+        """Features [B, ...] of users int64 [B] at moments int64 [B], with these encoded context features [B, ...]."""
         columns = {name: self.prepared.users[name][user] for name in self.profile}
-        columns |= {name: log[name][events] for name in self.context}
+        columns |= {name: context[name] for name in self.context}
         lines = self.timelines
         columns |= {name: lines[name].before(user, moment, length) for name, length in self.lengths.items()}
         who = {"": user} | {on: pairs.place(user, columns[on]) for on, pairs in self.pairs.items()}
@@ -42,7 +46,11 @@ class UserExamples:
             name: encode(counter, lines[name], self.shown[counter.on], who[counter.on], moment)
             for name, counter in self.counters.items()
         }
-        return {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
+        return columns
+
+
+def _tensors(columns: Columns) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
 
 
 def item_tensors(prepared: Prepared) -> dict[str, Tensor]:
