@@ -136,6 +136,8 @@ def train(
     Goes on where it was stopped, and does again only what changed.
     """
     trained, _ = _trained(config, data, store, teacher)
+    if trained.config.data.requests:
+        out.print(requests.served(trained.prepared), highlight=False)
     out.print(render.epochs(trained))
 
 

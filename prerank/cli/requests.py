@@ -14,7 +14,7 @@ from prerank.data.logs import Tables
 from prerank.evaluate.replay import Replayed, replay
 from prerank.evaluate.skew import Skew, audit_skew
 from prerank.stores.request_files import read_requests, request_files
-from prerank.train.prepare import prepare
+from prerank.train.prepare import Prepared, prepare
 from prerank.types import Report
 
 _FEW = 12  # item_ids of a list that are shown
@@ -62,6 +62,16 @@ def skew(told: Skew) -> RenderableType:
     ]
     worst = [Text("the worst of each", style="bold"), *examples] if examples else []
     return Group(Text("\n".join(words)), table, *worst)
+
+
+def served(prepared: Prepared) -> RenderableType:
+    """How much of what is trained on is as it was served."""
+    num = int(prepared.events["logged"].sum())
+    words = [f"features as served: {prepared.num_served:,} of {num:,} impressions"]
+    if not prepared.num_served:
+        words.append("none is of a logged request: is [data].time the moment of the request? If not, [data].request_id")
+    words += [f"not {num:,} logged requests: {why}" for why, num in prepared.unserved.items()]
+    return Text("\n".join(words))
 
 
 def replayed(told: Replayed) -> RenderableType:

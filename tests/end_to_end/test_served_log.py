@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from prerank.bundle.toml import to_toml
 from prerank.serve.funnel import Funnel
 from tests.cli.test_cli import run
 from tests.serve.logs import log, read
@@ -71,3 +73,19 @@ def test_a_log_that_is_none_is_refused(world, tmp_path: Path) -> None:
     where = ("--config", world.config_path, "--data", world.data, "--store", tmp_path / "store")
     said = run("audit", "skew", tmp_path, *where, code=1)
     assert "expected files requests-*.parquet, found none" in " ".join(said.split())
+
+
+def test_training_takes_what_was_served_and_says_of_how_many_impressions(world, served: Path, tmp_path: Path) -> None:
+    funnel = tmp_path / "funnel.toml"
+    config = replace(world.config, data=replace(world.config.data, requests=f"{served}/log/*.parquet"))
+    funnel.write_text(to_toml(config.to_dict()))
+    where = ("--config", funnel, "--data", world.data, "--store", tmp_path / "store")
+    assert "no problem found" in run("check", *where)
+    told = run("train", *where)
+    found = re.search(r"features as served: ([\d,]+) of 12,000 impressions", told)
+    assert found is not None, told
+    asked = {(row.user_id, row.time_ms) for row in read(served / "log")}
+    batches = world.tables().impressions(["user_id", "time_ms"])
+    rows = [(row["user_id"], row["time_ms"]) for batch in batches for row in batch.to_pylist()]
+    assert int(found[1].replace(",", "")) == sum(one in asked for one in rows) > NUM, "all items of each request"
+    assert "two towers, measured on the validate days" in told
