@@ -13,6 +13,7 @@ from prerank.serve.traces import LATEST, Trace, Traces
 
 _log = structlog.get_logger(__name__)
 _TRACED = "/v1/recommend"
+_ANSWERED = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Seeing:
             return
         if self.traces.most:
             self.traces.add(Trace.of(seen, status, seconds * 1000.0))
-        if self.requests is not None and seen.served is not None:
+        if self.requests is not None and seen.served is not None and status == _ANSWERED:
             self.requests.put(seen.served, seconds * 1000.0)
         if self._lines and random.random() < self._lines:
             answer = seen.answer

@@ -21,7 +21,7 @@ from prerank.serve.expand import ExpandUser
 from prerank.serve.funnel import Funnel
 from prerank.serve.http import create_app
 from prerank.serve.request_log import LogOptions, RequestLog
-from prerank.serve.seeing import Sight
+from prerank.serve.seeing import Seeing, Sight
 from prerank.serve.seen import Seen, begin, end
 from prerank.serve.served import NUM_LOST, Served, _drawn
 from prerank.stores.live import LiveUsers
@@ -171,6 +171,17 @@ def test_a_request_that_is_not_answered_is_not_logged(funnel: Funnel, options: L
         told = client.get("/metrics").text
         assert "prerank_logged_requests_waiting" in told
     assert [row.k for row in read(options.folder)] == [3]
+
+
+@pytest.mark.parametrize(("status", "num"), [(200, 1), (499, 0), (500, 0)])
+def test_an_answer_that_nobody_got_is_not_logged(served: Served, options: LogOptions, status: int, num: int) -> None:
+    seeing = Seeing(Sight(requests=options))
+    seen = seeing.comes("r")
+    assert seen.is_logged
+    seen.request, seen.served = served.request, served
+    seeing.leaves(seen, "/v1/recommend", status, 0.002)
+    seeing.close()
+    assert len(list(options.folder.iterdir())) == num
 
 
 def metric(text: str, outcome: str) -> float:
