@@ -285,7 +285,7 @@ def serve(
 
     most_bytes = None if log_gb is None else int(log_gb * 1e9)
     logged = None if log_requests is None else LogOptions(log_requests, sample, most_bytes, log_days)
-    sight = Sight(traces, lines, logged)
+    sight = Sight(traces, lines, requests=logged)
     serve_http(
         _found(store, funnel),
         host=host,
