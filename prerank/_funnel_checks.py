@@ -24,6 +24,8 @@ GATES = ("retrieval_recall", "recall_over_popularity", "normalised_entropy", "ca
 def check_names(config: Config, problems: Problems) -> None:
     """Add to `problems` whatever of `config` does not meet or is out of range."""
     _check_days(config.data, problems)
+    if config.data.request_id and not config.data.requests:
+        problems.add("data.request_id", "expected [data].requests beside it, the log of requests with these ids")
     if not config.retrieval.targets:
         problems.add("retrieval.targets", "expected the weight of at least one event, such as { is_click = 1.0 }")
     if not config.tasks:

@@ -38,6 +38,8 @@ class Data:
     `adapter` names a reader of a public dataset that makes these tables from its own files.
     `computed` names a time column (UTC ms) of the users and items tables: when that row's features were computed.
     `labelled` names one of the log: when the row's labels were known; empty is at once, at the row's own time.
+    `requests` is a server's log of requests: what was served is what is trained on, for impressions of a request in it.
+    They are the user's of the same time, or those with its id in the log's column `request_id`, if there is one.
     """
 
     impressions: str
@@ -54,6 +56,8 @@ class Data:
     timezone: str = "UTC"
     computed: str = ""
     labelled: str = ""
+    requests: str = ""
+    request_id: str = ""
 
     def days(self, part: Literal["train", "validate", "test"]) -> list[str]:
         """Each ISO day of one part, in order."""

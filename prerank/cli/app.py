@@ -16,7 +16,7 @@ from prerank import __version__
 from prerank.bundle.load import load
 from prerank.bundle.manifest import CONFIG, METADATA
 from prerank.bundle.registry import Registry
-from prerank.cli import render
+from prerank.cli import render, requests
 from prerank.cli.demo import demo as run_demo
 from prerank.cli.doctor import examine
 from prerank.cli.progress import progress
@@ -137,6 +137,8 @@ def train(
     Goes on where it was stopped, and does again only what changed.
     """
     trained, _ = _trained(config, data, store, teacher)
+    if trained.config.data.requests:
+        out.print(requests.served(trained.prepared), highlight=False)
     out.print(render.epochs(trained))
 
 
@@ -270,15 +272,29 @@ def serve(
         bool | None,
         typer.Option(help="Send OpenTelemetry spans; by default where OTEL_EXPORTER_OTLP_ENDPOINT is set."),
     ] = None,
+    log_requests: Annotated[
+        Path | None,
+        typer.Option(help="A folder to log requests in, as answered: Parquet files to replay and train on."),
+    ] = None,
+    sample: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that is logged.")] = 0.01,
+    log_gb: Annotated[
+        float | None, typer.Option(min=0, help="The oldest files of the log go when all take more; by default none.")
+    ] = None,
+    log_days: Annotated[
+        float | None, typer.Option(min=0, help="A file of the log goes when it is so old; by default none.")
+    ] = None,
 ) -> None:
     """Serve the live version over HTTP, and each that is promoted later.
 
     POST /v1/recommend answers; /docs describes it. The ranking stage alone is under /v2.
     """
     from prerank.serve.http import serve as serve_http  # the HTTP stack is only needed here
+    from prerank.serve.request_log import LogOptions
     from prerank.serve.seeing import Sight
 
-    sight = Sight(traces, lines)
+    most_bytes = None if log_gb is None else int(log_gb * 1e9)
+    logged = None if log_requests is None else LogOptions(log_requests, sample, most_bytes, log_days)
+    sight = Sight(traces, lines, requests=logged)
     serve_http(
         _found(store, funnel),
         host=host,
@@ -318,6 +334,30 @@ def recommend(
         out.print(render.answer(answer))
 
 
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="A folder that `prerank serve --log-requests` wrote.")],
+    version: Annotated[str, typer.Option("--version", help="The version to ask; by default the live one.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="The most requests to ask, the oldest first.")] = 10_000,
+    store: StoreFolder = _STORE,
+    funnel: FunnelName = "",
+    tail: TailUrl = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Ask a version the requests of a log again, with the features as served, and compare its winners.
+
+    Of the same version they are the same, unless items changed since: bids, pacing, switches.
+    """
+    home = _found(store, funnel)
+    chosen = _resolve(Registry(home), version) if version else None
+    with progress(err) as report:
+        told = requests.replay_log(folder, home, chosen, tail, limit, report)
+    if as_json:
+        print(json.dumps(render.plain(told), indent=1))
+    else:
+        out.print(requests.replayed(told), highlight=False)
+
+
 @audit_app.command("metadata")
 def audit_metadata(store: StoreFolder = _STORE, funnel: FunnelName = "") -> None:
     """Tell which columns of metadata were ever read, and what each takes.
@@ -332,6 +372,35 @@ def audit_metadata(store: StoreFolder = _STORE, funnel: FunnelName = "") -> None
         out.print(render.reads(config.metadata, table, counts.all()))
     finally:
         counts.close()
+
+
+@audit_app.command("skew")
+def audit_skew(
+    folder: Annotated[Path, typer.Argument(help="A folder that `prerank serve --log-requests` wrote.")],
+    config: ConfigPath = _CONFIG,
+    data: DataFolder = _DATA,
+    store: StoreFolder = _STORE,
+    limit: Annotated[int, typer.Option(min=1, help="The most requests to compare, the oldest first.")] = 100_000,
+    at_least: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit code 1 where a feature agrees in a smaller share.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Tell which features were served otherwise than training makes them of the tables, for the same user and moment.
+
+    Feature by feature how often they agree, and the worst examples.
+    """
+    read = load_config(config)
+    work = _home(store, read.name) / "work"
+    tables = open_tables(read, data, work)
+    with progress(err) as report:
+        told = requests.skew_of(folder, tables, work, limit, report)
+    if as_json:
+        print(json.dumps(render.plain(told), indent=1))
+    else:
+        out.print(requests.skew(told), highlight=False)
+    if at_least is not None and any(one.agreement is not None and one.agreement < at_least for one in told.features):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from prerank.bundle.inventory import Inventory
 from prerank.bundle.load import Bundle, load
 from prerank.bundle.publish import ITEMS_UNTIL
 from prerank.bundle.registry import Registry
+from prerank.bundle.scorer import Scorer
 from prerank.config import INDEX
 from prerank.errors import BundleError, DeadlineExceeded, RegistryError, RequestError
 from prerank.features.transforms import Transforms
@@ -32,11 +33,14 @@ from prerank.kernels.native import level, library
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed, Changes
 from prerank.serve.expand import ExpandUser
+from prerank.serve.generate import names_of
 from prerank.serve.graph import Deadline, GraphRun
 from prerank.serve.metadata import Described, Descriptions
 from prerank.serve.passage import run_graph
 from prerank.serve.ranking import Ranking
 from prerank.serve.record import Recorded, check_contexts, check_events
+from prerank.serve.seen import current
+from prerank.serve.served import Served
 from prerank.serve.tail import Tail
 from prerank.serve.wiring import wire
 from prerank.stores.events import LiveEvent
@@ -45,6 +49,7 @@ from prerank.stores.live import LiveUsers
 from prerank.stores.metadata import MetadataTable
 from prerank.stores.reads import FILE as READS
 from prerank.stores.reads import ReadCounts
+from prerank.stores.records import Users
 from prerank.stores.redis_tail import RedisTail
 from prerank.stores.tail import TAIL, LmdbTail, TailStore
 from prerank.types import Given, ItemChange, Request, TopK
@@ -80,6 +85,7 @@ class Funnel:
         self.example_events = _example_events(users.event_names, int(items.item_ids[0]), said)
         self._users, self._items, self._transforms = users, items, bundle.transforms
         self._tasks = bundle.scorer.ranker.tasks
+        self._generators = names_of({name: one.quota for name, one in config.generators.items()})
         self._store = changes
         self.inventory = Inventory(bundle, metadata)
         self._changes = Changes(self.inventory, bundle.scorer.live, changes, _items_until(bundle))
@@ -92,6 +98,7 @@ class Funnel:
         self._pool = ThreadPoolExecutor(_STAGES_AT_ONCE, thread_name_prefix="stage")
         self._descriptions = Descriptions(config.metadata, metadata, items, bundle.version, counts)
         self._counts = counts
+        self._bundle = bundle
         self._graph = wire(bundle, users, self._descriptions, self.tail, self._pool)
 
     @classmethod
@@ -159,7 +166,11 @@ class Funnel:
         with torch.inference_mode(), self.inventory.readers.reading():
             run = run_graph(self._graph, {"request": request}, deadline, cancelled)
             self.recent.append(request)
-            return self._answer(request, run)
+            answer = self._answer(request, run)
+            if (seen := current()) is not None and seen.is_logged:
+                said = (self.scorer, self._users, self._generators, answer.notes)
+                seen.served = Served.of(request, self.version, run, *said)
+            return answer
 
     def describe(self, item_ids: Sequence[int], columns: Sequence[str] | None) -> Described:
         """Metadata of items, deferred columns too; see `Descriptions.describe`."""
@@ -193,6 +204,15 @@ class Funnel:
     def sweep(self) -> int:
         """Forget the recorded events that the log has by now: how many. For the one process that serves a store."""
         return self._users.sweep()
+
+    @property
+    def scorer(self) -> Scorer:
+        """What decides the order, with its items."""
+        return self._bundle.scorer
+
+    def look_up_in(self, users: Users) -> None:
+        """Know those who ask from `users` from here on. Raises SchemaMismatch where they lack what is read."""
+        self._graph = wire(self._bundle, users, self._descriptions, self.tail, self._pool)
 
     @property
     def ranks_by(self) -> str:

@@ -105,6 +105,7 @@ def create_app(
         if beside is not None:
             beside.stop(MOST_S)
         server.close()
+        server.seeing.close()
 
     app = Starlette(
         routes=[
@@ -218,6 +219,8 @@ class _Server:
         self.metrics.serves(self.live)
         if seeing.spans is not None:
             self.metrics.sends(seeing.spans)
+        if seeing.requests is not None:
+            self.metrics.logs(seeing.requests)
 
     @property
     def funnel(self) -> Recommender | PrerankError:

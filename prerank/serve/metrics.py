@@ -13,6 +13,7 @@ from prerank.serve.answer import Answer
 from prerank.serve.changes import Changed
 from prerank.serve.live_version import LiveVersion
 from prerank.serve.record import Recorded
+from prerank.serve.request_log import RequestLog
 from prerank.serve.seen import Spans
 from prerank.stores.events import LiveEvent
 
@@ -79,6 +80,27 @@ class _Sent(Collector):
         for outcome, number in self._spans.counts().items():
             family.add_metric([outcome], number)
         yield family
+
+
+class _Logging(Collector):
+    """What becomes of the requests that are logged."""
+
+    def __init__(self, log: RequestLog) -> None:
+        self._log = log
+
+    def collect(self) -> Iterator[Metric]:
+        """As prometheus_client asks for it."""
+        family = CounterMetricFamily(
+            "prerank_logged_requests",
+            "Requests of the share that is logged: written to a file, dropped for want of room to wait, or failed.",
+            labels=["outcome"],
+        )
+        for outcome, number in self._log.counts().items():
+            family.add_metric([outcome], number)
+        yield family
+        yield GaugeMetricFamily(
+            "prerank_logged_requests_waiting", "Requests that wait to be logged.", self._log.num_waiting
+        )
 
 
 def _one(name: str, about: str, label: str, value: str) -> GaugeMetricFamily:
@@ -157,6 +179,10 @@ class ServeMetrics:
     def sends(self, spans: Spans) -> None:
         """Say, whenever somebody scrapes, what came of `spans`."""
         self._registry.register(_Sent(spans))
+
+    def logs(self, log: RequestLog) -> None:
+        """Say of `log`, whenever somebody scrapes, what it counts itself."""
+        self._registry.register(_Logging(log))
 
     def answered(self, answer: Answer) -> None:
         """Note an answer's stages."""

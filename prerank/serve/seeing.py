@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from prerank.errors import ConfigError
+from prerank.serve.request_log import LogOptions, RequestLog
 from prerank.serve.seen import Seen, Spans
 from prerank.serve.traces import LATEST, Trace, Traces
 
@@ -18,33 +19,40 @@ _TRACED = "/v1/recommend"
 _RANKED = "/v2/models/", "/infer"
 RANKED_BY_GRPC = "/inference.GRPCInferenceService/ModelInfer"
 """The path of that call, as gRPC has it."""
+_ANSWERED = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Sight:
     """How much is shown: the latest `traces` requests are kept (0: none), and a share `lines` has a line in the log.
 
-    `spans`, if any, is told of every call that asks for work.
+    `spans`, if any, is told of every call that asks for work. A share of `requests` is kept as they were answered, in
+    files.
     """
 
     traces: int = LATEST
     lines: float = 0.0
     spans: Spans | None = None
+    requests: LogOptions | None = None
 
 
 AS_USUAL = Sight()
 
 
 class Seeing:
-    """Those who watch the requests of one app."""
+    """Those who watch the requests of one app. Raises ConfigError where requests cannot be logged."""
 
     def __init__(self, sight: Sight = AS_USUAL) -> None:
         self.traces, self._lines, self.spans = Traces(sight.traces), sight.lines, sight.spans
+        self.requests = None if sight.requests is None else RequestLog(sight.requests)
 
     def arrives(self, seen: Seen, method: str, headers: Mapping[str, str]) -> None:
         """Tell of a request that came, if it asks for work."""
-        if self.spans is not None and method == "POST":
+        if method != "POST":
+            return
+        if self.spans is not None:
             seen.span = self.spans.begin(seen, headers)
+        seen.is_logged = self.requests is not None and self.requests.wants(seen.request_id)
 
     def leaves(self, seen: Seen, path: str, status: int, seconds: float) -> None:
         """Tell of a request that left with this HTTP status; traces and lines are of those for winners alone."""
@@ -54,6 +62,8 @@ class Seeing:
             return
         if self.traces.most:
             self.traces.add(Trace.of(seen, status, seconds * 1000.0))
+        if self.requests is not None and seen.served is not None and status == _ANSWERED:
+            self.requests.put(seen.served, seconds * 1000.0)
         if self._lines and random.random() < self._lines:
             answer = seen.answer
             _log.info(
@@ -65,6 +75,11 @@ class Seeing:
                 degraded=answer is not None and answer.degraded,
                 error=None if seen.error is None else seen.error[0],
             )
+
+    def close(self) -> None:
+        """Write what is waiting to be."""
+        if self.requests is not None:
+            self.requests.close()
 
 
 def spans_of(wanted: bool | None, environment: Mapping[str, str] = os.environ) -> Spans | None:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from prerank.serve.answer import Answer
 from prerank.serve.graph import StageReport
+from prerank.serve.served import Served
 from prerank.types import Request
 
 
@@ -23,7 +24,8 @@ class Seen:
 
     `began` is when its stages did, in seconds; `stages` and `notes` are what the graph said, `error` the type and
     message of what the client got instead of an answer. `version` is of an answer that is no `answer`: of the ranking
-    stage alone. `span` is where a tracing system is told, if one is.
+    stage alone. `span` is where a tracing system is told, if one is. `served` is what it was answered from, where
+    `is_logged`.
     """
 
     request_id: str
@@ -37,6 +39,8 @@ class Seen:
     error: tuple[str, str] | None = None
     version: str | None = None
     span: Span | None = None
+    is_logged: bool = False
+    served: Served | None = None
 
     @property
     def named(self) -> dict[str, str]:

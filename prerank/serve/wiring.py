@@ -50,6 +50,7 @@ def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | Non
     if tail is not None:
         stages.append(Locate(tail))
     said = {"winners", "described", "user_notes", "retrieve_notes", "rank_notes"}
+    said |= {"record", "features", "candidates"}  # what the log of requests keeps
     return RequestGraph(
         stages,
         inputs=frozenset({"request"}),

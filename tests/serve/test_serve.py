@@ -70,14 +70,13 @@ def test_where_nothing_is_live_the_server_does_not_start(store: Path) -> None:
 
 
 @contextmanager
-def started(store: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A ready server of its own process, and its address."""
+def started(store: Path, before: str = "", more: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A ready server of its own process, and its address; `before` makes what it is given `more`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = (
-        f"from pathlib import Path; from prerank.serve.http import serve; serve(Path({str(store)!r}), port={port})"
-    )
+    program = "from pathlib import Path; from prerank.serve.http import serve; "
+    program += f"{before or 'pass'}; serve(Path({str(store)!r}), port={port}, {more})"
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     try:
         address = f"http://127.0.0.1:{port}"
