@@ -176,7 +176,8 @@ def test_a_request_that_is_not_answered_is_not_logged(funnel: Funnel, options: L
 @pytest.mark.parametrize(("status", "num"), [(200, 1), (499, 0), (500, 0)])
 def test_an_answer_that_nobody_got_is_not_logged(served: Served, options: LogOptions, status: int, num: int) -> None:
     seeing = Seeing(Sight(requests=options))
-    seen = seeing.comes("r")
+    seen = Seen("r")
+    seeing.arrives(seen, "POST", {})
     assert seen.is_logged
     seen.request, seen.served = served.request, served
     seeing.leaves(seen, "/v1/recommend", status, 0.002)
