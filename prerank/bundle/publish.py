@@ -57,7 +57,8 @@ class Parts:
     popularity float32 [I, S];
     golden_user encoded user and context features and counters [G, ...]. `parents` names what it was made from,
     `metrics` what was measured; neither changes what the version is. Both models are left in eval mode.
-    `targeting` are the raw columns [I] that the rules of [targeting] read.
+    `targeting` are the raw columns [I] that the rules of [targeting] read. `vectors` float32 [I, D] are what the towers
+    give of the items, made before; None lets `publish` make them.
     """
 
     config: Config
@@ -72,6 +73,7 @@ class Parts:
     parents: Mapping[str, str]
     metrics: Mapping[str, object]
     targeting: pa.Table | None = None
+    vectors: Array | None = None
 
 
 def publish(store: Path, parts: Parts) -> str:
@@ -125,7 +127,11 @@ def _check(parts: Parts) -> None:
     if parts.ranker.tasks != tuple(parts.config.tasks):
         raise SchemaMismatch(f"the ranker predicts {parts.ranker.tasks}, and the tasks are {tuple(parts.config.tasks)}")
     num_items = len(parts.item_ids)
-    for what, rows in {"item_table": parts.item_table.num_rows, "popularity": len(parts.popularity)}.items():
+    for what, rows in {
+        "item_table": parts.item_table.num_rows,
+        "popularity": len(parts.popularity),
+        "vectors": num_items if parts.vectors is None else len(parts.vectors),
+    }.items():
         if rows != num_items:
             raise DataError(f"publish: {what} has {rows} rows for {num_items} item_ids")
     schema = parts.config.features
@@ -204,16 +210,23 @@ def _targeting(parts: Parts) -> Targeting | None:
 @torch.no_grad()
 def _vectors(parts: Parts, items: ItemTable) -> Tensor:
     """The item tower's vectors float32 [C, D] in row order; those of the slack, NaN, are found by nobody."""
-    order, pieces = _order(parts.item_ids), []
+    order = _order(parts.item_ids)
+    vectors: Tensor | None = None
     for start in range(0, len(order), _ITEMS_AT_ONCE):
         some = order[start : start + _ITEMS_AT_ONCE]
-        features = {name: torch.from_numpy(np.asarray(column[some])) for name, column in parts.item_columns.items()}
-        popularity = torch.from_numpy(np.asarray(parts.popularity[some], dtype=np.float32))
-        pieces.append(parts.towers.item_side(features, popularity))
-    vectors = torch.cat(pieces)
-    _refuse_nonfinite(vectors, "the item vectors")
-    slack = items.num_rows - items.num_published
-    return torch.cat([vectors, torch.full((slack, vectors.shape[1]), torch.nan)])
+        made = _made(parts, some) if parts.vectors is None else torch.from_numpy(np.array(parts.vectors[some]))
+        if vectors is None:
+            vectors = torch.full((items.num_rows, made.shape[1]), torch.nan)
+        vectors[start : start + len(some)] = made
+    assert vectors is not None, "a version has items"
+    _refuse_nonfinite(vectors[: len(order)], "the item vectors")
+    return vectors
+
+
+def _made(parts: Parts, some: Array) -> Tensor:
+    """What the towers give of items int64 [n]."""
+    features = {name: torch.from_numpy(np.asarray(column[some])) for name, column in parts.item_columns.items()}
+    return parts.towers.item_side(features, torch.from_numpy(np.asarray(parts.popularity[some], dtype=np.float32)))
 
 
 def _write_metadata(path: Path, raw: pa.Table, config: Config) -> None:
