@@ -45,7 +45,7 @@ class Index(Protocol):
         ...
 
     def prepare(self, query: Tensor, k: int, floor: float) -> None:
-        """Make ready to find at least `floor` of the `k` best of queries like `query` float32 [Q, D], before it is saved.
+        """Make ready to find at least `floor` of the `k` best of queries like `query` float32 [Q, D], before `save`.
 
         What it builds and measures for that is saved, and loaded again. Until then, and for a larger k, it is exact.
         """

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from types import ModuleType
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -62,7 +63,9 @@ class Links:
             "ranges": (torch.float32, (2, dim)),
         }
         if said != wanted or levels is None or neighbors is None or type(entry) is not int:
-            raise BundleError(f"a graph over [{num_rows}, {dim}]: expected {wanted} and a row to enter by, found {said}")
+            raise BundleError(
+                f"a graph over [{num_rows}, {dim}]: expected {wanted} and a row to enter by, found {said}"
+            )
         links = cls(levels, neighbors, tensors["codes"], tensors["ranges"], entry)
         fault = links._fault()
         if fault:
@@ -83,7 +86,8 @@ class Links:
             return f"expected links to rows up to {len(levels) - 1}, found {neighbors.min()} to {neighbors.max()}"
         # a link on a higher level is followed on that level, where its row must have places too
         above = np.flatnonzero(levels > 1)
-        for row, start in zip(above.tolist(), _starts(levels)[above].tolist(), strict=True):
+        starts = _starts(levels)[above]
+        for row, start in zip(above.tolist(), starts.tolist(), strict=True):
             for level in range(1, int(levels[row])):
                 first = start + LINKS * (level + 1)
                 linked = neighbors[first : first + LINKS]
@@ -114,6 +118,7 @@ def build_links(vectors: Array, threads: int) -> Links | None:
     levels = faiss.vector_to_array(near.hnsw.levels).astype(np.uint8)
     assert (levels == faiss.vector_to_array(suiting.hnsw.levels)).all(), "one seed gives the same levels"
     neighbors = _array(faiss, near.hnsw.neighbors).copy()
+    # what a level's links are is told by their place, and the lowest comes first
     lowest = _starts(levels)[:-1, None] + np.arange(2 * LINKS)
     neighbors[lowest] = _both(neighbors[lowest], _array(faiss, suiting.hnsw.neighbors)[lowest])
     entry = int(found[near.hnsw.entry_point])
@@ -121,7 +126,8 @@ def build_links(vectors: Array, threads: int) -> Links | None:
     codes, ranges = _encode(some)
     all_codes = np.zeros((len(vectors), codes.shape[1]), np.uint8)
     all_codes[found] = codes
-    return Links(*(torch.from_numpy(a) for a in (all_levels, all_neighbors, all_codes, ranges)), entry)
+    levels_I, neighbors_N = torch.from_numpy(all_levels), torch.from_numpy(all_neighbors)
+    return Links(levels_I, neighbors_N, torch.from_numpy(all_codes), torch.from_numpy(ranges), entry)
 
 
 class Graph:
@@ -203,16 +209,25 @@ def _encode(vectors: Array) -> tuple[Array, Array]:
     return codes.astype(np.uint8), np.stack([least, over]).astype(np.float32)
 
 
-def _array(faiss: Any, memory: Any) -> Array:
+class _Memory(Protocol):
+    """A vector of C++."""
+
+    def data(self) -> object: ...
+
+    def size(self) -> int: ...
+
+
+def _array(faiss: ModuleType, memory: _Memory) -> Array:
     """Its numbers where they lie."""
     numbers: Array = faiss.rev_swig_ptr(memory.data(), memory.size())
     return numbers
 
 
-def _faiss() -> Any:
+def _faiss() -> ModuleType:
     """The library, looked for when a graph is needed: an index that is exact does without."""
     try:
         import faiss
     except ImportError as error:
-        raise ConfigError(f"retrieval.index kind = 'hnsw' needs an extra, {error}; pip install 'prerank[hnsw]'") from None
-    return faiss
+        raise ConfigError(f"an index of kind 'hnsw' needs an extra, {error}; pip install 'prerank[hnsw]'") from None
+    library: ModuleType = faiss
+    return library

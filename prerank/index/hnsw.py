@@ -53,6 +53,7 @@ class HNSWIndex:
 
     def __init__(self, vectors: Tensor, storage: Storage = "float32") -> None:
         self.models: Mapping[str, str] = {}
+        self._later: _Later
         self._set(ExactIndex(vectors, storage), Plan(0, 0.0, 0), None)
 
     @property
@@ -112,7 +113,7 @@ class HNSWIndex:
         kept[rows] = False
         fresh = later.fresh[~torch.isin(later.fresh, rows)]
         if vectors is not None:
-            fresh = torch.cat([fresh, rows]).unique()
+            fresh = torch.cat([fresh, rows]).sort().values
         self._later = _Later(fresh, kept, int(np.count_nonzero(kept.numpy())))
 
     def own(self) -> None:
@@ -159,9 +160,11 @@ class HNSWIndex:
         return torch.get_num_threads() if self.threads is None else self.threads
 
     def _all(self, query: Tensor, k: int, eligible: Tensor | None) -> CandidateSet:
-        exact = self._exact
-        similarity, rows = scan_top_k(exact.vectors, exact.scales, query, k, eligible, self.threads)
+        similarity, rows = self._scan(query, k, eligible, self.threads)
         return CandidateSet(rows=rows, similarity=similarity, valid=rows >= 0)
+
+    def _scan(self, query: Tensor, k: int, eligible: Tensor | None, threads: int | None) -> tuple[Tensor, Tensor]:
+        return scan_top_k(self._exact.vectors, self._exact.scales, query, k, eligible, threads)
 
     def _by_graph(
         self, query: Tensor, k: int, eligible: Tensor | None, step: Step, later: _Later, fresh: Tensor
@@ -170,16 +173,18 @@ class HNSWIndex:
         assert self._graph is not None
         bits = _bits(eligible, later, self._graph.num_rows)
         named = torch.from_numpy(self._graph.find(query, step.width, bits, self._num_threads()))
-        exact, found = self._exact, []
-        for one, rows in zip(query.split(1), named, strict=True):
-            some: Tensor | None = rows[rows >= 0]
-            if some is None or len(some) < step.least:
-                some, threads = eligible, self.threads
-            else:
-                # so few are looked at faster than a second thread is woken
-                threads = 1 if len(fresh) < step.width else self.threads
-                some = torch.cat([some, fresh]).sort().values
-            found.append(scan_top_k(exact.vectors, exact.scales, one, k, some, threads))
+        # so few are looked at faster than a second thread is woken
+        threads = 1 if len(fresh) < step.width else self.threads
+        found = []
+        for b, rows in enumerate(named):
+            some, one = rows[rows >= 0], query[b : b + 1]
+            answer = None
+            if len(some) >= step.least:
+                answer = self._scan(one, k, torch.cat([some, fresh]).sort().values, threads)
+            # one that the graph names may have left meanwhile
+            if answer is None or int(answer[1][0, -1]) < 0:
+                answer = self._scan(one, k, eligible, self.threads)
+            found.append(answer)
         similarity, best = (torch.cat(both) for both in zip(*found, strict=True))
         return CandidateSet(rows=best, similarity=similarity, valid=best >= 0)
 

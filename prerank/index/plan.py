@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import ceil
 from typing import Self, TypeAlias
 
@@ -112,20 +113,24 @@ def measure(
     for share in SHARES if 0 < k < num_rows and len(query) else ():
         cases = [list(_cases(masks, query)) for masks in _masks(vectors, found, share)]
         truth = [_asked(lambda one, mask: exact(one, k, mask), some, clock) for some in cases]
-        best = Step(share, 0, 0, 1.0, 1.0)
+        best = None
         for width in _widths(k, num_rows, share, steps):
             step = Step(share, width, steps[0].width if steps else k, 1.0, 1.0)
-            tried = [_asked(lambda one, mask, s=step: by_graph(one, k, mask, s), some, clock) for some in cases]
+            tried = [_asked(partial(_of_step, by_graph, k, step), some, clock) for some in cases]
             pace = _pace(tried, truth)
             least, recall = _recalls(tried, truth)
-            if least >= floor and pace < min(best.pace, _WORTH):
+            if least >= floor and pace < (_WORTH if best is None else best.pace):
                 best = replace(step, recall=recall, pace=pace)
             if share == 1 and (least >= floor or pace > _WORTH):
                 break
-        steps.append(best)
-        if not best.width:
+        steps.append(best or Step(share, 0, 0, 1.0, 1.0))
+        if best is None:
             break
     return Plan(k, floor, num_rows, tuple(steps))
+
+
+def _of_step(by_graph: ByGraph, k: int, step: Step, one: Tensor, mask: Tensor | None) -> CandidateSet:
+    return by_graph(one, k, mask, step)
 
 
 def _widths(k: int, num_rows: int, share: float, steps: Sequence[Step]) -> Iterator[int]:
@@ -199,4 +204,3 @@ def _recalls(tried: Sequence[_Asked], truth: Sequence[_Asked]) -> tuple[float, f
         scatter = shares.std(ddof=1) / np.sqrt(len(shares)) if len(shares) > 1 else 0.0
         both.append((float(shares.mean() - 2 * scatter), float(shares.mean())))
     return min(both)
-
