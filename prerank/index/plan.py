@@ -77,7 +77,7 @@ class Plan:
             return None
         for step in self.steps:
             if num_eligible >= step.share * self.num_rows:
-                is_worth_it = num_fresh <= (1 - step.pace) * num_eligible
+                is_worth_it = not num_fresh or num_fresh <= (1 - step.pace) * num_eligible
                 return step if step.width and is_worth_it else None
         return None
 

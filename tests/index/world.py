@@ -1,6 +1,6 @@
 """Vectors as towers give them: items in groups, of many lengths, and users who are no items."""
 
-import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from prerank.index import plan
 from prerank.index.hnsw import HNSWIndex
 from prerank.index.storage import Storage
 
-NUM_ROWS, WIDTH, K, FLOOR = 4_000, 16, 20, 0.95
+NUM_ROWS, WIDTH, K, FLOOR = 2_000, 16, 20, 0.95
 
 
 def vectors(num: int = NUM_ROWS, width: int = WIDTH, seed: int = 0) -> torch.Tensor:
@@ -29,11 +29,17 @@ def queries(num: int, width: int = WIDTH, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def always_worth_it(monkeypatch):
-    """However slow a graph is beside the scan of so few rows, it is searched where it finds enough."""
-    monkeypatch.setattr(plan, "_WORTH", math.inf)
+    """Of so few rows a graph is never faster than a scan; here it is searched wherever it finds enough."""
+    monkeypatch.setattr(plan, "_pace", lambda tried, truth: 0.5)
+
+
+@cache
+def plain(storage: Storage) -> HNSWIndex:
+    """Over `vectors()`, for those who change nothing of it."""
+    return prepared(vectors(), storage)
 
 
 def prepared(some: torch.Tensor, storage: Storage = "float32", k: int = K, floor: float = FLOOR) -> HNSWIndex:
     index = HNSWIndex(some, storage)
-    index.prepare(queries(32, some.shape[1]), k, floor)
+    index.prepare(queries(16, some.shape[1]), k, floor)
     return index
