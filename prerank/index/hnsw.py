@@ -64,11 +64,11 @@ class HNSWIndex:
     def search(self, query: Tensor, k: int, eligible: Tensor | None) -> CandidateSet:
         """The k rows of largest dot product with each query float32 [B, D], or nearly; see `Index.search`."""
         later = self._later
-        if self._graph is None or not len(query):
+        if self.graph is None or not len(query):
             return self._all(query, k, eligible)
         is_listed = eligible is not None and eligible.dtype == torch.int64
         if eligible is not None and is_listed:
-            check_rows(eligible, self._graph.num_rows)
+            check_rows(eligible, self.graph.num_rows)
         fresh = later.fresh if eligible is None else _among(later.fresh, eligible)
         if eligible is None:
             num_eligible = later.num_kept
@@ -106,7 +106,7 @@ class HNSWIndex:
     def put(self, rows: Tensor, vectors: Tensor | None) -> None:
         """Give rows int64 [n] these vectors float32 [n, D], or none; see `Index.put`."""
         self._exact.put(rows, vectors)
-        if self._graph is None:
+        if self.graph is None:
             return
         later = self._later
         kept = self._exact.finite() if later.kept is None else later.kept.clone()
@@ -125,9 +125,9 @@ class HNSWIndex:
         note: dict[str, object] = {"index": "hnsw", "storage": self.storage, "models": dict(models)}
         note["plan"] = self.plan.to_plain()
         tensors = self._exact.to_tensors()
-        if self._graph is not None:
-            tensors |= {_GRAPH + name: tensor for name, tensor in self._graph.links.to_tensors().items()}
-            note["entry"] = self._graph.links.entry
+        if self.graph is not None:
+            tensors |= {_GRAPH + name: tensor for name, tensor in self.graph.links.to_tensors().items()}
+            note["entry"] = self.graph.links.entry
         write_tensors(path, tensors, note)
 
     @classmethod
@@ -152,7 +152,7 @@ class HNSWIndex:
         return index
 
     def _set(self, exact: ExactIndex, plan: Plan, graph: Graph | None) -> None:
-        self._exact, self.plan, self._graph = exact, plan, graph
+        self._exact, self.plan, self.graph = exact, plan, graph
         num_found = 0 if graph is None else int(exact.finite().sum())
         self._later = _Later(torch.zeros(0, dtype=torch.int64), None, num_found)
 
@@ -170,9 +170,9 @@ class HNSWIndex:
         self, query: Tensor, k: int, eligible: Tensor | None, step: Step, later: _Later, fresh: Tensor
     ) -> CandidateSet:
         """The best of what the graph names and of `fresh`, the rows of `later.fresh` that are eligible."""
-        assert self._graph is not None
-        bits = _bits(eligible, later, self._graph.num_rows)
-        named = torch.from_numpy(self._graph.find(query, step.width, bits, self._num_threads()))
+        assert self.graph is not None
+        bits = _bits(eligible, later, self.graph.num_rows)
+        named = torch.from_numpy(self.graph.find(query, step.width, bits, self._num_threads()))
         # so few are looked at faster than a second thread is woken
         threads = 1 if len(fresh) < step.width else self.threads
         found = []

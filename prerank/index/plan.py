@@ -83,7 +83,7 @@ class Plan:
 
     def to_plain(self) -> dict[str, object]:
         """As JSON values."""
-        return asdict(self)
+        return {**asdict(self), "steps": [asdict(step) for step in self.steps]}
 
     @classmethod
     def from_plain(cls, plain: object) -> Self:
