@@ -22,7 +22,18 @@ from typing import TypeVarTuple
 from benchmarks.result import Hardware
 
 REPOSITORY = Path(__file__).parents[1]
-_PACKAGES = ("prerank", "torch", "numpy", "pyarrow", "onnxruntime", "pyroaring", "lightgbm")
+_PACKAGES = (
+    "prerank",
+    "torch",
+    "numpy",
+    "pyarrow",
+    "onnxruntime",
+    "pyroaring",
+    "lightgbm",
+    "faiss-cpu",
+    "hnswlib",
+    "usearch",
+)
 _COPY_BYTES = 1 << 28
 Args = TypeVarTuple("Args")
 
