@@ -26,10 +26,11 @@ from prerank.index.exact import ExactIndex
 from prerank.index.graph import LINKS, Graph, build_links
 from prerank.index.hnsw import HNSWIndex
 from prerank.index.plan import MOST_QUERIES
-from prerank.index.storage import STORAGES
+from prerank.index.storage import Storage
 from prerank.types import Array
 
 K, FLOOR = 100, 0.98
+STORED: tuple[Storage, ...] = ("float32", "int8")
 SHARES = (1.0, 0.5, 0.2, 0.05, 0.005, 0.0)
 WIDTHS = (100, 200, 400, 800, 1_600)
 LEAST_RECALL, LEAST_FILTERED_RECALL, MOST_OF_EXACT, MOST_OF_ALL = 0.98, 0.97, 0.2, 1.0
@@ -72,7 +73,7 @@ def indexes(sizes: Sizes) -> Measured:
     rows: list[Row] = []
     plans = {}
     with torch.inference_mode():
-        for storage in STORAGES:
+        for storage in STORED:
             say(f"retrieval: building and measuring HNSWIndex, {storage}")
             index = HNSWIndex(items, storage)
             start = perf_counter()

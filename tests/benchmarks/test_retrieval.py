@@ -17,7 +17,7 @@ def test_each_share_each_storage_and_each_library_has_its_rows(monkeypatch):
     told = (measured.config, measured.ceilings, tuple(measured.rows))
     result = Result("retrieval", "2026-01-05T10:00:00Z", "0123456789ab", Hardware("Some CPU", 2, 24.0), {}, *told)
     assert Result.from_json(result.to_json()) == result
-    for storage in ("float32", "bfloat16", "int8"):
+    for storage in retrieval.STORED:
         assert result.row(f"HNSWIndex, {storage}: recall@100").value >= 0.98
     for share in ("100.0%", "50.0%", "20.0%", "5.0%", "0.5%", "0.0%"):
         assert result.row(f"HNSWIndex, {share} eligible, at random: recall@100").value >= 0.97

@@ -318,3 +318,12 @@ def test_without_the_library_it_is_said_what_to_install(monkeypatch):
 def test_the_library_is_imported_only_for_a_graph():
     code = "import sys, prerank.index.base; sys.exit('faiss' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_a_query_that_is_not_finite_finds_what_it_finds_in_an_exact_index(number):
+    query = queries(2)
+    query[0, 3] = number
+    found, best = plain("float32").search(query, K, None), ExactIndex(vectors()).search(query, K, None)
+    assert torch.equal(found.rows[0], best.rows[0])
+    assert found.valid[1].all()
