@@ -93,7 +93,8 @@ class HNSWIndex:
         links = build_links(vectors.numpy(), self._num_threads())
         if links is None:
             return
-        self._set(exact, Plan(0, 0.0, 0), Graph(links))
+        graph = Graph(links)
+        self._set(exact, Plan(0, 0.0, 0), graph)
         later = self._later
 
         def by_graph(one: Tensor, k: int, eligible: Tensor | None, step: Step) -> CandidateSet:
@@ -101,7 +102,7 @@ class HNSWIndex:
 
         with torch.inference_mode():
             plan = measure(self._all, by_graph, query.contiguous(), vectors, k, floor, time.perf_counter)
-        self._set(exact, plan, Graph(links) if plan.has_graph else None)
+        self._set(exact, plan, graph if plan.has_graph else None)
 
     def put(self, rows: Tensor, vectors: Tensor | None) -> None:
         """Give rows int64 [n] these vectors float32 [n, D], or none; see `Index.put`."""

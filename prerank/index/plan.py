@@ -103,8 +103,8 @@ def measure(
 
     At each of SHARES both are asked with rows eligible at random and with those most like one of them, for targeting is
     seldom independent of what items are like. A width is enough if, for both, the mean recall less twice its standard
-    error is `floor`; the fastest of those is taken, and where it is not faster than looking at every row, that is done
-    there and at every smaller share. `clock` gives seconds.
+    error is `floor`; the fastest of those is taken. Where it is slower than looking at every row for either, or not by
+    enough faster for both together, that is done there and at every smaller share. `clock` gives seconds.
     """
     found = vectors.isfinite().all(1)
     num_rows = int(found.sum())
@@ -192,8 +192,9 @@ def _asked(
 
 
 def _pace(tried: Sequence[_Asked], truth: Sequence[_Asked]) -> float:
-    """The slowest of the kinds of eligible rows, for a plan knows only how many there are."""
-    return max(sum(a.seconds) / max(sum(b.seconds), 1e-12) for a, b in zip(tried, truth, strict=True))
+    """The mean of the kinds of eligible rows, or that of the slowest if it is no gain: a plan knows only how many."""
+    paces = [sum(a.seconds) / max(sum(b.seconds), 1e-12) for a, b in zip(tried, truth, strict=True)]
+    return max(paces) if max(paces) >= 1 else sum(paces) / len(paces)
 
 
 def _recalls(tried: Sequence[_Asked], truth: Sequence[_Asked]) -> tuple[float, float]:

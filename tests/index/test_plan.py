@@ -101,3 +101,16 @@ def test_a_plan_comes_back_from_its_file():
     assert len(plan.steps) > 1
     assert plan.steps[-1].share in SHARES
     assert Plan.from_plain(json.loads(json.dumps(plan.to_plain()))) == plan
+
+
+@pytest.mark.parametrize(("slow", "shares"), [(600.0, [1.0, 0.9]), (1_000.0, [1.0])])
+def test_a_graph_is_searched_where_both_kinds_of_eligible_rows_together_gain_and_neither_loses(slow, shares):
+    class Alike(World):
+        """Where the eligible rows are like each other the graph takes `slow` more."""
+
+        def by_graph(self, query: torch.Tensor, k: int, eligible: torch.Tensor | None, step: Step) -> CandidateSet:
+            if eligible is not None and (self.vectors[eligible].mean(0) - self.vectors.mean(0)).norm() > 0.1:
+                self.now += slow
+            return super().by_graph(query, k, eligible, step)
+
+    assert [step.share for step in Alike(wide=1.0, cost=0.1).plan().steps if step.width] == shares
