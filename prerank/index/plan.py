@@ -21,8 +21,11 @@ from prerank._toml import Problems, structure
 from prerank.errors import BundleError
 from prerank.types import CandidateSet
 
-SHARES = (1.0, 0.9, 0.5, 0.25, 0.1, 0.05, 0.02)
-"""How much of the rows is eligible where both are tried; of fewer every row is looked at."""
+SHARES = (1.0, 0.9, 0.7, 0.45, 0.3, 0.18, 0.09, 0.045, 0.018)
+"""How much of the rows is eligible where both are tried; of fewer every row is looked at.
+
+Each a little below a share that filters often have, such as a half: a step is for its share and more.
+"""
 MOST_QUERIES = 64
 _WORTH = 0.75  # of the exact scan's time: what may be missing must buy something, and times scatter
 _WIDER = 1.25
