@@ -25,6 +25,7 @@ LINKS = 16
 """Links of a row on each level above the lowest, which has twice as many."""
 _EF_CONSTRUCTION = 100
 _MOST_LEVELS = 32
+_ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +86,13 @@ class Links:
         if len(neighbors) and (neighbors.min() < -1 or neighbors.max() >= len(levels)):
             return f"expected links to rows up to {len(levels) - 1}, found {neighbors.min()} to {neighbors.max()}"
         # a link on a higher level is followed on that level, where its row must have places too
-        above = np.flatnonzero(levels > 1)
-        starts = _starts(levels)[above]
-        for row, start in zip(above.tolist(), starts.tolist(), strict=True):
-            for level in range(1, int(levels[row])):
-                first = start + LINKS * (level + 1)
-                linked = neighbors[first : first + LINKS]
-                if (levels[linked[linked >= 0]] <= level).any():
-                    return f"a link of row {row} on level {level} leads to a row that is not on it"
+        starts = _starts(levels)
+        for level in range(1, int(levels.max())):
+            rows = np.flatnonzero(levels > level)
+            linked = neighbors[starts[rows, None] + LINKS * (level + 1) + np.arange(LINKS)]
+            wrong = ((linked >= 0) & (levels[linked] <= level)).any(1)
+            if wrong.any():
+                return f"a link of row {rows[wrong][0]} on level {level} leads to a row that is not on it"
         return None
 
 
@@ -118,9 +118,12 @@ def build_links(vectors: Array, threads: int) -> Links | None:
     levels = faiss.vector_to_array(near.hnsw.levels).astype(np.uint8)
     assert (levels == faiss.vector_to_array(suiting.hnsw.levels)).all(), "one seed gives the same levels"
     neighbors = _array(faiss, near.hnsw.neighbors).copy()
-    # what a level's links are is told by their place, and the lowest comes first
-    lowest = _starts(levels)[:-1, None] + np.arange(2 * LINKS)
-    neighbors[lowest] = _both(neighbors[lowest], _array(faiss, suiting.hnsw.neighbors)[lowest])
+    others = _array(faiss, suiting.hnsw.neighbors)
+    starts = _starts(levels)[:-1]
+    for first in range(0, len(starts), _ROWS_AT_ONCE):
+        # a row's lowest level comes first
+        lowest = starts[first : first + _ROWS_AT_ONCE, None] + np.arange(2 * LINKS)
+        neighbors[lowest] = _both(neighbors[lowest], others[lowest])
     entry = int(found[near.hnsw.entry_point])
     all_levels, all_neighbors = _among_all(levels, neighbors, found, len(vectors))
     codes, ranges = _encode(some)
@@ -168,7 +171,7 @@ class Graph:
         how = faiss.SearchParametersHNSW(efSearch=width, bounded_queue=True, sel=selector)
         if len(query) > 1:
             faiss.omp_set_num_threads(threads)
-        _, rows = self._index.search(np.ascontiguousarray(query.numpy()), width, params=how)
+        _, rows = self._index.search(np.ascontiguousarray(query.detach().numpy()), width, params=how)
         found: Array = rows
         return found
 
