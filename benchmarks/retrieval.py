@@ -27,6 +27,7 @@ from prerank.index.graph import LINKS, Graph, build_links
 from prerank.index.hnsw import HNSWIndex
 from prerank.index.plan import MOST_QUERIES
 from prerank.index.storage import Storage
+from prerank.kernels.scan import scan_top_k
 from prerank.types import Array
 
 K, FLOOR = 100, 0.98
@@ -171,7 +172,7 @@ def _ours(graph: Graph, exact: ExactIndex, user: Array, k: int, width: int) -> A
     """What the graph names, put in order by what is stored, as HNSWIndex does."""
     one = torch.from_numpy(user)
     named = np.sort(graph.find(one, width, None, 1)[0])
-    rows: Array = exact.search(one, k, torch.from_numpy(named[named >= 0])).rows[0].numpy()
+    rows: Array = scan_top_k(exact.vectors, None, one, k, torch.from_numpy(named[named >= 0]), 1)[1][0].numpy()
     return rows
 
 
