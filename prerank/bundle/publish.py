@@ -35,7 +35,7 @@ from prerank.business.utility import Utility
 from prerank.config import Config
 from prerank.errors import BundleError, DataError, SchemaMismatch
 from prerank.features.transforms import Transforms
-from prerank.index.base import INDEXES
+from prerank.index.base import INDEXES, Index
 from prerank.index.generators import build_generators, tensors_of
 from prerank.models.ranker import Ranker
 from prerank.models.towers import TwoTower
@@ -58,7 +58,8 @@ class Parts:
     golden_user encoded user and context features and counters [G, ...]. `parents` names what it was made from,
     `metrics` what was measured; neither changes what the version is. Both models are left in eval mode.
     `targeting` are the raw columns [I] that the rules of [targeting] read. `vectors` float32 [I, D] are what the towers
-    give of the items, made before; None lets `publish` make them.
+    give of the items, made before; None lets `publish` make them. `asked_user` are as `golden_user`, of more requests:
+    what the index is measured with, where it is (None: with those of `golden_user`).
     """
 
     config: Config
@@ -74,6 +75,7 @@ class Parts:
     metrics: Mapping[str, object]
     targeting: pa.Table | None = None
     vectors: Array | None = None
+    asked_user: Columns | None = None
 
 
 def publish(store: Path, parts: Parts) -> str:
@@ -162,16 +164,15 @@ def _write_files(folder: Path, parts: Parts) -> int:
     fault = items.first_fault(config.features, parts.transforms.sizes())
     if fault:
         raise SchemaMismatch(f"{fault}; encode the items with the transforms published")
-    index = INDEXES[config.retrieval.index.kind](_vectors(parts, items), config.retrieval.index.storage)
+    keep = min(config.retrieval.keep, items.num_published)
+    index = _index(parts, items, keep)
     diversity = Diversity.build(config.diversity, raw, room.slack) if config.diversity else None
     tasks, targeting = parts.ranker.tasks, _targeting(parts)
     utility, rules = Utility.build(tasks, config.utility), fit_rules(tasks, config.rules, raw, items.num_rows)
     scorer = Scorer(items, parts.ranker, utility, diversity=diversity, rules=rules, targeting=targeting).eval()
     for name, side in scorer.item_side.tensors().items():
         _refuse_nonfinite(side, f"the ranker's item side {name!r}")
-    user = {name: torch.from_numpy(np.array(column)) for name, column in parts.golden_user.items()}
-    keep = min(config.retrieval.keep, items.num_published)
-    golden = Golden.ask(user, parts.towers, index, scorer, keep, min(config.ranker.keep, keep))
+    golden = Golden.ask(_tensors(parts.golden_user), parts.towers, index, scorer, keep, min(config.ranker.keep, keep))
 
     (folder / "index").mkdir()
     (folder / manifest.CONFIG).write_text(to_toml(config.to_dict()), encoding="utf-8")
@@ -205,6 +206,20 @@ def _targeting(parts: Parts) -> Targeting | None:
         raise DataError(f"publish: [targeting] reads the columns {wanted} of {len(parts.item_ids)} items, got {found}")
     ordered = table.take(pa.array(_order(parts.item_ids)))
     return Targeting.fit(rules, {name: ordered[name] for name in ordered.column_names}, len(parts.item_ids), slack)
+
+
+@torch.no_grad()
+def _index(parts: Parts, items: ItemTable, keep: int) -> Index:
+    """Over the item tower's vectors, ready for as many as a request keeps."""
+    chosen = parts.config.retrieval.index
+    index = INDEXES[chosen.kind](_vectors(parts, items), chosen.storage)
+    query = parts.towers.user_side(_tensors(parts.golden_user if parts.asked_user is None else parts.asked_user))
+    index.prepare(query, keep, chosen.floor)
+    return index
+
+
+def _tensors(columns: Columns) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.array(column)) for name, column in columns.items()}
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ from prerank.train.prepare import Prepared, preparation_key
 from prerank.train.retrieval import ItemPopularity
 from prerank.types import Array, Report, silent
 
-NUM_GOLDEN = 16
+NUM_GOLDEN, NUM_ASKED = 16, 64
+_APART = 16
 MOST_QUESTIONS = 5_000
 USERS = "users.lmdb"
 _REDIS_TIMEOUT_S = 30.0
@@ -81,8 +82,11 @@ def publish_trained(
     stated = f"{data} {stock.until_ns} {config.retrieval.popularity}"
     vectors = embed(trained.towers, stock.columns, stock.popularity, home / "work", stated, report)
     last = np.flatnonzero(prepared.events["logged"])
-    moments = last[np.argsort(prepared.events["time_ms"][last], kind="stable")[-NUM_GOLDEN:]]
-    golden = UserExamples(prepared, config.features).at(moments)
+    latest = last[np.argsort(prepared.events["time_ms"][last], kind="stable")]
+    examples = UserExamples(prepared, config.features)
+    golden = examples.at(latest[-NUM_GOLDEN:])
+    # the latest few are often one user's
+    asked = examples.at(latest[-NUM_ASKED * _APART :: _APART])
     parts = Parts(
         config=config,
         transforms=prepared.transforms,
@@ -100,6 +104,7 @@ def publish_trained(
         },
         metrics=metrics,
         vectors=vectors,
+        asked_user={name: column.numpy() for name, column in asked.items()},
         targeting=stock.table.select(config.targeted("item")) if config.targeting else None,
     )
     return publish(home, parts)
