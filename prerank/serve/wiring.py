@@ -8,7 +8,7 @@ import torch
 
 from prerank.bundle.load import Bundle
 from prerank.config import Serve
-from prerank.serve.expand import ExpandTargeting, ExpandUser
+from prerank.serve.expand import ExpandStranger, ExpandTargeting, ExpandUser
 from prerank.serve.generate import Attribute, Generate, GenerateNothing, Merge, names_of
 from prerank.serve.graph import Limit, RequestGraph, Stage
 from prerank.serve.metadata import Descriptions
@@ -31,9 +31,10 @@ def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | Non
     config, scorer, items = bundle.config, bundle.scorer, bundle.scorer.items
     targeting, live, keep = scorer.targeting, scorer.live, config.retrieval.keep
     quotas = {name: options.quota for name, options in config.generators.items()}
+    expand = ExpandUser(users, bundle.transforms, items, targeting)
     stages: list[Stage] = [
         Target(items, targeting, live),
-        ExpandUser(users, bundle.transforms, items, targeting),
+        expand,
         Retrieve(bundle.towers, bundle.index, min(keep, items.num_rows), "retrieved" if quotas else "candidates"),
         PrepareUser(scorer),
         Rank(scorer, "candidates" if tail is None else "located"),
@@ -41,7 +42,10 @@ def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | Non
     ]
     if targeting is not None:
         stages.append(ExpandTargeting(users, targeting))
-    fallbacks: dict[str, Stage] = {Rank.name: RankBySimilarity(items, len(scorer.ranker.tasks), scorer.diversity)}
+    fallbacks: dict[str, Stage] = {
+        ExpandUser.name: ExpandStranger(expand),
+        Rank.name: RankBySimilarity(items, len(scorer.ranker.tasks), scorer.diversity),
+    }
     for name, generator in bundle.generators.items():
         stages.append(Generate(generator, name, quotas[name], items, live, keep))
         fallbacks[stages[-1].name] = GenerateNothing(name)
@@ -59,6 +63,7 @@ def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | Non
         short=frozenset(one.name for one in stages if isinstance(one, _SHORT)),
         spare_ms=_SPARE_MS,
         fallbacks=fallbacks,
+        patient=frozenset({ExpandUser.name}),  # a store that is late fails by its own timeout
         limits=_limits(config.serve, tail is not None),
         pool=pool,
         around=torch.inference_mode,
