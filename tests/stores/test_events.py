@@ -14,6 +14,7 @@ import pytest
 from prerank.errors import DataError
 from prerank.stores import events as module
 from prerank.stores.contexts import UNKNOWN, digest
+from prerank.stores.event_rows import row_of
 from prerank.stores.events import EventStore, LiveEvent
 from prerank.stores.user_file import key_of
 from prerank.types import Given
@@ -119,7 +120,7 @@ def test_columns_keep_their_place_and_events_from_before_one_do_not_know_it(path
 
 
 def test_an_event_without_context_columns_takes_25_bytes_and_each_column_8() -> None:
-    assert [module.row_of(n).itemsize for n in (0, 1, 3)] == [25, 33, 49]
+    assert [row_of(n).itemsize for n in (0, 1, 3)] == [25, 33, 49]
 
 
 def test_a_call_that_fails_leaves_nothing_of_itself(store: EventStore, path: Path) -> None:
