@@ -88,6 +88,10 @@ class UserStore:
         except lmdb.Error as error:
             raise DataError(f"{self._path}: the user store is damaged: {error}; {_AGAIN}") from None
 
+    def tidy(self) -> int:
+        """`until_ms`: a file that was replaced goes by itself, and one process serves from it."""
+        return self.until_ms
+
     def user_ids(self) -> Iterator[int]:
         """Every user_id, ascending."""
         with self._env.begin() as transaction, transaction.cursor() as cursor:
