@@ -118,7 +118,7 @@ class Hold:
     """That this process uses a generation, said again and again until it is let go."""
 
     def __init__(self, generations: Generations, member: str) -> None:
-        self._generations, self._member = generations, member
+        self._generations, self._member, self._beat_s = generations, member, _BEAT_S
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="holds-users", daemon=True)
         self._thread.start()
@@ -135,7 +135,7 @@ class Hold:
             return
 
     def _beat(self) -> None:
-        while not self._ending.wait(_BEAT_S):
+        while not self._ending.wait(self._beat_s):
             try:
                 self._generations.hold(self._member)
             except StoreFailed:
