@@ -43,7 +43,10 @@ class UserStore:
     def open(cls, path: Path) -> UserStore:
         """The store at `path`, to read. Raises DataError if there is none, or it is damaged or of another format."""
         if not path.is_file():
-            raise DataError(f"{path}: expected a user store (one LMDB file), found none; {_AGAIN}")
+            raise DataError(
+                f"{path}: expected a user store (one LMDB file), found none; {_AGAIN}, or name with --users the Redis "
+                "that has them"
+            )
         try:
             shared = share(path)
         except (lmdb.Error, OSError) as error:
