@@ -18,9 +18,10 @@ from prerank.stores.records import Users
 
 _SPARE_MS = 8.0
 """To order candidates by similarity, describe the winners, and send them, on cores that others want too."""
-_SHORT = (ExpandTargeting, ExpandUser, Target, Describe, Attribute)
-"""Where users are in this process's memory: each a few tenths of a millisecond, most of it under Python's lock, which
-threads that want it at once pass to and fro for longer than that."""
+_SHORT = (Target, Describe, Attribute)
+_SHORT_WHERE_NEAR = (*_SHORT, ExpandTargeting, ExpandUser)
+"""Where users are near: each a few tenths of a millisecond, most of it under Python's lock, which threads that want it
+at once pass to and fro for longer than that. Round trips overlap."""
 
 
 def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | None, pool: Executor) -> RequestGraph:
@@ -53,6 +54,7 @@ def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | Non
         stages += [Merge(quotas), Attribute(names_of(quotas))]
     if tail is not None:
         stages.append(Locate(tail))
+    short = _SHORT_WHERE_NEAR if users.is_near else _SHORT
     said = {"winners", "described", "user_notes", "retrieve_notes", "rank_notes"}
     said |= {"record", "features", "candidates"}  # what the log of requests keeps
     return RequestGraph(
@@ -60,7 +62,7 @@ def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | Non
         inputs=frozenset({"request"}),
         outputs=frozenset(said | ({"found_by"} if quotas else set())),
         answer="winners",
-        short=frozenset(one.name for one in stages if isinstance(one, _SHORT)),
+        short=frozenset(one.name for one in stages if isinstance(one, short)),
         spare_ms=_SPARE_MS,
         fallbacks=fallbacks,
         patient=frozenset({ExpandUser.name}),  # a store that is late fails by its own timeout

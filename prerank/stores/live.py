@@ -92,6 +92,7 @@ class LiveUsers:
     ) -> None:
         self._users, self._events = users, events
         self._both = both or (lambda user_id: (users.get(user_id), events.get(user_id)))
+        self.is_near: bool = users.is_near
         self.columns: tuple[str, ...] = users.columns
         self.labels: tuple[str, ...] = users.labels
         self.contexts: tuple[str, ...] = users.contexts

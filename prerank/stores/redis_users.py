@@ -35,6 +35,8 @@ class RedisUsers:
     `until_ms` is the time of its last event: what happened until then, it knows.
     """
 
+    is_near = False
+
     def __init__(self, pair: RedisPair, generations: Generations, generation: str, meta: Meta, hold: Hold) -> None:
         self._pair, self._generations, self._hold = pair, generations, hold
         self._generation, self._key = generation.encode(), generations.key(generation)

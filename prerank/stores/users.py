@@ -29,6 +29,8 @@ class UserStore:
     `until_ms` is the time of its last event: what happened until then, it knows.
     """
 
+    is_near = True
+
     def __init__(self, shared: SharedEnvironment, path: Path, meta: Meta) -> None:
         self._shared: SharedEnvironment | None = shared
         self._path = path

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,11 +25,21 @@ from tests.serve.test_targeting import RULES, lists
 from tests.serve.test_targeting import users as grouped_users
 from tests.serve.world import T0, UNTIL
 from tests.stores.places import Shared
-from tests.stores.proxy import between
+from tests.stores.proxy import Between, between
 
 CONTEXT = {"hour": 1, "surface": "feed"}
 NOW = T0 + 10_000
 USERS = (1, 2, 3, 9)
+
+
+@pytest.fixture
+def far(tmp_path: Path, redis_url: str) -> Iterator[tuple[Between, Funnel]]:
+    """A funnel with targeting, and the way to its users."""
+    shared = Shared(redis_url)
+    shared.write(grouped_users(), world.events(), labels=["is_click", "is_like"])
+    store = publish_live(tmp_path / "tiny", world.config(targeting=RULES), lists())
+    with between(shared.url) as way, Funnel.open(store, users=f"{way.url}?socket_timeout=5") as funnel:
+        yield way, funnel
 
 
 @pytest.fixture
@@ -154,20 +163,29 @@ def test_the_ranking_stage_alone_says_that_a_user_id_cannot_be_looked_up(funnel:
         assert client.post("/v2/models/tiny/infer", json=body).status_code == 503
 
 
-def test_targeting_reads_the_profile_there_and_refuses_without_it(tmp_path: Path, redis_url: str) -> None:
-    shared = Shared(redis_url)
-    shared.write(grouped_users(), world.events(), labels=["is_click", "is_like"])
-    store = publish_live(tmp_path / "tiny", world.config(targeting=RULES), lists())
-    request = Request(1, 5, NOW, {**CONTEXT, "placement": 1})
-    with between(shared.url) as way, Funnel.open(store, users=way.url) as funnel, Client(create_app(funnel)) as client:
-        before = way.num_trips
-        answer = funnel.recommend(request)
-        assert 1 <= way.num_trips - before <= 2, "the two expansions ask each once, and may overlap"
-        assert not answer.degraded
-        way.answers.clear()
-        with pytest.raises(StoreFailed):
-            funnel.recommend(replace(request, deadline_ms=5_000.0))
-        body = {"user_id": 1, "k": 5, "context": dict(request.context)}
+TARGETED = Request(1, 5, NOW, {**CONTEXT, "placement": 1})
+
+
+def test_the_two_expansions_ask_each_once_and_overlap(far: tuple[Between, Funnel]) -> None:
+    way, funnel = far
+    funnel.recommend(TARGETED)  # both connections are made
+    way.delay_s = 0.2
+    before = way.num_trips
+    answer = funnel.recommend(TARGETED)
+    assert 1 <= way.num_trips - before <= 2
+    assert not answer.degraded
+    took = {stage.name: (stage.start_ms, stage.ms) for stage in answer.stages}
+    assert min(took[name][1] for name in ("expand_user", "expand_targeting")) >= 200
+    assert abs(took["expand_user"][0] - took["expand_targeting"][0]) < 150
+
+
+def test_targeting_that_cannot_read_the_profile_is_an_error(far: tuple[Between, Funnel], redis_url: str) -> None:
+    _, funnel = far
+    Shared(redis_url).client.flushall()
+    with pytest.raises(StoreFailed, match="is no longer there"):
+        funnel.recommend(TARGETED)
+    with Client(create_app(funnel)) as client:
+        body = {"user_id": 1, "k": 5, "context": dict(TARGETED.context)}
         assert client.post("/v1/recommend", json=body).status_code == 503
 
 

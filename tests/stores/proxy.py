@@ -1,7 +1,8 @@
-"""What stands between a client and its server: it counts round trips, and may hold back what the server says."""
+"""What stands between a client and its server: it counts round trips, and may hold back or delay the answers."""
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ class Between:
         self._sockets: list[socket.socket] = []
         self.url = f"redis://127.0.0.1:{self._listening.getsockname()[1]}/0"
         self.num_trips = 0
+        self.delay_s = 0.0
         self.answers = threading.Event()
         self.answers.set()
         self._client_spoke = False
@@ -43,6 +45,7 @@ class Between:
                     self.num_trips += 1
                 if not is_client:
                     self.answers.wait()
+                    time.sleep(self.delay_s)
                 self._client_spoke = is_client
                 sink.sendall(content)
             sink.shutdown(socket.SHUT_WR)
