@@ -58,10 +58,16 @@ Teacher = Annotated[
     typer.Option("--teacher", "-t", help="A teacher.safetensors of the same features, instead of training one."),
 ]
 TailUrl = Annotated[
-    str | None, typer.Option("--tail", help="redis://... that holds the items not in memory; by default the store.")
+    str | None,
+    typer.Option(
+        "--tail", envvar="PRERANK_TAIL", help="redis://... that holds the items not in memory; by default the store."
+    ),
 ]
 UsersUrl = Annotated[
-    str | None, typer.Option("--users", help="redis://... that holds users and events; by default the store.")
+    str | None,
+    typer.Option(
+        "--users", envvar="PRERANK_USERS", help="redis://... that holds users and events; by default the store."
+    ),
 ]
 Version = Annotated[str, typer.Argument(help="A version id, or an unambiguous beginning of one.")]
 Why = Annotated[str, typer.Option("--why", help="The reason, kept in the history.")]
