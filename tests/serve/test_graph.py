@@ -248,6 +248,16 @@ def test_a_patient_stage_is_replaced_where_it_fails_and_not_where_it_is_late(poo
     for threads in (None, pool):
         run = run_graph(wired(step("rank", "found", "out", fails), threads), {"request": 0})
         assert run.notes == ("rank: it failed (ValueError); f took its place",)
+    own = graph(
+        sleeping("rank", "request", "out", 1.0),
+        rank=step("f", "request", "out"),
+        clock=time.perf_counter,
+        patient="rank",
+        pool=pool,
+        limits={"rank": Limit(deadline_ms=20.0)},
+    )
+    run = run_graph(own, {"request": 0})
+    assert run.notes == ("rank: it was not done in its 20 ms; f took its place",)
     with pytest.raises(GraphError, match=r"'a' is patient and has no fallback; fallbacks are for \[\]"):
         graph(step("a", "request", "out"), patient="a")
 
