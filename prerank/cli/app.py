@@ -355,6 +355,7 @@ def replay(
     store: StoreFolder = _STORE,
     funnel: FunnelName = "",
     tail: TailUrl = None,
+    users: UsersUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Ask a version the requests of a log again, with the features as served, and compare its winners.
@@ -364,7 +365,7 @@ def replay(
     home = _found(store, funnel)
     chosen = _resolve(Registry(home), version) if version else None
     with progress(err) as report:
-        told = requests.replay_log(folder, home, chosen, tail, limit, report)
+        told = requests.replay_log(folder, home, chosen, tail, users, limit, report)
     if as_json:
         print(json.dumps(render.plain(told), indent=1))
     else:

@@ -183,7 +183,7 @@ class ExpandStranger:
     def run(self, values: Values) -> Values:
         """See `ExpandUser.expand`."""
         features, notes = self.expand.expand(self.expand.stranger(), values["request"])
-        return {"features": features, "user_notes": notes}
+        return {"features": features, "user_notes": notes, "record": None}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """One user in, its features out."""

@@ -31,7 +31,7 @@ class Appended:
     num_logged: int
 
 
-class LoggedUsers(Users, Protocol):
+class LoadedUsers(Users, Protocol):
     """What the log knows; `stores.users.UserStore` is one and `stores.redis_users.RedisUsers` another."""
 
     @property
@@ -86,7 +86,7 @@ class LiveUsers:
 
     def __init__(
         self,
-        users: LoggedUsers,
+        users: LoadedUsers,
         events: LiveEvents,
         both: Callable[[int], tuple[UserRecord | None, Array]] | None = None,
     ) -> None:

@@ -13,7 +13,7 @@ import redis
 
 from prerank.stores.event_rows import MOST_KEPT
 from prerank.stores.events import EventStore
-from prerank.stores.live import LiveEvents, LiveUsers, LoggedUsers
+from prerank.stores.live import LiveEvents, LiveUsers, LoadedUsers
 from prerank.stores.redis_client import RedisPair
 from prerank.stores.redis_events import RedisEvents
 from prerank.stores.redis_live import connect_users
@@ -31,7 +31,7 @@ class Place(Protocol):
         """See `UserStore.write`."""
         ...
 
-    def users(self) -> LoggedUsers:
+    def users(self) -> LoadedUsers:
         """Opened once more."""
         ...
 
