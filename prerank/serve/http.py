@@ -141,6 +141,7 @@ def serve(
     limits: Limits = Limits(),
     workers: int | None = None,
     tail: str | None = None,
+    users: str | None = None,
     token_file: Path | None = None,
     linger_s: float = 0.0,
     grpc_port: int | None = None,
@@ -150,9 +151,9 @@ def serve(
 ) -> None:
     """Serve the live version of the funnel at `store`, and each that goes live later, until a signal ends it.
 
-    Or `version` for good, if it is named. `workers` and `tail` are as `Funnel.open`'s, `token_file` and `allow_hosts`
-    as `Exposure.of`'s, `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if it is said.
-    `otel` sends spans, as `spans_of` has it.
+    Or `version` for good, if it is named. `workers`, `tail` and `users` are as `Funnel.open`'s, `token_file` and
+    `allow_hosts` as `Exposure.of`'s, `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if
+    it is said. `otel` sends spans, as `spans_of` has it.
     Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token. A
     version or store that cannot be loaded is said on stderr in one line, and by /readyz until one can be.
     """
@@ -170,7 +171,7 @@ def serve(
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     torch.set_num_threads(1)  # two requests that share cores by spinning cost each other more than they gain
-    watch = VersionWatch.open(store, version, workers, tail, settled=_settle)
+    watch = VersionWatch.open(store, version, workers, tail, settled=_settle, users=users)
     try:
         if watch.live.error is not None:
             print(_why_not_ready(watch.live.error), file=sys.stderr, flush=True)

@@ -50,9 +50,11 @@ class VersionWatch:
         settled: Callable[[], None] = lambda: None,
         poll_s: float = POLL_S,
         leave_s: float = LEAVE_S,
+        users: str | None = None,
     ) -> None:
         self.live = live
-        self._store, self._registry, self._engine, self._tail = store, Registry(store), engine, tail
+        self._store, self._registry, self._engine = store, Registry(store), engine
+        self._tail, self._users = tail, users
         self._settled, self._poll_s, self._leave_s = settled, poll_s, leave_s
         self._leaving: list[Held] = []
         self._gave_up: tuple[str, float] | None = None
@@ -69,8 +71,9 @@ class VersionWatch:
         settled: Callable[[], None] = lambda: None,
         poll_s: float = POLL_S,
         leave_s: float = LEAVE_S,
+        users: str | None = None,
     ) -> VersionWatch:
-        """`version` of `store`, the live one unless named; `workers` and `tail` are as `Funnel.open`'s.
+        """`version` of `store`, the live one unless named; `workers`, `tail` and `users` are as `Funnel.open`'s.
 
         One that cannot be loaded is `live.error`. Raises RegistryError where none is live and none is named.
         """
@@ -79,7 +82,7 @@ class VersionWatch:
             raise RegistryError(f"{store}: no version is live; promote one, or name one with --version")
         engine = engine_of(workers)
         try:
-            first = _opened(store, chosen, engine, tail)
+            first = _opened(store, chosen, engine, tail, users)
             try:
                 first.sweep()
             except BaseException:
@@ -88,7 +91,7 @@ class VersionWatch:
             live = LiveVersion(first)
         except PrerankError as error:
             live = LiveVersion(error)
-        watch = cls(store, live, engine, tail, settled, poll_s, leave_s)
+        watch = cls(store, live, engine, tail, settled, poll_s, leave_s, users)
         if live.error is not None:
             watch._gave_up = chosen, time.monotonic() + AGAIN_S
         return watch
@@ -141,7 +144,7 @@ class VersionWatch:
         start = time.perf_counter()
         self.live.note_changes()
         try:
-            following = _opened(self._store, wanted, self._engine, self._tail)
+            following = _opened(self._store, wanted, self._engine, self._tail, self._users)
         except Exception as error:
             return self._failed(wanted, error)
         try:
@@ -203,8 +206,8 @@ class VersionWatch:
         return False
 
 
-def _opened(store: Path, version: str, engine: Engine | None, tail: str | None) -> Funnel:
-    return Funnel.open(store, version, 0 if engine is None else None, tail, engine)
+def _opened(store: Path, version: str, engine: Engine | None, tail: str | None, users: str | None) -> Funnel:
+    return Funnel.open(store, version, 0 if engine is None else None, tail, engine, users)
 
 
 def _warm(funnel: Funnel, requests: Iterable[Request]) -> None:
