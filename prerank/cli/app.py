@@ -186,8 +186,8 @@ def publish(
         load_tail(trained.config, tables, trained.prepared, home, tail, report)
         quality = evaluate_trained(trained, home)
         version = publish_trained(trained, tables, home, render.plain(quality))
+        gates = validate_version(home, version, trained.prepared, tables, trained.heavy, report)
     out.print(f"published {version}")
-    gates = validate_version(home, version, trained.prepared)
     out.print(render.gates(gates))
     if not all(gate.holds for gate in gates):
         raise GateFailed(f"{version} stays unpointed: " + "; ".join(render.failed(gates)))

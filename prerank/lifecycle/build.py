@@ -17,6 +17,7 @@ from prerank.errors import DataError
 from prerank.evaluate.ranking import RankingQuality, evaluate_ranking
 from prerank.evaluate.retrieval import FLOORS, RetrievalQuality, evaluate_retrieval
 from prerank.lifecycle.arrivals import Stock, with_arrivals
+from prerank.lifecycle.coverage import COVERAGE, training_coverage
 from prerank.lifecycle.training import Trained
 from prerank.stores.contexts import UNKNOWN, columns_of, digest
 from prerank.stores.records import EXPOSED
@@ -91,7 +92,7 @@ def publish_trained(trained: Trained, tables: Tables, home: Path, metrics: Mappi
             "run": trained.run,
             **({ITEMS_UNTIL: str(stock.until_ns)} if stock.until_ns else {}),
         },
-        metrics=metrics,
+        metrics={**metrics, COVERAGE: training_coverage(prepared, config)},
         targeting=stock.table.select(config.targeted("item")) if config.targeting else None,
     )
     return publish(home, parts)

@@ -150,6 +150,23 @@ def test_one_gate_that_does_not_hold_is_named_with_bound_and_measured(registry, 
         registry.promote(abc[0], "ada", "")
 
 
+def test_a_gate_says_by_how_much_it_fails_beside_what_live_has_and_all_of_it_is_kept(registry, abc):
+    gate = Gate("kl_loss", "not above live by more than 0.002", 0.25, False, off=0.148, live=0.1, about="one task")
+    registry.write_validation(abc[0], [HOLDS, gate])
+    assert registry.versions()[sorted(abc).index(abc[0])].gates == (HOLDS, gate)
+    said = "expected not above live by more than 0.002, measured 0.25: 0.148 too high (live has 0.1); one task"
+    with pytest.raises(GateFailed, match=re.escape(f"{abc[0]}: gate kl_loss {said}")):
+        registry.promote(abc[0], "ada", "")
+
+
+def test_a_validation_written_before_gates_said_by_how_much_is_read(registry, abc):
+    plain = [{"name": "golden", "bound": "at least 1", "measured": 1.0, "holds": True}]
+    text = json.dumps({"version": abc[0], "gates": plain})
+    (registry.path(abc[0]) / "validation.json").write_text(text)
+    registry.promote(abc[0], "ada", "")
+    assert registry.live() == abc[0]
+
+
 def test_a_gate_nobody_measured_does_not_hold(registry, abc):
     registry.write_validation(abc[0], [])
     with pytest.raises(GateFailed, match=r"has the gates \['golden'\], never measured; validate again"):
