@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from prerank.bundle.durable import locked, replace_text, sync
+from prerank.bundle.failpoints import reach
 from prerank.bundle.manifest import CONFIG, VERSION, VERSIONS, verify
 from prerank.errors import GateFailed, RegistryError
 
@@ -138,6 +139,7 @@ class Registry:
         """
         self._check_gates(version)
         verify(self.path(version))
+        reach("promote-verified")
         with locked(self.store):
             self._move(version, "promote", by, why)
 
@@ -223,7 +225,9 @@ class Registry:
             raise RegistryError(f"{version} is live already")
         now = datetime.now(UTC).isoformat(timespec="seconds")
         _append(self.store / _HISTORY, Event(now, action, live, version, by, why).to_json())
+        reach("promote-noted")
         replace_text(self.store / _LIVE, version + "\n")
+        reach("promote-moved")
 
 
 def _append(path: Path, line: str) -> None:

@@ -19,6 +19,7 @@ from prerank.bundle.registry import Registry
 from prerank.cli import render
 from prerank.cli.demo import demo as run_demo
 from prerank.cli.progress import progress
+from prerank.cli.retrain import register as register_retrain
 from prerank.config import load_config
 from prerank.data.check import check as check_tables
 from prerank.data.logs import Tables, find_tables, open_tables
@@ -214,6 +215,9 @@ def rollback(
     registry = Registry(_found(store, funnel))
     registry.rollback(_resolve(registry, version) if version else None, getpass.getuser(), why)
     out.print(f"{registry.live()} is live")
+
+
+register_retrain(app, out, err)
 
 
 @app.command()

@@ -64,13 +64,6 @@ def trained_on(
     return world.made(world.moved(world.config(seed=8, **sections), 1), data, tmp_path / "trained")
 
 
-def quick(**changes: object) -> dict[str, object]:
-    """Sections for what needs no good model."""
-    plain = world.plain()
-    retrieval, ranker = dict(plain["retrieval"]), dict(plain["ranker"])  # type: ignore[call-overload]
-    return {"retrieval": {**retrieval, "epochs": 1}, "ranker": {**ranker, "epochs": 1}, **changes}
-
-
 def test_an_honest_retrain_is_accepted(home: Path, second: Made) -> None:
     live = Registry(home).live()
     version = second.publish(home)
@@ -121,7 +114,7 @@ def test_a_day_that_is_missing_is_refused(home: Path, tastes: Path, tmp_path: Pa
     def without(log: pa.Table) -> pa.Table:
         return pa.concat_tables([log[: 3 * world.A_DAY], log[4 * world.A_DAY :]])
 
-    spoilt = trained_on(tastes, tmp_path, without, **quick())
+    spoilt = trained_on(tastes, tmp_path, without, **world.quick())
     version = spoilt.publish(home)
     gates = judged(home, version, spoilt)
     refused(home, version, gates, "complete_days")
@@ -134,7 +127,7 @@ def test_a_feature_that_is_empty_in_the_whole_data_is_refused_against_what_live_
 ) -> None:
     users = world.users()
     users = users.set_column(1, "taste", pa.nulls(world.USERS, pa.int64()))
-    spoilt = trained_on(tastes, tmp_path, lambda log: log, users, **quick())
+    spoilt = trained_on(tastes, tmp_path, lambda log: log, users, **world.quick())
     version = spoilt.publish(home)
     gates = judged(home, version, spoilt)
     refused(home, version, gates, "feature_coverage")
@@ -148,7 +141,7 @@ def test_a_feature_that_is_empty_since_the_newest_day_is_refused(home: Path, tas
         hours = pa.array(log["hour"].to_numpy(), mask=~is_old)
         return log.set_column(log.schema.get_field_index("hour"), "hour", hours)
 
-    spoilt = trained_on(tastes, tmp_path, empty, **quick())
+    spoilt = trained_on(tastes, tmp_path, empty, **world.quick())
     version = spoilt.publish(home)
     gates = judged(home, version, spoilt)
     refused(home, version, gates, "feature_coverage")
@@ -254,7 +247,7 @@ def test_kl_to_the_teacher_is_of_both_versions_and_needs_the_teacher(home: Path,
     distillation = {"candidates": 2, "among": 50}
     plain = {"heavy_ranker": json.loads(json.dumps(asdict(heavy))), "distillation": distillation}
     bounds = {"kl_loss": {"at_most": 1.0, "not_above_live_by": 1.0}}
-    taught = trained_on(tastes, tmp_path, lambda log: log, **quick(**plain, validate=bounds))
+    taught = trained_on(tastes, tmp_path, lambda log: log, **world.quick(**plain, validate=bounds))
     version = taught.publish(home)
     prepared = taught.trained.prepared
     gates = {g.name: g for g in validate(home, version, prepared, taught.tables, taught.trained.heavy)}

@@ -83,6 +83,13 @@ def plain(**changes: object) -> dict[str, object]:
     }
 
 
+def quick(**changes: object) -> dict[str, object]:
+    """Sections for what needs no good model."""
+    base = plain()
+    retrieval, ranker = dict(base["retrieval"]), dict(base["ranker"])  # type: ignore[call-overload]
+    return {"retrieval": {**retrieval, "epochs": 1}, "ranker": {**ranker, "epochs": 1}, **changes}
+
+
 def config(**changes: object) -> Config:
     return parse_config(plain(**changes), "tastes")
 
@@ -100,6 +107,11 @@ def log(num_days: int = NUM_DAYS, seed: int = 0) -> pa.Table:
     time_ms = (day_number(FIRST) + np.arange(num) // A_DAY) * 24 * 3600 * 1000 + within
     hour = (within // 3_600_000).astype(np.int64)
     return pa.table({"user_id": user, "item_id": 1000 + item, "time_ms": time_ms, "is_click": click, "hour": hour})
+
+
+def thin(log: pa.Table) -> pa.Table:
+    """Every fourth impression, for what needs no good model."""
+    return log.take(pa.array(range(0, log.num_rows, 4)))
 
 
 def users() -> pa.Table:
