@@ -104,13 +104,14 @@ class Registry:
     def __init__(self, store: Path) -> None:
         self.store = store
 
+    def names(self) -> list[str]:
+        """Every version's id, the oldest first; nothing of them is read."""
+        return sorted(path.name for path in (self.store / VERSIONS).glob("*") if VERSION.fullmatch(path.name))
+
     def versions(self) -> list[VersionInfo]:
         """Every published version, oldest first. Raises RegistryError for a validation.json that cannot be read."""
         live = self.live()
-        return [
-            VersionInfo(name, _minute(name), name == live, self._gates(name))
-            for name in sorted(path.name for path in (self.store / VERSIONS).glob("*") if VERSION.fullmatch(path.name))
-        ]
+        return [VersionInfo(name, _minute(name), name == live, self._gates(name)) for name in self.names()]
 
     def live(self) -> str | None:
         """The version that serves, None before the first promote. Raises RegistryError for a damaged pointer."""
@@ -127,8 +128,7 @@ class Registry:
         """The folder of `version`. Raises RegistryError if there is none."""
         path = self.store / VERSIONS / version
         if not VERSION.fullmatch(version) or not path.is_dir():
-            known = [p.name for p in sorted((self.store / VERSIONS).glob("*")) if VERSION.fullmatch(p.name)]
-            raise RegistryError(f"{self.store}: expected one of the versions {known}, got {version!r}")
+            raise RegistryError(f"{self.store}: expected one of the versions {self.names()}, got {version!r}")
         return path
 
     def promote(self, version: str, by: str, why: str) -> None:

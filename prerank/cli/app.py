@@ -377,7 +377,7 @@ def _found(store: Path, funnel: str) -> Path:
 
 
 def _resolve(registry: Registry, beginning: str) -> str:
-    matches = [v.version for v in registry.versions() if v.version.startswith(beginning)]
+    matches = [name for name in registry.names() if name.startswith(beginning)]
     if len(matches) != 1:
         what = "no version begins so" if not matches else f"{len(matches)} versions begin so"
         raise ConfigError(f"{beginning!r}: {what}; see `prerank versions`")

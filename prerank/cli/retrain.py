@@ -184,31 +184,39 @@ def _status(live: str | None, pid: str, run: Run | None, steps: list[Step]) -> R
             f"run {run.id} of {run.day} was stopped at {at.name if at else 'its begin'} and nobody goes on with it; "
             "the next `prerank retrain` does"
         )
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("step", "began", "ended", ""):
-        table.add_column(name, overflow="fold")
+    table = _table("", "step", "began", "ended", "")
     for step in steps:
-        table.add_row(step.name, step.started, step.ended or "", Text(step.said))
+        table.add_row(step.name, _short(step.started), _short(step.ended), Text(step.said))
     return Group(Text("\n".join(lines)), table)
 
 
 def _periods(events: list[Event]) -> RenderableType:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="who was live", title_justify="left")
-    for name in ("version", "from", "until", "for", "by", "why"):
-        table.add_column(name, overflow="fold")
+    table = _table("who was live", "version", "from", "until", "for", "by", "why")
     ends = [event.time for event in events[1:]]
     for event, end in zip(events, [*ends, ""], strict=True):
         until = datetime.fromisoformat(end) if end else datetime.now(UTC)
         lasted = str(until - datetime.fromisoformat(event.time)).partition(".")[0]
         why = f"rolled back from {event.source}: {event.why}" if event.action == "rollback" else event.why
-        table.add_row(event.to, event.time, end or "now", lasted, event.by, Text(why))
+        table.add_row(event.to, _short(event.time), _short(end) or "now", lasted, event.by, Text(why))
     return table
 
 
 def _nothing(found: list[Run]) -> RenderableType:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="retrains that did not stay live", title_justify="left")
-    for name in ("run", "day", "version", "outcome", "at", "why"):
-        table.add_column(name, overflow="fold")
+    table = _table("retrains that did not stay live", "run", "day", "version", "outcome", "at", "why")
     for run in found:
-        table.add_row(str(run.id), run.day, run.version, run.outcome, run.ended or "", Text(run.why))
+        table.add_row(str(run.id), run.day, run.version, run.outcome, _short(run.ended), Text(run.why))
     return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Times are UTC; only the last column, in words, may take several lines."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title or None, title_justify="left")
+    for name in columns:
+        is_last = name == columns[-1]
+        table.add_column(name, overflow="fold", no_wrap=not is_last)
+    return table
+
+
+def _short(time: str | None) -> str:
+    """An ISO time as "2026-01-13 04:05:06"."""
+    return (time or "")[:19].replace("T", " ")

@@ -154,8 +154,11 @@ class Watch:
                 unanswered += 1
                 if unanswered >= _MOST_UNANSWERED:
                     return f"the server did not answer {unanswered} times: {error}", seen
+            is_over = after_s >= self.for_s
             why = "" if unanswered else self.limits.broken(seen, version, after_s)
-            if why or after_s >= self.for_s:
+            if is_over and not why and seen.version != version:
+                why = f"the server serves {seen.version or 'nothing'} at the end of the watch, and not {version}"
+            if why or is_over:
                 return why, seen
             tick()
             self.sleep(min(self.every_s, max(self.for_s - after_s, 0.0)))

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -197,6 +198,48 @@ def test_a_damaged_version_cannot_become_live(registry, abc):
     with pytest.raises(BundleError, match=r"scorer\.safetensors: expected"):
         registry.rollback(None, "ada", "")
     assert registry.live() == b
+
+
+def _flip(path):
+    content = bytearray((path / "scorer.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "scorer.safetensors").write_bytes(content)
+
+
+def _newer(path):
+    said = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**said, "format": said["format"] + 1}))
+
+
+DAMAGES = {
+    "a flipped bit": (_flip, r"scorer\.safetensors: expected sha256 .*, found "),
+    "a cut file": (
+        lambda p: (p / "retrieval.safetensors").write_bytes(b"cut"),
+        r"retrieval\.safetensors: expected \d+",
+    ),
+    "a missing file": (lambda p: (p / "transforms.json").unlink(), r"transforms\.json: the manifest lists it"),
+    "a wrong manifest": (lambda p: (p / "manifest.json").write_text("{"), r"manifest\.json: expected JSON"),
+    "a newer format": (_newer, r"manifest\.json: written in format \d+ by prerank .*; upgrade prerank"),
+    "a validation that is none": (lambda p: (p / "validation.json").write_text("{"), "validation.json: cannot be read"),
+    "all of it gone": (shutil.rmtree, "expected one of the versions"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_rolling_back_from_a_damaged_version_works_at_once_and_it_cannot_come_back(registry, abc, damage):
+    a, b, _ = abc
+    registry.promote(a, "ada", "")
+    registry.promote(b, "ada", "")
+    spoil, said = DAMAGES[damage]
+    spoil(registry.path(b))
+    start = time.perf_counter()
+    registry.rollback(None, "ada", damage)
+    assert time.perf_counter() - start < 1
+    assert registry.live() == a
+    assert a in registry.names()
+    with pytest.raises((BundleError, RegistryError), match=said):
+        registry.promote(b, "ada", "")
+    assert registry.live() == a
 
 
 def test_a_damaged_pointer_is_told_not_guessed(registry):
