@@ -7,10 +7,10 @@ that restarted counts from 0 again, and so does the watch.
 from __future__ import annotations
 
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import TypeAlias
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -65,13 +65,14 @@ Metrics: TypeAlias = Callable[[], Sample]
 
 def metrics_of(url: str) -> Metrics:
     """Reads `url`/metrics, of `prerank serve`."""
+    address = f"{url.rstrip('/')}/metrics"
 
     def read() -> Sample:
         try:
-            with urllib.request.urlopen(f"{url.rstrip('/')}/metrics", timeout=_TIMEOUT_S) as response:
+            with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as response:
                 return sample_of(response.read().decode())
-        except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-            raise PrerankError(f"{url}/metrics: a server's metrics cannot be read there: {error}") from None
+        except (OSError, HTTPException, ValueError) as error:
+            raise PrerankError(f"{address}: a server's metrics cannot be read there: {error}") from None
 
     return read
 
