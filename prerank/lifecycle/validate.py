@@ -45,7 +45,7 @@ DEFAULTS: Mapping[str, Bound] = {
     "finite_weights": Bound(at_least=1.0),
     "index_recall": Bound(at_least=0.9),
     "complete_days": Bound(at_least=0.1),
-    "feature_coverage": Bound(at_least=0.5),
+    "feature_coverage": Bound(at_least=0.1),
     "served_parity": Bound(at_most=0.001),
 }
 """The gates of every version, whether or not its funnel file names them; one that it names is as it says."""

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from prerank.bundle.load import load
+from prerank.bundle.load import Bundle, load
 from prerank.bundle.registry import Registry
 from prerank.config import Config
 from prerank.errors import AlreadyRunning, DataError, PrerankError
@@ -18,11 +18,17 @@ from prerank.lifecycle.retrain import Asked, retrain
 from prerank.lifecycle.runs import LOCK, opened, running
 from prerank.lifecycle.watching import Limits, Sample, Watch
 from prerank.lifecycle.window import moved, newest_complete_day
+from prerank.models.rankers import build_ranker
 from prerank.models.towers import build_towers
 from prerank.train.warm import WarmStart
 from tests.lifecycle import world
 from tests.lifecycle.server import Server
 from tests.lifecycle.world import Made
+
+
+@pytest.fixture
+def world_version(world, published) -> Bundle:  # type: ignore[no-untyped-def]
+    return load(world.home / "versions" / published)
 
 
 def test_the_newest_day_is_the_last_that_the_log_has_whole(small: tuple[Config, Path], tmp_path: Path) -> None:
@@ -69,6 +75,18 @@ def test_a_table_that_is_moved_to_another_vocabulary_keeps_each_values_row(secon
     for name, weight in towers.state_dict().items():
         if "taste" not in name:
             assert torch.equal(weight, bundle.towers.state_dict()[name]), name
+
+
+def test_every_kind_of_model_begins_where_the_live_one_ended(world_version: Bundle) -> None:
+    """Attention, counters, hashed tables, bags that share a table: of the market's funnel."""
+    bundle = world_version
+    warm, sizes = WarmStart.of(bundle), bundle.transforms.sizes()
+    models = {"towers": build_towers(bundle.config, sizes), "ranker": build_ranker(bundle.config, sizes)}
+    for part, model in models.items():
+        assert isinstance(model, torch.nn.Module)
+        assert warm.give(part, model, bundle.config, bundle.transforms) == ""  # type: ignore[arg-type]
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, warm.weights[part][name]), name  # type: ignore[index]
 
 
 def test_weights_that_do_not_fit_are_left_alone_and_told(second: Made, tmp_path: Path) -> None:
