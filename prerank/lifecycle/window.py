@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from prerank.config import Config
 from prerank.data.calendar import day_numbers, iso_day, spans
 from prerank.data.logs import Tables
-from prerank.errors import DataError
+from prerank.errors import ConfigError, DataError
 
 _HOUR_MS = 3_600_000
 
@@ -42,7 +42,14 @@ def newest_complete_day(config: Config, tables: Tables) -> str:
 
 
 def moved(config: Config, day: str) -> Config:
-    """The same funnel with train, validate and test moved by as many days, so that validate ends with the ISO `day`."""
+    """The same funnel with train, validate and test moved by as many days, so that validate ends with the ISO `day`.
+
+    Raises ConfigError for what is no ISO day.
+    """
+    try:
+        date.fromisoformat(day)
+    except ValueError:
+        raise ConfigError(f"expected a day such as {config.data.validate[1]}, got {day!r}") from None
     later = date.fromisoformat(day) - date.fromisoformat(config.data.validate[1])
     train, validate, test = (
         _later(days, later) for days in (config.data.train, config.data.validate, config.data.test)

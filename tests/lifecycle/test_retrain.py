@@ -12,7 +12,7 @@ import torch
 from prerank.bundle.load import Bundle, load
 from prerank.bundle.registry import Registry
 from prerank.config import Config
-from prerank.errors import AlreadyRunning, DataError, PrerankError
+from prerank.errors import AlreadyRunning, BundleError, ConfigError, DataError, PrerankError
 from prerank.features.transforms import Transforms
 from prerank.lifecycle.retrain import Asked, retrain
 from prerank.lifecycle.runs import LOCK, opened, running
@@ -51,6 +51,8 @@ def test_every_window_moves_by_as_many_days_and_keeps_its_length(small: tuple[Co
     assert data.validate == (world.day(7), world.day(7))
     assert data.test == (world.day(8), world.day(8))
     assert moved(config, config.data.validate[1]) == config
+    with pytest.raises(ConfigError, match=f"expected a day such as {world.day(5)}, got 'monday'"):
+        moved(config, "monday")
 
 
 def test_a_table_that_is_moved_to_another_vocabulary_keeps_each_values_row(second: Made, tmp_path: Path) -> None:
@@ -213,3 +215,35 @@ def test_what_cannot_be_watched_is_not_begun(small: tuple[Config, Path], retrain
         retrain(Asked(*small, retrained, watch=Watch(gone, 1.0, Limits())))
     assert Registry(retrained).live() == live
     assert len(Registry(retrained).versions()) == 1
+
+
+def test_a_first_version_that_breaks_stays_for_there_is_nothing_to_go_back_to(
+    small: tuple[Config, Path], tmp_path: Path
+) -> None:
+    home = tmp_path / "tastes"
+    with pytest.raises(
+        BundleError, match=r"is broken \(5.0% of .*there is nothing to roll back to"
+    ):
+        retrain(Asked(*small, home, watch=Server(home, bad=5.0).watch()))
+    with opened(home) as runs:
+        (run,) = runs.latest()
+    assert (run.outcome, Registry(home).live()) == ("failed", run.version)
+
+
+def test_a_version_before_that_is_damaged_is_not_rolled_back_to(small: tuple[Config, Path], retrained: Path) -> None:
+    before = Registry(retrained).path(str(Registry(retrained).live()))
+
+    class Spoils(Server):
+        def __call__(self) -> Sample:
+            found = super().__call__()
+            if found.errors:
+                (before / "scorer.safetensors").write_bytes(b"cut")
+            return found
+
+    with pytest.raises(BundleError, match=r"scorer\.safetensors: expected \d+ bytes, found 3"):
+        retrain(Asked(*small, retrained, watch=Spoils(retrained, bad=5.0).watch()))
+    with opened(retrained) as runs:
+        run = runs.latest()[0]
+        assert run.outcome == "failed"
+        assert [step.name for step in runs.steps(run)][-2:] == ["watch", "roll back"]
+    assert Registry(retrained).live() == run.version
