@@ -113,7 +113,7 @@ class Measured:
         named |= {f"scorer: {name}": one for name, one in self.bundle.scorer.ranker.state_dict().items()}  # type: ignore[attr-defined]
         index = self.bundle.index
         if isinstance(index, nn.Module):
-            named |= {f"index: {name}": one[:published] for name, one in index.state_dict().items()}
+            named |= {f"index: {n}": one[:published] if one.dim() else one for n, one in index.state_dict().items()}
         wrong = [name for name, one in named.items() if one.is_floating_point() and not bool(one.isfinite().all())]
         return 1.0 - len(wrong) / len(named), f"{wrong[0]} is not finite" if wrong else ""
 
