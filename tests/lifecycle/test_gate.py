@@ -13,11 +13,15 @@ import pyarrow as pa
 import pytest
 import torch
 
+from prerank._tensor_files import read_tensors, write_tensors
 from prerank.bundle import manifest
 from prerank.bundle import publish as publishing
+from prerank.bundle.golden import Golden
+from prerank.bundle.load import load
 from prerank.bundle.registry import Gate, Registry
 from prerank.config import Bound, HeavyRankerConfig
 from prerank.errors import BundleError, GateFailed
+from prerank.index.exact import ExactIndex
 from prerank.lifecycle.build import load_users
 from prerank.lifecycle.training import Trained
 from prerank.lifecycle.validate import DEFAULTS, validate
@@ -168,14 +172,18 @@ def test_an_index_of_other_towers_is_refused(home: Path, first: Made, second: Ma
     assert "its user vectors would be of another space" in gates["golden"].about
 
 
-def test_an_index_of_other_towers_that_says_it_is_of_these_is_refused(
-    home: Path, first: Made, second: Made, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Golden answers are asked of the index that is published, so they do not show it."""
-    vectors = publishing._vectors
-    others = first.trained.towers
-    monkeypatch.setattr(publishing, "_vectors", lambda parts, items: vectors(replace(parts, towers=others), items))
-    version = second.publish(home)
+def test_an_index_of_other_towers_that_says_it_is_of_these_is_refused(home: Path, second: Made) -> None:
+    """Its golden answers are those of that index, so they do not show it."""
+    path = home / "versions" / second.publish(home)
+    bundle, others = load(path), load(home / "versions" / str(Registry(home).live()))
+    user = {n: t.clone() for n, t in Golden.from_tensors(read_tensors(path / manifest.GOLDEN)[0]).user.items()}
+    index = ExactIndex(others.index.vectors.clone())  # type: ignore[attr-defined]
+    asked = Golden.ask(user, bundle.towers, index, bundle.scorer, keep=50, k=10).to_tensors()
+    for name in (manifest.INDEX, manifest.GOLDEN):
+        (path / name).unlink()  # and not written over: it is mapped
+    write_tensors(path / manifest.GOLDEN, asked, {})
+    index.save(path / manifest.INDEX, {"retrieval": manifest.FileEntry.of(path / manifest.RETRIEVAL).model_id})
+    version = sign_again(path).name
     gates = judged(home, version, second)
     assert gates["golden"].holds
     refused(home, version, gates, "index_recall")
