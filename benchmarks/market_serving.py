@@ -110,8 +110,9 @@ def _promote(root: Path) -> int:
     home = root / "store" / config.name
     registry = Registry(home)
     version = registry.versions()[-1].version
-    trained = train(config, open_tables(config, root / "market", home / "work"), home)
-    gates = validate(home, version, trained.prepared)
+    tables = open_tables(config, root / "market", home / "work")
+    trained = train(config, tables, home)
+    gates = validate(home, version, trained.prepared, tables)
     registry.promote(version, by="benchmark", why="")
     return len(gates)
 

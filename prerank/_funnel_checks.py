@@ -17,8 +17,19 @@ if TYPE_CHECKING:
 
 INDEX = "index"
 """What the candidates of the towers' index are said to be found by."""
-GATES = ("retrieval_recall", "recall_over_popularity", "normalised_entropy", "calibration_error", "golden")
+COMPARED = (
+    *("retrieval_recall", "recall_over_popularity", "normalised_entropy", "calibration_error", "kl_loss"),
+    *("index_recall", "latency_ms", "memory_mib"),
+)
+"""The validation gates that may be bounded against the live version too."""
+GATES = (
+    *COMPARED,
+    *("golden", "finite_weights", "complete_days", "feature_coverage", "served_parity", "bf16_difference"),
+    "embedding_drift",
+)
 """The validation gates a funnel file may bound; `lifecycle.validate` measures them."""
+AGAINST_LIVE = ("not_below_live_by", "not_above_live_by", "at_least_of_live", "at_most_of_live")
+"""The bounds of a gate that are against the live version."""
 
 
 def check_names(config: Config, problems: Problems) -> None:
@@ -41,10 +52,7 @@ def check_names(config: Config, problems: Problems) -> None:
         if isinstance(term.value, str):
             problems.known(f"utility.{task}.value", term.value, values, "a value of [features.item] or a number")
     _check_rules(config, problems)
-    for gate, bound in config.validate.items():
-        problems.known(f"validate.{gate}", gate, list(GATES), "a gate")
-        if bound.at_least is None and bound.at_most is None:
-            problems.add(f"validate.{gate}", "expected at_least, at_most, or both")
+    _check_gates(config, problems)
     for name in config.metadata.deferred:
         if name in config.metadata.columns:
             problems.add("metadata.deferred", f"expected columns that do not come with answers, got {name!r}")
@@ -54,6 +62,23 @@ def check_names(config: Config, problems: Problems) -> None:
     _check_targeting(config.targeting, problems)
     _check_stages(config, problems)
     _check_ranges(config, problems)
+
+
+def _check_gates(config: Config, problems: Problems) -> None:
+    for gate, bound in config.validate.items():
+        where = f"validate.{gate}"
+        problems.known(where, gate, list(GATES), "a gate")
+        given = {name: number for name, number in asdict(bound).items() if number is not None}
+        if not given:
+            problems.add(where, f"expected at_least, at_most, or both, or one of {', '.join(AGAINST_LIVE)}")
+        for name, number in given.items():
+            if not isfinite(number) or (name in AGAINST_LIVE and number < 0):
+                problems.add(f"{where}.{name}", f"expected a finite number, 0 or more against live, got {number}")
+            if name in AGAINST_LIVE and gate in GATES and gate not in COMPARED:
+                said = "already against live" if gate == "embedding_drift" else "of the version alone"
+                problems.add(f"{where}.{name}", f"expected at_least or at_most: this gate is {said}")
+        if gate == "kl_loss" and config.heavy_ranker is None:
+            problems.add(where, "expected a [heavy_ranker] in the funnel file: it is the teacher this is measured to")
 
 
 def _check_rules(config: Config, problems: Problems) -> None:

@@ -14,9 +14,9 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
+from prerank._funnel_checks import AGAINST_LIVE, check_names
 from prerank._funnel_checks import GATES as GATES
 from prerank._funnel_checks import INDEX as INDEX
-from prerank._funnel_checks import check_names
 from prerank._toml import Problems, columns_named, structure
 from prerank.errors import ConfigError
 from prerank.schema import IMPRESSION, FeatureSchema, Kind, Owner, Value
@@ -339,10 +339,23 @@ class Serve:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What a validation gate must measure: `at_least`, `at_most`, or both."""
+    """What a validation gate must measure: absolute, against what the live version measures on the same day, or both.
+
+    `not_below_live_by` and `not_above_live_by` are in the gate's own unit, `at_least_of_live` and `at_most_of_live`
+    are shares of what live measures. Where nothing is live, those against it hold.
+    """
 
     at_least: float | None = None
     at_most: float | None = None
+    not_below_live_by: float | None = None
+    not_above_live_by: float | None = None
+    at_least_of_live: float | None = None
+    at_most_of_live: float | None = None
+
+    @property
+    def is_against_live(self) -> bool:
+        """Whether the live version is to be measured too."""
+        return any(getattr(self, name) is not None for name in AGAINST_LIVE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,10 @@ class GateFailed(RegistryError):
     """A version did not hold every validation gate and stays unpointed."""
 
 
+class AlreadyRunning(PrerankError):
+    """Another process does this for the same funnel now; the text names it."""
+
+
 class TrainingError(PrerankError):
     """Training cannot start, resume or go on: no positives, a checkpoint of another run, a loss that is not finite."""
 

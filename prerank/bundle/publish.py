@@ -22,6 +22,7 @@ import prerank
 from prerank._tensor_files import write_tensors
 from prerank.bundle import manifest
 from prerank.bundle.durable import locked, sync
+from prerank.bundle.failpoints import reach
 from prerank.bundle.golden import Golden
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.manifest import FileEntry
@@ -107,11 +108,13 @@ def publish(store: Path, parts: Parts) -> str:
         manifest.write_manifest(folder, said, files)
         for path in [*folder.rglob("*"), folder]:
             sync(path)
+        reach("publish-written")
         with locked(store):
             for existing in versions.glob(f"*-{content}"):
                 manifest.verify(existing)
                 return existing.name
             os.replace(folder, versions / version)
+            reach("publish-renamed")
             sync(versions)
     return version
 
@@ -178,6 +181,7 @@ def _write_files(folder: Path, parts: Parts) -> int:
     (folder / manifest.CONFIG).write_text(to_toml(config.to_dict()), encoding="utf-8")
     (folder / manifest.TRANSFORMS).write_text(parts.transforms.to_json(), encoding="utf-8")
     write_tensors(folder / manifest.RETRIEVAL, parts.towers.state_dict(), {})
+    reach("publish-half-written")
     write_tensors(folder / manifest.SCORER, scorer.state_dict(), {})
     if targeting is not None:
         plain = json.dumps(targeting.to_plain(), ensure_ascii=False, indent=1)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from prerank.bundle.durable import locked, replace_text, sync
+from prerank.bundle.failpoints import reach
 from prerank.bundle.manifest import CONFIG, VERSION, VERSIONS, verify
 from prerank.errors import GateFailed, RegistryError
 
@@ -28,12 +29,40 @@ Action: TypeAlias = Literal["promote", "rollback"]
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """One validation gate: its bound in words, what was measured, and whether that holds."""
+    """One validation gate: its bound in words, what was measured, and whether that holds.
+
+    `off` is by how much it is outside of its bound, below 0 where it is too low; `live` what the live version measured
+    (None: not asked, or nothing was live); `about` the feature or the day that is worst, or why it was not measured.
+    """
 
     name: str
     bound: str
     measured: float
     holds: bool
+    off: float = 0.0
+    live: float | None = None
+    about: str = ""
+
+    def said(self) -> str:
+        """What was expected, what was measured, and by how much that fails, as the end of a sentence."""
+        how = "" if not self.off else f": {abs(self.off):.4g} too {'low' if self.off < 0 else 'high'}"
+        live = "" if self.live is None else f" (live has {self.live:g})"
+        about = f"; {self.about}" if self.about else ""
+        return f"expected {self.bound}, measured {self.measured:g}{how}{live}{about}"
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Gate:
+        """What `asdict` and JSON made of one. Raises KeyError, TypeError or ValueError for anything else."""
+        live = plain.get("live")
+        return cls(
+            plain["name"],
+            plain["bound"],
+            float(plain["measured"]),
+            plain["holds"] is True,
+            float(plain.get("off", 0.0)),
+            None if live is None else float(live),
+            str(plain.get("about", "")),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +104,14 @@ class Registry:
     def __init__(self, store: Path) -> None:
         self.store = store
 
+    def names(self) -> list[str]:
+        """Every version's id, the oldest first; nothing of them is read."""
+        return sorted(path.name for path in (self.store / VERSIONS).glob("*") if VERSION.fullmatch(path.name))
+
     def versions(self) -> list[VersionInfo]:
         """Every published version, oldest first. Raises RegistryError for a validation.json that cannot be read."""
         live = self.live()
-        return [
-            VersionInfo(name, _minute(name), name == live, self._gates(name))
-            for name in sorted(path.name for path in (self.store / VERSIONS).glob("*") if VERSION.fullmatch(path.name))
-        ]
+        return [VersionInfo(name, _minute(name), name == live, self._gates(name)) for name in self.names()]
 
     def live(self) -> str | None:
         """The version that serves, None before the first promote. Raises RegistryError for a damaged pointer."""
@@ -98,8 +128,7 @@ class Registry:
         """The folder of `version`. Raises RegistryError if there is none."""
         path = self.store / VERSIONS / version
         if not VERSION.fullmatch(version) or not path.is_dir():
-            known = [p.name for p in sorted((self.store / VERSIONS).glob("*")) if VERSION.fullmatch(p.name)]
-            raise RegistryError(f"{self.store}: expected one of the versions {known}, got {version!r}")
+            raise RegistryError(f"{self.store}: expected one of the versions {self.names()}, got {version!r}")
         return path
 
     def promote(self, version: str, by: str, why: str) -> None:
@@ -110,6 +139,7 @@ class Registry:
         """
         self._check_gates(version)
         verify(self.path(version))
+        reach("promote-verified")
         with locked(self.store):
             self._move(version, "promote", by, why)
 
@@ -146,8 +176,9 @@ class Registry:
         """Write the version's validation.json, in place of an earlier one. Raises RegistryError without a version."""
         plain = [asdict(gate) for gate in gates]
         for gate in plain:
-            if not isfinite(gate["measured"]):
-                gate["measured"] = str(gate["measured"])  # JSON has no word for it
+            for name in ("measured", "off", "live"):
+                if gate[name] is not None and not isfinite(gate[name]):
+                    gate[name] = str(gate[name])  # JSON has no word for it
         text = json.dumps({"version": version, "gates": plain}, indent=1, allow_nan=False) + "\n"
         replace_text(self.path(version) / VALIDATION, text)
 
@@ -159,7 +190,7 @@ class Registry:
             plain = json.loads(where.read_text(encoding="utf-8"))
             if plain["version"] != version:
                 raise ValueError(f"it is of version {plain['version']}")
-            return tuple(Gate(g["name"], g["bound"], float(g["measured"]), g["holds"] is True) for g in plain["gates"])
+            return tuple(Gate.from_plain(gate) for gate in plain["gates"])
         except (ValueError, KeyError, TypeError) as error:
             raise RegistryError(f"{where}: cannot be read: {error!r}; validate {version} again") from None
 
@@ -169,7 +200,7 @@ class Registry:
             raise GateFailed(f"{version}: it was never validated; validate it before promoting it")
         for gate in gates:
             if not gate.holds:
-                raise GateFailed(f"{version}: gate {gate.name} expected {gate.bound}, measured {gate.measured:g}")
+                raise GateFailed(f"{version}: gate {gate.name} {gate.said()}")
         config = tomllib.loads((self.path(version) / CONFIG).read_text(encoding="utf-8"))
         unmeasured = sorted(set(config.get("validate", {})) - {gate.name for gate in gates})
         if unmeasured:
@@ -194,7 +225,9 @@ class Registry:
             raise RegistryError(f"{version} is live already")
         now = datetime.now(UTC).isoformat(timespec="seconds")
         _append(self.store / _HISTORY, Event(now, action, live, version, by, why).to_json())
+        reach("promote-noted")
         replace_text(self.store / _LIVE, version + "\n")
+        reach("promote-moved")
 
 
 def _append(path: Path, line: str) -> None:

@@ -20,6 +20,7 @@ from prerank.cli import render, requests
 from prerank.cli.demo import demo as run_demo
 from prerank.cli.doctor import examine
 from prerank.cli.progress import progress
+from prerank.cli.retrain import register as register_retrain
 from prerank.config import load_config
 from prerank.data.check import check as check_tables
 from prerank.data.logs import Tables, find_tables, open_tables
@@ -199,8 +200,8 @@ def publish(
         load_tail(trained.config, tables, trained.prepared, home, tail, report)
         quality = evaluate_trained(trained, home)
         version = publish_trained(trained, tables, home, render.plain(quality), report)
+        gates = validate_version(home, version, trained.prepared, tables, trained.heavy, report)
     out.print(f"published {version}")
-    gates = validate_version(home, version, trained.prepared)
     out.print(render.gates(gates))
     if not all(gate.holds for gate in gates):
         raise GateFailed(f"{version} stays unpointed: " + "; ".join(render.failed(gates)))
@@ -227,6 +228,9 @@ def rollback(
     registry = Registry(_found(store, funnel))
     registry.rollback(_resolve(registry, version) if version else None, getpass.getuser(), why)
     out.print(f"{registry.live()} is live")
+
+
+register_retrain(app, out, err)
 
 
 @app.command()
@@ -485,7 +489,7 @@ def _found(store: Path, funnel: str) -> Path:
 
 
 def _resolve(registry: Registry, beginning: str) -> str:
-    matches = [v.version for v in registry.versions() if v.version.startswith(beginning)]
+    matches = [name for name in registry.names() if name.startswith(beginning)]
     if len(matches) != 1:
         what = "no version begins so" if not matches else f"{len(matches)} versions begin so"
         raise ConfigError(f"{beginning!r}: {what}; see `prerank versions`")

@@ -70,7 +70,7 @@ def demo(config_path: Path | None, data: Path | None, store: Path, out: Console,
         load_tail(config, tables, trained.prepared, home, report=report)
     quality = evaluate(trained, home)
     version = publish_trained(trained, tables, home, render.plain(quality))
-    gates = _promoted(home, version, trained)
+    gates = _promoted(home, version, trained, tables)
     requests = _last_requests(config, tables, NUM_REQUESTS)
     from prerank.serve.funnel import Funnel  # as heavy as a server, so only once there is something to serve
 
@@ -140,8 +140,8 @@ def _checked(config: Config, tables: Tables, out: Console) -> None:
         raise DataError("the data has errors; mend them, or see `prerank check`")
 
 
-def _promoted(home: Path, version: str, trained: Trained) -> list[Gate]:
-    gates = validate(home, version, trained.prepared)
+def _promoted(home: Path, version: str, trained: Trained, tables: Tables) -> list[Gate]:
+    gates = validate(home, version, trained.prepared, tables, trained.heavy)
     if not all(gate.holds for gate in gates):
         raise GateFailed(f"{version} stays unpointed: " + "; ".join(render.failed(gates)))
     registry = Registry(home)

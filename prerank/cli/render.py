@@ -135,17 +135,18 @@ def quality(measured: Quality) -> RenderableType:
 def gates(measured: Sequence[Gate]) -> RenderableType:
     """Each gate's bound, what was measured, and whether it holds."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("gate", "bound", "measured", "holds"):
-        table.add_column(name, justify="right" if name == "measured" else "left")
+    for name in ("gate", "bound", "measured", "live", "holds", ""):
+        table.add_column(name, justify="right" if name in ("measured", "live") else "left")
     for gate in measured:
         holds = Text("yes", style="green") if gate.holds else Text("no", style="red")
-        table.add_row(gate.name, Text(gate.bound), f"{gate.measured:.4f}", holds)
+        live = "" if gate.live is None else f"{gate.live:.4f}"
+        table.add_row(gate.name, Text(gate.bound), f"{gate.measured:.4f}", live, holds, Text(gate.about, style="dim"))
     return _titled("gates, on the validate days", table)
 
 
 def failed(measured: Sequence[Gate]) -> list[str]:
     """A sentence for each gate that does not hold."""
-    return [f"{g.name} is {g.measured:.4g}, expected {g.bound}" for g in measured if not g.holds]
+    return [f"{g.name}: {g.said()}" for g in measured if not g.holds]
 
 
 def versions(registry: Registry) -> RenderableType:

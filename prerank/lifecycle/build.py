@@ -17,6 +17,7 @@ from prerank.data.logs import Tables
 from prerank.evaluate.ranking import RankingQuality, evaluate_ranking
 from prerank.evaluate.retrieval import FLOORS, RetrievalQuality, evaluate_retrieval
 from prerank.lifecycle.arrivals import Stock, with_arrivals
+from prerank.lifecycle.coverage import COVERAGE, training_coverage
 from prerank.lifecycle.embed import embed
 from prerank.lifecycle.training import Trained
 from prerank.lifecycle.user_shelves import UserFile, UserRedis
@@ -103,7 +104,7 @@ def publish_trained(
             "run": trained.run,
             **({ITEMS_UNTIL: str(stock.until_ns)} if stock.until_ns else {}),
         },
-        metrics=metrics,
+        metrics={**metrics, COVERAGE: training_coverage(prepared, config)},
         vectors=vectors,
         asked_user={name: column.numpy() for name, column in asked.items()},
         targeting=stock.table.select(config.targeted("item")) if config.targeting else None,

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from prerank.config import Config
 from prerank.data.logs import Tables
@@ -30,6 +32,7 @@ from prerank.train.ranking import WATCH, Impressions, RankerExamples, train_rank
 from prerank.train.retrieval import train_retrieval
 from prerank.train.segments import own_codes, train_segments
 from prerank.train.teacher import FILE, load_teacher, save_teacher, train_heavy
+from prerank.train.warm import Part, WarmStart
 from prerank.types import Array, Report, silent
 
 _FORM = 2  # raise it when a change to the training code should train again
@@ -39,7 +42,10 @@ Measure = Callable[[Ranker], Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Every trained model with what it was trained on, and one record an epoch of each; `heavy` where asked for."""
+    """Every trained model with what it was trained on, and one record an epoch of each; `heavy` where asked for.
+
+    `fresh` says, by "towers" and "ranker", why a model did not begin with the weights it was to begin with.
+    """
 
     config: Config
     prepared: Prepared
@@ -50,15 +56,24 @@ class Trained:
     ranker_epochs: list[dict[str, float]]
     heavy: HeavyRanker | None = None
     heavy_epochs: tuple[dict[str, float], ...] = ()
+    fresh: Mapping[str, str] = field(default_factory=dict)
 
 
-def train(config: Config, tables: Tables, home: Path, report: Report = silent, teacher: Path | None = None) -> Trained:
+def train(
+    config: Config,
+    tables: Tables,
+    home: Path,
+    report: Report = silent,
+    teacher: Path | None = None,
+    warm: WarmStart | None = None,
+) -> Trained:
     """The models of `config` on `tables`; `home` is the funnel's folder of the store.
 
-    `teacher` is the file of a heavy ranker trained before, for the same features and tasks, to be taken instead of
-    training one. Raises ConfigError where one is given and the funnel file has no [heavy_ranker].
+    Towers and ranker begin with the weights of `warm` where those fit; `Trained.fresh` says why which did not. A heavy
+    ranker always begins from nothing. `teacher` is the file of one trained before, for the same features and tasks, to
+    be taken instead of training one. Raises ConfigError where it is given and the funnel file has no [heavy_ranker].
     """
-    training = _Training(config, tables, home / "work", report)
+    training = _Training(config, tables, home / "work", report, warm)
     towers, retrieval_epochs = training.retrieval()
     heavy: HeavyRanker | None = None
     heavy_epochs: list[dict[str, float]] = []
@@ -82,6 +97,7 @@ def train(config: Config, tables: Tables, home: Path, report: Report = silent, t
         ranker_epochs,
         heavy,
         tuple(heavy_epochs),
+        training.fresh,
     )
 
 
@@ -96,8 +112,11 @@ def train_teacher(
 class _Training:
     """The steps, in order; `keys` grows by each step's key, which depends on those of the steps it reads."""
 
-    def __init__(self, config: Config, tables: Tables, work: Path, report: Report) -> None:
-        self.config, self.work, self.report = config, work, report
+    def __init__(
+        self, config: Config, tables: Tables, work: Path, report: Report, warm: WarmStart | None = None
+    ) -> None:
+        self.config, self.work, self.report, self.warm = config, work, report, warm
+        self.fresh: dict[str, str] = {}
         self.prepared = prepare(config, tables, work, report)
         self.data = preparation_key(config, tables)
         self.plain = config.to_dict()
@@ -108,13 +127,25 @@ class _Training:
     def retrieval(self) -> tuple[TwoTower, list[dict[str, float]]]:
         """The two towers."""
         config, prepared = self.config, self.prepared
-        key = self.keys["retrieval"] = _key(self.data, config.seed, self.plain["retrieval"])
+        key = self.keys["retrieval"] = _key(self.data, config.seed, self.plain["retrieval"], *self._warmed())
 
         def recall(towers: TwoTower) -> Mapping[str, float]:
             quality = evaluate_retrieval(towers, prepared, config, self.days, most=1000)
             return {"recall@100": quality.at("two towers", 100)}
 
-        return train_retrieval(prepared, config, self.work / f"retrieval-{key}", key, recall, self.report)
+        begin = partial(self._begin, "towers")
+        return train_retrieval(prepared, config, self.work / f"retrieval-{key}", key, recall, self.report, begin)
+
+    def _warmed(self) -> list[str]:
+        """What a training that begins with a version's weights depends on beside the rest."""
+        return [] if self.warm is None else [self.warm.version]
+
+    def _begin(self, part: Part, model: nn.Module) -> None:
+        """Give a model the weights it is to begin with, if there are some and they fit."""
+        if self.warm is not None:
+            why = self.warm.give(part, model, self.config, self.prepared.transforms)
+            if why:
+                self.fresh[part] = why
 
     def heavy(self, towers: TwoTower, given: Path | None) -> tuple[HeavyRanker, list[dict[str, float]]]:
         """The heavy ranker: the one `given`, or one trained on all training impressions."""
@@ -174,13 +205,17 @@ class _Training:
         """The lightweight ranker, of examples or of the training impressions' labels; with [segments], of several."""
         config, prepared = self.config, self.prepared
         said = [self.plain[name] for name in ("ranker", "tasks", "segments", "distillation")]
-        key = _key(self.data, config.seed, *said, self.keys.get("lessons"), self._tables("ranker"))
+        key = _key(self.data, config.seed, *said, self.keys.get("lessons"), self._tables("ranker"), *self._warmed())
         self.keys["ranker"] = key
         folder = self.work / f"ranker-{key}"
         if config.segments is None:
+            begin = partial(self._begin, "ranker")
+            after, report = measure(""), self.report
             return train_ranker(
-                prepared, config, folder, key, measure(""), self.report, towers=towers, examples=examples
+                prepared, config, folder, key, after, report, towers=towers, examples=examples, begin=begin
             )
+        if self.warm is not None:
+            self.fresh["ranker"] = "rankers of [segments] are trained from nothing"
         given = Impressions(prepared, config, self.events) if examples is None else examples
         return train_segments(prepared, config, folder, key, self.events, given, measure, self.report, towers)
 

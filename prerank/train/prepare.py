@@ -123,18 +123,22 @@ class Prepared:
         return user, self.events[moment][rows], self.events["item"][rows]
 
 
-def prepare(config: Config, tables: Tables, folder: Path, report: Report = silent) -> Prepared:
+def prepare(
+    config: Config, tables: Tables, folder: Path, report: Report = silent, transforms: Transforms | None = None
+) -> Prepared:
     """The prepared arrays under `folder`, made unless the same data and features were prepared before.
 
+    Transforms are fitted on the training days unless given, as those of a version that is to be asked about this log.
     Raises DataError where an id of the log is in no table; `prerank check` tells every such problem at once.
     """
-    out = folder / f"prepared-{preparation_key(config, tables)}"
+    given = "" if transforms is None else f"-{hashlib.sha256(transforms.to_json().encode()).hexdigest()[:8]}"
+    out = folder / f"prepared-{preparation_key(config, tables)}{given}"
     if not (out / "done").exists():
         building = folder / f".{out.name}"
         shutil.rmtree(building, ignore_errors=True)
         for part in ("users", "items", "events"):
             (building / part).mkdir(parents=True)
-        _Preparation(config, tables, building, report).run()
+        _Preparation(config, tables, building, report).run(transforms)
         (building / "done").touch()
         shutil.rmtree(out, ignore_errors=True)
         building.rename(out)
@@ -170,7 +174,7 @@ def load_prepared(folder: Path) -> Prepared:
 
 
 class _Preparation:
-    """One run of `prepare`: count, fit, encode, sort."""
+    """One run of `prepare`: count, fit, unless that is given, encode, sort."""
 
     def __init__(self, config: Config, tables: Tables, out: Path, report: Report) -> None:
         self.config, self.tables, self.out, self.report = config, tables, out, report
@@ -181,8 +185,8 @@ class _Preparation:
         self.items, self.item_ids = _by_id(tables.items(), data.item_id)
         self._served: ServedLog | None = None
 
-    def run(self) -> None:
-        transforms = self._fit()
+    def run(self, given: Transforms | None) -> None:
+        transforms = self._fit() if given is None else given
         (self.out / "transforms.json").write_text(transforms.to_json())
         (self.out / "labels.json").write_text(json.dumps(self.labels))
         self._write("users", transforms, "user", self.users, self.user_ids)

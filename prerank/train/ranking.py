@@ -58,15 +58,17 @@ def train_ranker(
     towers: TwoTower | None = None,
     examples: RankerExamples | None = None,
     what: str = "train the ranker",
+    begin: Callable[[nn.Module], object] = lambda _: None,
 ) -> tuple[Ranker, list[dict[str, float]]]:
     """One trained ranker and one record an epoch; see `loop.run` for how it resumes and what it raises.
 
     It learns from `examples`, from the impressions of the training days where none are given. `towers` are those whose
-    tables it takes where `[ranker] tables` says so.
+    tables it takes where `[ranker] tables` says so. `begin` may change the other weights that the training begins with.
     """
     torch.manual_seed(config.seed)
     ranker = build_one_ranker(config, prepared.transforms.sizes())
     assert isinstance(ranker, nn.Module)
+    begin(ranker)
     if config.ranker.tables == "retrieval":
         assert towers is not None, "tables of the retrieval towers are asked for"
         for tower in (module for module in ranker.modules() if isinstance(module, ItemTower)):

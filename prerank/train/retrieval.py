@@ -113,10 +113,15 @@ def train_retrieval(
     identity: str,
     after_epoch: Callable[[TwoTower], Mapping[str, float]] = lambda _: {},
     report: Report = silent,
+    begin: Callable[[TwoTower], object] = lambda _: None,
 ) -> tuple[TwoTower, list[dict[str, float]]]:
-    """The trained towers and one record an epoch; see `loop.run` for how it resumes and what it raises."""
+    """The trained towers and one record an epoch; see `loop.run` for how it resumes and what it raises.
+
+    `begin` may change the weights that the training begins with.
+    """
     torch.manual_seed(config.seed)
     towers = build_towers(config, prepared.transforms.sizes())
+    begin(towers)
     groups = Groups.build(prepared, config)
     plan = Plan.of(config.retrieval, identity, len(groups), config.seed)
     examples = _Examples(prepared, config, groups)

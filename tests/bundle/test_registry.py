@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -150,6 +151,23 @@ def test_one_gate_that_does_not_hold_is_named_with_bound_and_measured(registry, 
         registry.promote(abc[0], "ada", "")
 
 
+def test_a_gate_says_by_how_much_it_fails_beside_what_live_has_and_all_of_it_is_kept(registry, abc):
+    gate = Gate("kl_loss", "not above live by more than 0.002", 0.25, False, off=0.148, live=0.1, about="one task")
+    registry.write_validation(abc[0], [HOLDS, gate])
+    assert registry.versions()[sorted(abc).index(abc[0])].gates == (HOLDS, gate)
+    said = "expected not above live by more than 0.002, measured 0.25: 0.148 too high (live has 0.1); one task"
+    with pytest.raises(GateFailed, match=re.escape(f"{abc[0]}: gate kl_loss {said}")):
+        registry.promote(abc[0], "ada", "")
+
+
+def test_a_validation_written_before_gates_said_by_how_much_is_read(registry, abc):
+    plain = [{"name": "golden", "bound": "at least 1", "measured": 1.0, "holds": True}]
+    text = json.dumps({"version": abc[0], "gates": plain})
+    (registry.path(abc[0]) / "validation.json").write_text(text)
+    registry.promote(abc[0], "ada", "")
+    assert registry.live() == abc[0]
+
+
 def test_a_gate_nobody_measured_does_not_hold(registry, abc):
     registry.write_validation(abc[0], [])
     with pytest.raises(GateFailed, match=r"has the gates \['golden'\], never measured; validate again"):
@@ -180,6 +198,48 @@ def test_a_damaged_version_cannot_become_live(registry, abc):
     with pytest.raises(BundleError, match=r"scorer\.safetensors: expected"):
         registry.rollback(None, "ada", "")
     assert registry.live() == b
+
+
+def _flip(path):
+    content = bytearray((path / "scorer.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "scorer.safetensors").write_bytes(content)
+
+
+def _newer(path):
+    said = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**said, "format": said["format"] + 1}))
+
+
+DAMAGES = {
+    "a flipped bit": (_flip, r"scorer\.safetensors: expected sha256 .*, found "),
+    "a cut file": (
+        lambda p: (p / "retrieval.safetensors").write_bytes(b"cut"),
+        r"retrieval\.safetensors: expected \d+",
+    ),
+    "a missing file": (lambda p: (p / "transforms.json").unlink(), r"transforms\.json: the manifest lists it"),
+    "a wrong manifest": (lambda p: (p / "manifest.json").write_text("{"), r"manifest\.json: expected JSON"),
+    "a newer format": (_newer, r"manifest\.json: written in format \d+ by prerank .*; upgrade prerank"),
+    "a validation that is none": (lambda p: (p / "validation.json").write_text("{"), "validation.json: cannot be read"),
+    "all of it gone": (shutil.rmtree, "expected one of the versions"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_rolling_back_from_a_damaged_version_works_at_once_and_it_cannot_come_back(registry, abc, damage):
+    a, b, _ = abc
+    registry.promote(a, "ada", "")
+    registry.promote(b, "ada", "")
+    spoil, said = DAMAGES[damage]
+    spoil(registry.path(b))
+    start = time.perf_counter()
+    registry.rollback(None, "ada", damage)
+    assert time.perf_counter() - start < 1
+    assert registry.live() == a
+    assert a in registry.names()
+    with pytest.raises((BundleError, RegistryError), match=said):
+        registry.promote(b, "ada", "")
+    assert registry.live() == a
 
 
 def test_a_damaged_pointer_is_told_not_guessed(registry):

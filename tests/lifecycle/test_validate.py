@@ -34,8 +34,8 @@ def test_gates_that_hold_let_a_version_be_promoted(world, trained, tmp_path):
         "golden": Bound(at_least=1.0),
     }
     version = published_with(world, trained, tmp_path, bounds)
-    gates = validate(tmp_path, version, trained.prepared)
-    assert [g.name for g in gates] == list(bounds)
+    gates = validate(tmp_path, version, trained.prepared, world.tables())
+    assert [g.name for g in gates] == [*bounds, "finite_weights", "index_recall", "complete_days", "feature_coverage"]
     assert all(g.holds for g in gates)
     assert gates[3].bound == "at least 0, at most 1"
     Registry(tmp_path).promote(version, by="test", why="")
@@ -44,8 +44,9 @@ def test_gates_that_hold_let_a_version_be_promoted(world, trained, tmp_path):
 
 def test_one_gate_that_fails_leaves_the_version_unpointed_and_says_by_how_much(world, trained, tmp_path):
     version = published_with(world, trained, tmp_path, {"retrieval_recall": Bound(at_least=1.0)})
-    (gate,) = validate(tmp_path, version, trained.prepared)
-    assert not gate.holds
+    gate = validate(tmp_path, version, trained.prepared, world.tables())[0]
+    assert (gate.name, gate.holds) == ("retrieval_recall", False)
+    assert gate.off == gate.measured - 1
     with pytest.raises(GateFailed, match="retrieval_recall"):
         Registry(tmp_path).promote(version, by="test", why="")
     assert Registry(tmp_path).live() is None
@@ -57,9 +58,9 @@ def test_a_damaged_version_fails_its_golden_gate(world, trained, tmp_path):
     version = published_with(world, trained, tmp_path, {"golden": Bound(at_least=1.0)})
     path = tmp_path / "versions" / version / "scorer.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    (gate,) = validate(tmp_path, version, trained.prepared)
+    (gate,) = validate(tmp_path, version, trained.prepared, world.tables())
     assert (gate.name, gate.holds) == ("golden", False)
-    assert "scorer.safetensors" in gate.bound
+    assert "scorer.safetensors" in gate.about
 
 
 def test_untrained_towers_do_not_beat_popularity(world, trained, tmp_path):
@@ -69,7 +70,7 @@ def test_untrained_towers_do_not_beat_popularity(world, trained, tmp_path):
     with torch.no_grad():
         spoilt.towers.popularity_weight.zero_()
     version = published_with(world, spoilt, tmp_path, {"recall_over_popularity": Bound(at_least=1.2)})
-    assert not validate(tmp_path, version, trained.prepared)[0].holds
+    assert not validate(tmp_path, version, trained.prepared, world.tables())[0].holds
 
 
 def test_a_second_training_finds_everything_done(world, trained):

@@ -191,6 +191,49 @@ def test_versions_change_under_load_a_hundred_times(store: Path, two: tuple[Path
     under_load(store, *two[1:], num_switches=100)
 
 
+def test_a_rollback_under_load_loses_no_request_though_the_newest_is_damaged(
+    store: Path, two: tuple[Path, str, str]
+) -> None:
+    """Damaged as a file that was copied over is: what serves has the old one mapped still."""
+    promote(store, two[2])
+    seen: set[str] = set()
+
+    def ask(http: httpx.Client, _: int) -> None:
+        answer = http.post("/v1/recommend", json=BODY)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["winners"]
+        assert not answer.json()["degraded"]
+        seen.add(answer.json()["version"])
+
+    with closing(VersionWatch.open(store, poll_s=0.02)) as watch, listening(create_app(watch.live)) as address:
+        watch.start()
+        with again_and_again(ask, address, 4) as (asked, askers):
+
+            def until(is_so: Callable[[], bool]) -> None:
+                end = time.monotonic() + 60
+                while not is_so():
+                    for one in askers:
+                        assert not one.done(), one.result()
+                    assert time.monotonic() < end
+                    time.sleep(0.005)
+
+            until(lambda: min(asked) >= 2)
+            scorer = Registry(store).path(two[2]) / "scorer.safetensors"
+            content = bytearray(scorer.read_bytes())
+            content[len(content) // 2] ^= 1
+            beside = scorer.with_name("beside")
+            beside.write_bytes(content)
+            beside.replace(scorer)
+            start = time.perf_counter()
+            Registry(store).rollback(None, "a test", "it is damaged")
+            assert time.perf_counter() - start < 1, "it is decided at once"
+            until(lambda: watch.live.version == two[1])
+            before = sum(asked)
+            until(lambda: sum(asked) >= before + 8)
+        assert seen == {two[1], two[2]}
+        assert (watch.live.loads.switched, watch.live.loads.failed) == (1, 0)
+
+
 def test_while_a_version_loads_the_one_before_answers(
     store: Path, two: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,222 @@
+"""`prerank retrain`, `status` and `history`: new versions by themselves, and what became of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from prerank.bundle.registry import Event, Registry
+from prerank.cli.progress import progress
+from prerank.config import Config, load_config
+from prerank.errors import AlreadyRunning, ConfigError, PrerankError
+from prerank.lifecycle.retrain import Asked, Retrained
+from prerank.lifecycle.retrain import retrain as retrain_once
+from prerank.lifecycle.runs import FILE, Run, Step, opened, running
+from prerank.lifecycle.watching import Limits, Watch, metrics_of
+
+CODES = {"promoted": 0, "failed": 1, "abandoned": 1, "refused": 3, "rolled back": 4}
+"""The exit code of each outcome; 75 (EX_TEMPFAIL of sysexits.h) where another process retrains."""
+BUSY = 75
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+_MOST_RUNS = 20
+
+
+def seconds(said: str) -> float:
+    """The seconds of "30s", "5m", "6h" or "1d". Raises ConfigError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", said)
+    if found is None or not float(found[1]):
+        raise ConfigError(f"expected a time such as 30s, 5m, 6h or 1d, got {said!r}")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def register(app: typer.Typer, out: Console, err: Console) -> None:
+    """Add the three commands to `app`."""
+
+    @app.command()
+    def retrain(
+        config: Annotated[Path, typer.Option("--config", "-c", help="The funnel file.")] = Path("funnel.toml"),
+        data: Annotated[Path, typer.Option("--data", "-d", help="The folder that [data] is relative to.")] = Path(),
+        store: Annotated[Path, typer.Option("--store", "-s", help="Where versions and work are kept.")] = Path("store"),
+        every: Annotated[str, typer.Option(help="Again and again, each so long after the last began: 6h, 1d.")] = "",
+        day: Annotated[str, typer.Option(help="The newest day, such as 2026-01-13; by default the log's.")] = "",
+        fresh: Annotated[bool, typer.Option("--fresh", help="Train from nothing, not from the live weights.")] = False,
+        again: Annotated[bool, typer.Option("--again", help="Also where the same was done before.")] = False,
+        watch_url: Annotated[str, typer.Option(help="A server that follows the store: http://127.0.0.1:8000.")] = "",
+        watch: Annotated[str, typer.Option(help="How long its metrics are watched.")] = "5m",
+        most_errors: Annotated[float, typer.Option(min=0, max=1, help="Roll back above this share of 5xx.")] = 0.01,
+        most_degraded: Annotated[float, typer.Option(min=0, max=1, help="... of degraded answers.")] = 0.05,
+        most_p99_ms: Annotated[
+            float | None, typer.Option(min=0, help="... where p99 is above; by default [serve].deadline_ms.")
+        ] = None,
+        tail: Annotated[str | None, typer.Option("--tail", help="redis://... of the items not in memory.")] = None,
+        teacher: Annotated[Path | None, typer.Option("--teacher", "-t", help="A teacher.safetensors to take.")] = None,
+    ) -> None:
+        """Train for the newest day, validate beside the live version, roll out, watch, and roll back what breaks.
+
+        One that was stopped is taken up. Exit code 0: live, or nothing is new; 3: the gate refused it; 4: rolled back;
+        75: another process retrains; 1: an error.
+        """
+        funnel, period_s = load_config(config), seconds(every) if every else 0.0
+        watched = _watch(funnel, watch_url, seconds(watch), most_errors, most_degraded, most_p99_ms)
+        home = store / funnel.name
+        asked = Asked(funnel, data, home, day, fresh, again, watched, tail, teacher)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        while True:
+            began = time.monotonic()
+            code = _once(asked, out, err)
+            if not every:
+                raise typer.Exit(code)
+            time.sleep(max(began + period_s - time.monotonic(), 0.0))
+
+    @app.command()
+    def status(
+        store: Annotated[Path, typer.Option("--store", "-s", help="Where versions and work are kept.")] = Path("store"),
+        funnel: Annotated[str, typer.Option("--funnel", "-f", help="Which funnel of the store.")] = "",
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ) -> None:
+        """Tell what is live, where a retrain is, and how the last one ended.
+
+        Exit code 0 where the last one was promoted or goes on, else that of its outcome; see `prerank retrain`.
+        """
+        home = _found(store, funnel)
+        live, pid = Registry(home).live(), running(home)
+        with opened(home) as runs:
+            last = runs.latest()
+            steps = runs.steps(last[0]) if last else []
+        if as_json:
+            told = {"live": live, "running": pid, "run": asdict(last[0]) if last else None}
+            print(json.dumps({**told, "steps": [asdict(step) for step in steps]}, indent=1))
+        else:
+            out.print(_status(live, pid, last[0] if last else None, steps))
+        raise typer.Exit(CODES.get(last[0].outcome, 0) if last else 0)
+
+    @app.command()
+    def history(
+        store: Annotated[Path, typer.Option("--store", "-s", help="Where versions and work are kept.")] = Path("store"),
+        funnel: Annotated[str, typer.Option("--funnel", "-f", help="Which funnel of the store.")] = "",
+    ) -> None:
+        """Tell which version was live from when to when and why, and which retrains came to nothing."""
+        home = _found(store, funnel)
+        with opened(home) as runs:
+            nothing = [run for run in runs.latest(_MOST_RUNS) if run.outcome not in ("", "promoted")]
+        out.print(Group(_periods(Registry(home).history()), *([_nothing(nothing)] if nothing else [])))
+
+
+def _once(asked: Asked, out: Console, err: Console) -> int:
+    try:
+        with progress(err) as report:
+            done = retrain_once(asked, report=report)
+    except AlreadyRunning as error:
+        _error(err, error)
+        return BUSY
+    except PrerankError as error:
+        _error(err, error)
+        return CODES["failed"]
+    out.print(_told(done), highlight=False, soft_wrap=True)
+    return CODES[done.run.outcome]
+
+
+def _error(err: Console, error: PrerankError) -> None:
+    err.print("error:", style="bold red", end=" ")
+    err.print(str(error), highlight=False, markup=False, soft_wrap=True)
+
+
+def _told(done: Retrained) -> Text:
+    run = done.run
+    what = f"run {run.id}, {run.day}: {run.version} {_OUTCOMES[run.outcome]}: {run.why}"
+    return Text(what if done.is_new else f"nothing is new since {what}; --again does it again")
+
+
+_OUTCOMES = {
+    "promoted": "is live",
+    "refused": "stays unpointed",
+    "rolled back": "was rolled back",
+    "failed": "failed",
+    "abandoned": "was abandoned",
+}
+
+
+def _watch(
+    config: Config, url: str, for_s: float, errors: float, degraded: float, p99_ms: float | None
+) -> Watch | None:
+    if not url:
+        return None
+    limits = Limits(errors, degraded, config.serve.deadline_ms if p99_ms is None else p99_ms)
+    return Watch(metrics_of(url), for_s, limits)
+
+
+def _found(store: Path, funnel: str) -> Path:
+    """The funnel's folder: one that has a version, or that a retrain has begun."""
+    marks = ("versions", FILE)
+    names = sorted(p.name for p in store.glob("*") if any((p / mark).exists() for mark in marks))
+    if funnel and funnel not in names:
+        raise ConfigError(f"{store}: no funnel {funnel!r} there; it has {', '.join(names) or 'none'}")
+    if not funnel and len(names) != 1:
+        what = f"has several ({', '.join(names)}); name one with --funnel" if names else "has no funnel yet"
+        raise ConfigError(f"{store}: the store {what}")
+    return store / (funnel or names[0])
+
+
+def _status(live: str | None, pid: str, run: Run | None, steps: list[Step]) -> RenderableType:
+    lines = [f"live: {live or 'nothing'}"]
+    if run is None:
+        return Text("\n".join([*lines, "no retrain was begun yet"]))
+    at = steps[-1] if steps else None
+    if run.outcome:
+        lines.append(f"run {run.id} of {run.day} {run.outcome} at {run.ended}: {run.why}")
+    elif pid:
+        where = f"{at.name} since {at.started}" if at else f"begins since {run.started}"
+        lines.append(f"run {run.id} of {run.day}: {where}, {pid}")
+    else:
+        lines.append(
+            f"run {run.id} of {run.day} was stopped at {at.name if at else 'its begin'} and nobody goes on with it; "
+            "the next `prerank retrain` does"
+        )
+    table = _table("", "step", "began", "ended", "")
+    for step in steps:
+        table.add_row(step.name, _short(step.started), _short(step.ended), Text(step.said))
+    return Group(Text("\n".join(lines)), table)
+
+
+def _periods(events: list[Event]) -> RenderableType:
+    table = _table("who was live", "version", "from", "until", "for", "by", "why")
+    ends = [event.time for event in events[1:]]
+    for event, end in zip(events, [*ends, ""], strict=True):
+        until = datetime.fromisoformat(end) if end else datetime.now(UTC)
+        lasted = str(until - datetime.fromisoformat(event.time)).partition(".")[0]
+        why = f"rolled back from {event.source}: {event.why}" if event.action == "rollback" else event.why
+        table.add_row(event.to, _short(event.time), _short(end) or "now", lasted, event.by, Text(why))
+    return table
+
+
+def _nothing(found: list[Run]) -> RenderableType:
+    table = _table("retrains that did not stay live", "run", "day", "version", "outcome", "at", "why")
+    for run in found:
+        table.add_row(str(run.id), run.day, run.version, run.outcome, _short(run.ended), Text(run.why))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Times are UTC; only the last column, in words, may take several lines."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title or None, title_justify="left")
+    for name in columns:
+        is_last = name == columns[-1]
+        table.add_column(name, overflow="fold", no_wrap=not is_last)
+    return table
+
+
+def _short(time: str | None) -> str:
+    """An ISO time as "2026-01-13 04:05:06"."""
+    return (time or "")[:19].replace("T", " ")
