@@ -131,11 +131,13 @@ class IndexConfig:
     """How the k most similar rows are found, and what their vectors are stored as.
 
     "bfloat16" takes half of the bytes of "float32", "int8", with a scale a row, about a quarter; the index is exact
-    over what it stores.
+    over what it stores. Where index hosts have a shard each, items that share a value of the column `by`, one that
+    answers may show, are in one shard; without it their item_id says in which.
     """
 
     kind: Literal["exact"] = "exact"
     storage: Literal["float32", "bfloat16", "int8"] = "float32"
+    by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,10 +318,16 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Promises to callers: the default deadline and the most winners one request may ask for."""
+    """Promises to callers: the default deadline and the most winners one request may ask for.
+
+    Where the index is on hosts of its own, a request waits `hosts_ms` milliseconds for them, and the user towers of
+    `towers` versions stay loaded, for hosts that have another version than the one that serves.
+    """
 
     deadline_ms: float = 1000.0
     max_k: int = 1000
+    hosts_ms: float = 50.0
+    towers: int = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from prerank import __version__
 from prerank.bundle.load import load
 from prerank.bundle.manifest import CONFIG, METADATA
 from prerank.bundle.registry import Registry
-from prerank.cli import render
+from prerank.cli import index_host, render
 from prerank.cli.demo import demo as run_demo
 from prerank.cli.progress import progress
 from prerank.config import load_config
@@ -397,3 +397,6 @@ def _field(said: str) -> tuple[str, Given]:
     except ValueError:
         plain = value
     return name, plain if isinstance(plain, str | int | float | bool | list) else value
+
+
+index_host.register(app, _found)
