@@ -261,6 +261,10 @@ def serve(
     ] = 0.0,
     traces: Annotated[int, typer.Option(min=0, help="How many of the latest requests are kept for /traces.")] = 256,
     lines: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that get a line on stderr.")] = 0.0,
+    index_hosts: Annotated[
+        str | None,
+        typer.Option(help="Index hosts: 0=host:port|host:port,1=... or a file with a shard a line; none by default."),
+    ] = None,
 ) -> None:
     """Serve the live version over HTTP, and each that is promoted later.
 
@@ -280,6 +284,7 @@ def serve(
         linger_s=linger_s,
         grpc_port=grpc_port,
         sight=sight,
+        index_hosts=index_hosts,
     )
 
 

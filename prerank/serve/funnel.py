@@ -31,6 +31,7 @@ from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed, Changes
 from prerank.serve.expand import ExpandUser
 from prerank.serve.graph import Deadline, GraphRun
+from prerank.serve.hosts import IndexHosts
 from prerank.serve.metadata import Described, Descriptions
 from prerank.serve.passage import run_graph
 from prerank.serve.ranking import Ranking
@@ -60,6 +61,7 @@ class Funnel:
         changes: ItemStore | None = None,
         tail: TailStore | None = None,
         counts: ReadCounts | None = None,
+        hosts: IndexHosts | None = None,
     ) -> None:
         items, config = bundle.scorer.items, bundle.config
         if metadata.columns and metadata.num_rows != items.num_published:
@@ -90,7 +92,9 @@ class Funnel:
         self._pool = ThreadPoolExecutor(_STAGES_AT_ONCE, thread_name_prefix="stage")
         self._descriptions = Descriptions(config.metadata, metadata, items, bundle.version, counts)
         self._counts = counts
-        self._graph = wire(bundle, users, self._descriptions, self.tail, self._pool)
+        if hosts is not None:
+            hosts.towers.most = config.serve.towers
+        self._graph = wire(bundle, users, self._descriptions, self.tail, self._pool, hosts)
 
     @classmethod
     def open(
@@ -100,13 +104,15 @@ class Funnel:
         workers: int | None = None,
         tail: str | None = None,
         shared: Engine | None = None,
+        hosts: IndexHosts | None = None,
     ) -> Funnel:
         """`version` of the funnel at `store`, the live one unless named.
 
         `tail` is the url of the Redis that holds the items that are not resident; by default they are in `tail.lmdb`.
 
         `workers` native threads rank, one a core unless told otherwise; with 0, and where there are no native kernels,
-        torch does on the calling thread. With a `shared` engine its threads do, and it stays open.
+        torch does on the calling thread. With a `shared` engine its threads do, and it stays open. Where there are
+        index `hosts`, which stay open too, they are asked in place of the version's own index.
         Raises RegistryError if there is no such version, BundleError for one that is damaged, DataError for a user
         store that is. Nothing half-loaded is ever returned. What happens meanwhile is kept in the store's
         `events.lmdb` and `items.lmdb`, which are made if they are not there.
@@ -130,7 +136,7 @@ class Funnel:
             opened += [] if rest is None else [rest]
             counts = ReadCounts.open(store / READS)
             opened.append(counts)
-            funnel = cls(bundle, users, metadata, engine, changes, rest, counts)
+            funnel = cls(bundle, users, metadata, engine, changes, rest, counts, hosts)
             funnel._owns_engine = shared is None
             # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
             funnel.recommend(Request(user_id=0, k=1, time_ms=0, context=funnel.example_context))
@@ -242,8 +248,10 @@ class Funnel:
             for item_id, utility, probs, metadata, by in zip(*columns, run.outputs["described"], found_by, strict=True)
         ]
         said = [run.outputs[notes] for notes in ("user_notes", "retrieve_notes", "rank_notes")]
-        notes = [*chain.from_iterable(said), *run.notes]
-        return Answer(request.request_id, self.version, winners, run.reports, run.degraded, notes)
+        left_out = run.outputs.get("left_out", ())
+        notes = [*chain.from_iterable(said), *run.notes, *left_out]
+        is_degraded = run.degraded or bool(left_out)
+        return Answer(request.request_id, self.version, winners, run.reports, is_degraded, notes)
 
 
 def _tail(store: Path, bundle: Bundle, url: str | None) -> TailStore | None:

@@ -18,6 +18,7 @@ from prerank.bundle.registry import Registry
 from prerank.errors import PrerankError, RegistryError, RequestError
 from prerank.kernels.engine import Engine
 from prerank.serve.funnel import Funnel, engine_of
+from prerank.serve.hosts import IndexHosts
 from prerank.serve.live_version import Held, LiveVersion
 from prerank.types import Request
 
@@ -43,10 +44,11 @@ class VersionWatch:
         tail: str | None = None,
         settled: Callable[[], None] = lambda: None,
         poll_s: float = POLL_S,
+        hosts: IndexHosts | None = None,
     ) -> None:
         self.live = live
         self._store, self._registry, self._engine, self._tail = store, Registry(store), engine, tail
-        self._settled, self._poll_s = settled, poll_s
+        self._settled, self._poll_s, self._hosts = settled, poll_s, hosts
         self._gave_up: tuple[str, float] | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="live-version", daemon=True)
@@ -60,8 +62,9 @@ class VersionWatch:
         tail: str | None = None,
         settled: Callable[[], None] = lambda: None,
         poll_s: float = POLL_S,
+        hosts: IndexHosts | None = None,
     ) -> VersionWatch:
-        """`version` of `store`, the live one unless named; `workers` and `tail` are as `Funnel.open`'s.
+        """`version` of `store`, the live one unless named; `workers`, `tail` and `hosts` are as `Funnel.open`'s.
 
         One that cannot be loaded is `live.error`. Raises RegistryError where none is live and none is named.
         """
@@ -70,7 +73,7 @@ class VersionWatch:
             raise RegistryError(f"{store}: no version is live; promote one, or name one with --version")
         engine = engine_of(workers)
         try:
-            first = _opened(store, chosen, engine, tail)
+            first = _opened(store, chosen, engine, tail, hosts)
             try:
                 first.sweep()
             except BaseException:
@@ -79,7 +82,7 @@ class VersionWatch:
             live = LiveVersion(first)
         except PrerankError as error:
             live = LiveVersion(error)
-        watch = cls(store, live, engine, tail, settled, poll_s)
+        watch = cls(store, live, engine, tail, settled, poll_s, hosts)
         if live.error is not None:
             watch._gave_up = chosen, time.monotonic() + AGAIN_S
         return watch
@@ -130,7 +133,7 @@ class VersionWatch:
         start = time.perf_counter()
         self.live.note_changes()
         try:
-            following = _opened(self._store, wanted, self._engine, self._tail)
+            following = _opened(self._store, wanted, self._engine, self._tail, self._hosts)
         except Exception as error:
             return self._failed(wanted, error)
         try:
@@ -176,8 +179,8 @@ class VersionWatch:
         return False
 
 
-def _opened(store: Path, version: str, engine: Engine | None, tail: str | None) -> Funnel:
-    return Funnel.open(store, version, 0 if engine is None else None, tail, engine)
+def _opened(store: Path, version: str, engine: Engine | None, tail: str | None, hosts: IndexHosts | None) -> Funnel:
+    return Funnel.open(store, version, 0 if engine is None else None, tail, engine, hosts)
 
 
 def _warm(funnel: Funnel, requests: Iterable[Request]) -> None:

@@ -75,7 +75,7 @@ def publish_space(store: Path, number: int, funnel: Config | None = None) -> str
         golden_user=golden(transforms, funnel),
         parents={"data": "tiny", "run": f"space {number}"},
         metrics={},
-        targeting=table.select(["genre"]) if funnel.targeting else None,
+        targeting=_listed(table) if funnel.targeting else None,
     )
     version = publish(store, parts)
     registry = Registry(store)
@@ -84,6 +84,12 @@ def publish_space(store: Path, number: int, funnel: Config | None = None) -> str
         registry.promote(version, "a test", "the first")
         world.write_users(store / "users.lmdb")
     return version
+
+
+def _listed(table: pa.Table) -> pa.Table:
+    """What items list: their genre, and of every fourth one the country that may not see it."""
+    countries = [["de", "fr"][i % 8 // 4 :][:1] if i % 4 == 0 else [] for i in range(table.num_rows)]
+    return table.select(["genre"]).append_column("country", pa.array(countries, pa.list_(pa.string())))
 
 
 def _confine(towers: TwoTower, number: int) -> None:
