@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from prerank.errors import ConfigError, PrerankError
+from prerank.errors import ConfigError, PrerankError, RequestError
 from prerank.serve.index_host import AsksHost, Found, Holding, HostFailed, NotHeld, Search
 from prerank.serve.user_towers import UserTowers
 from prerank.stores.breaker import Breaker
@@ -38,7 +38,7 @@ class Replica:
         self._breaker = Breaker(name, failures=3, rest_s=1.0)
         self._took: deque[float] = deque(maxlen=200)
         self._turns = threading.BoundedSemaphore(_AT_ONCE)
-        self._said_wrong = False
+        self._said_wrong = self._is_failing = False
 
     def holds(self, version: str) -> bool:
         """Whether it did when it was last heard of."""
@@ -56,7 +56,10 @@ class Replica:
         return took[int(0.95 * len(took))] if len(took) >= _FEW else _HEDGE_S
 
     def search(self, search: Search, timeout_s: float) -> Found:
-        """See `IndexHost.search`. Raises HostFailed too, and CircuitOpen where it is left alone."""
+        """See `IndexHost.search`. Raises HostFailed too, and CircuitOpen where it is left alone.
+
+        The first failure after an answer is logged.
+        """
         if not self._turns.acquire(blocking=False):
             raise HostFailed(f"{self.name}: {_AT_ONCE} searches run there already")
         try:
@@ -65,8 +68,12 @@ class Replica:
             with self._breaker:
                 try:
                     found = self.asker.search(search, timeout_s)
-                except NotHeld as error:  # it is well, and says so
+                except (NotHeld, RequestError) as error:  # it is well, and says so
                     refused = error
+                except Exception as error:
+                    self._failed(error)
+                    raise
+            self._is_failing = False
             if refused is not None:
                 raise refused
             self._took.append(time.monotonic() - start)
@@ -77,9 +84,18 @@ class Replica:
     def look(self, timeout_s: float) -> None:
         """Ask what it holds; nothing, where it does not answer or is another shard's."""
         try:
-            self.heard(self.asker.holding(timeout_s))
-        except PrerankError:
+            holding = self.asker.holding(timeout_s)
+        except PrerankError as error:
             self.holding = None
+            self._failed(error)
+            return
+        self._is_failing = False
+        self.heard(holding)
+
+    def _failed(self, error: Exception) -> None:
+        if not self._is_failing:
+            _log.warning("an index host failed", host=self.name, shard=self.number, error=str(error))
+        self._is_failing = True
 
     def heard(self, holding: Holding) -> None:
         """What it says that it is and holds."""

@@ -146,12 +146,12 @@ class Scatter:
                 raise HostFailed(f"{one.name}: asked in version {version}, it answered in {found.version}")
         except NotHeld as error:
             one.heard(error.holding)
-            outcome, ask.why = "refused", str(error)
+            outcome, ask.why = "refused", "its hosts took up other versions meanwhile"
         except RequestError as error:  # another replica would say the same
-            self._leave_out(ask, None, str(error))
+            self._leave_out(ask, None, f"it cannot be asked in version {version}: {error}")
             return
-        except Exception as error:
-            outcome, ask.why = "failed", f"{type(error).__name__}: {error}"
+        except Exception:  # which `Replica` logs; whoever asked us is told no addresses
+            outcome, ask.why = "failed", "its hosts failed"
         else:
             self._found[ask.number] = found
             self._hosts.count(ask.number, "answered")

@@ -97,7 +97,7 @@ def test_a_shard_that_is_dead_is_left_out_and_the_answer_says_so(store: Path, cl
         assert answer.degraded
         assert answer.winners
         assert {w.item_id for w in answer.winners} <= shard_of(ids_of(0), 0)
-        assert [note for note in answer.notes if "shard 1 of 2 was left out: HostFailed: dead" in note]
+        assert [note for note in answer.notes if note == "shard 1 of 2 was left out: its hosts failed"]
         text = client.get("/metrics").text
         assert 'prerank_index_shards_total{outcome="left_out",shard="1"} 1.0' in text
         assert 'prerank_index_shards_total{outcome="left_out",shard="0"} 0.0' in text
@@ -276,6 +276,18 @@ def test_a_whole_roll_out_and_back_while_the_server_follows(
             assert (answer.version, answer.degraded) == (target, False)
         assert cluster.hosts.num_of_several == 0, "both were held everywhere"
     assert not cluster.mixed
+
+
+def test_a_host_that_fails_is_logged_once_until_it_answers(store: Path, cluster: Cluster) -> None:
+    one, replica = cluster.fragile[0][0], cluster.hosts.shards[0][0]
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(2):
+            one.is_dead = True
+            replica.look(1.0)
+            replica.look(1.0)
+            one.is_dead = False
+            replica.look(1.0)
+    assert [(log["event"], log["host"], log["error"]) for log in logs] == [("an index host failed", "0.0", "dead")] * 2
 
 
 def test_a_host_of_another_shard_than_it_is_listed_for_is_not_asked(four: tuple[Path, list[str]]) -> None:
