@@ -24,7 +24,7 @@ from prerank.index.base import Index
 from prerank.index.exact import ExactIndex
 from prerank.stores.contexts import digest
 from prerank.stores.metadata import MetadataTable
-from prerank.types import Array
+from prerank.types import Array, Features
 
 _READ = (manifest.CONFIG, manifest.SCORER, manifest.INDEX, manifest.TARGETING)
 _ITEMS, _TARGETING = "items.", "targeting."
@@ -46,6 +46,7 @@ class Place:
 class Shard:
     """The items of one shard in one version: item_ids int64 [n], ascending, and `targeting` of them, if there is any.
 
+    `values` are the item values that its utility reads, such as bids, by name, [n] each, as they were published.
     `models` is what the index says it was built with; `rows` int64 [n] is where in the index the items are, None where
     that is their place: an index that can be cut is of these items alone. A query is `width` wide.
     """
@@ -59,6 +60,7 @@ class Shard:
     index: Index
     rows: Tensor | None
     targeting: Targeting | None
+    values: Features
 
 
 def shards_of(keys: Array, of: int) -> Array:
@@ -107,7 +109,17 @@ def load_shard(path: Path, place: Place) -> Shard:
         index=index.part(rows) if isinstance(index, ExactIndex) else index,
         rows=None if is_cut else rows,
         targeting=None if targeting is None else targeting.part(rows.numpy()),
+        values={name: column[:num_items][rows] for name, column in _values(path, config, items).items()},
     )
+
+
+def _values(path: Path, config: Config, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "known_" if "slots" in items else "feature_"  # where some are not resident, values are known of all
+    read = {term.value for term in config.utility.values() if isinstance(term.value, str)}
+    missing = sorted(name for name in read if prefix + name not in items)
+    if missing:
+        raise BundleError(f"{path / manifest.SCORER}: the utility reads item values that are missing: {missing}")
+    return {name: items[prefix + name] for name in sorted(read)}
 
 
 def _digests(path: Path, by: str, num_items: int) -> Array:

@@ -404,4 +404,4 @@ def _field(said: str) -> tuple[str, Given]:
     return name, plain if isinstance(plain, str | int | float | bool | list) else value
 
 
-index_host.register(app, _found)
+index_host.register(app, out, _found)

@@ -1,6 +1,6 @@
 """An index host over Arrow Flight: candidates are columns of one record batch; the rest is small and in the ticket.
 
-    DoGet(search)                   item_ids int64, similarity float32
+    DoGet(search)                   item_ids int64, similarity float32, and the values asked for, such as bids
     DoAction holding, load, unload  what it holds, by version with the models each index was built with
 
 Flight was chosen over Arrow bytes in a message of Python's gRPC: it comes with pyarrow, and a round trip is shorter
@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TypeAlias
 
 import msgspec
 import numpy as np
@@ -27,16 +26,17 @@ from prerank.bundle.shard import Place
 from prerank.errors import ConfigError, PrerankError, RequestError
 from prerank.serve.envelope import Refused
 from prerank.serve.exposure import LOCAL, Exposure
-from prerank.serve.index_host import (
-    Found,
-    Held,
-    Holding,
-    HostFailed,
-    IndexHost,
-    NotHeld,
-    Search,
-    follow_live,
-    hold_live,
+from prerank.serve.index_host import Found, Holding, HostFailed, IndexHost, NotHeld, Search, follow_live, hold_live
+from prerank.serve.index_messages import (
+    CHANGE,
+    HOLDING,
+    REFUSAL,
+    TICKET,
+    Change,
+    HoldingMessage,
+    Refusal,
+    Ticket,
+    encode,
 )
 
 _log = structlog.get_logger(__name__)
@@ -48,78 +48,6 @@ _OPTIONS = [  # a host that comes back is to be found within a second, not after
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 ACTIONS = {"holding": "what the host holds", "load": "hold a version too", "unload": "hold a version no more"}
-_Plain: TypeAlias = str | int | float | bool | None
-
-
-class _Ticket(msgspec.Struct, forbid_unknown_fields=True):
-    version: str
-    models: dict[str, str]
-    query: bytes  # float32, little-endian
-    k: int
-    time_ms: int
-    profile: dict[str, _Plain | list[_Plain]]
-    context: dict[str, _Plain | list[_Plain]]
-    exclude: bytes  # int64, little-endian
-
-    @classmethod
-    def of(cls, search: Search) -> _Ticket:
-        """As it is sent."""
-        query, exclude = search.query.numpy().astype("<f4"), np.array(search.exclude, "<i8")
-        said = (dict(search.profile), dict(search.context))
-        return cls(
-            search.version, dict(search.models), query.tobytes(), search.k, search.time_ms, *said, exclude.tobytes()
-        )
-
-    def search(self) -> Search:
-        """What was sent. Raises RequestError for numbers cut short."""
-        if len(self.query) % 4 or len(self.exclude) % 8:
-            raise RequestError("ticket: expected whole float32 as query and whole int64 as exclude")
-        query = torch.from_numpy(np.frombuffer(self.query, "<f4").astype(np.float32))
-        exclude = tuple(np.frombuffer(self.exclude, "<i8").tolist())
-        return Search(self.version, self.models, query, self.k, self.time_ms, self.profile, self.context, exclude)
-
-
-class _Held(msgspec.Struct):
-    models: dict[str, str]
-    num_items: int
-    user: list[str]
-    context: list[str]
-
-
-class _Holding(msgspec.Struct):
-    number: int
-    of: int
-    versions: dict[str, _Held]
-
-    @classmethod
-    def of_(cls, holding: Holding) -> _Holding:
-        """As it is sent."""
-        held = {
-            v: _Held(dict(o.models), o.num_items, list(o.user), list(o.context)) for v, o in holding.versions.items()
-        }
-        return cls(holding.number, holding.of, held)
-
-    def holding(self) -> Holding:
-        """What was sent."""
-        held = {v: Held(o.models, o.num_items, tuple(o.user), tuple(o.context)) for v, o in self.versions.items()}
-        return Holding(self.number, self.of, held)
-
-
-class _Change(msgspec.Struct, forbid_unknown_fields=True):
-    version: str
-    authorization: str = ""
-
-
-class _Refusal(msgspec.Struct):
-    """Why a host did not answer, beside the message; `holding` where it does not hold what it was asked for."""
-
-    kind: str
-    holding: _Holding | None = None
-
-
-_ticket, _change = msgspec.msgpack.Decoder(_Ticket), msgspec.msgpack.Decoder(_Change)
-_holding, _refusal = msgspec.msgpack.Decoder(_Holding), msgspec.msgpack.Decoder(_Refusal)
-_encode = msgspec.msgpack.Encoder().encode
 
 
 class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
@@ -142,14 +70,16 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
     def do_get(self, context: flight.ServerCallContext, ticket: flight.Ticket) -> flight.RecordBatchStream:
         """A search; see `IndexHost.search`."""
         try:
-            search = _ticket.decode(ticket.ticket).search()
+            search = TICKET.decode(ticket.ticket).search()
             if context.is_cancelled():
                 raise HostFailed("the caller waits no more")
             found = self._host.search(search)
         except (PrerankError, msgspec.DecodeError) as error:
             raise _told(error) from None
-        columns = [pa.array(found.item_ids.numpy()), pa.array(found.similarity.numpy())]
-        schema = _SCHEMA.with_metadata({"version": found.version, "num_eligible": str(found.num_eligible)})
+        columns = [pa.array(one.numpy()) for one in (found.item_ids, found.similarity, *found.values.values())]
+        fields = [pa.field(name, one.type, False) for name, one in zip(found.values, columns[2:], strict=True)]
+        said = {"version": found.version, "num_eligible": str(found.num_eligible)}
+        schema = pa.schema([*_SCHEMA, *fields], metadata=said)
         batch = pa.record_batch(columns, schema=schema)
         return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(schema, [batch]))
 
@@ -159,10 +89,10 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             if action.type not in ACTIONS:
                 raise RequestError(f"action: expected one of {list(ACTIONS)}, got {action.type!r}")
             if action.type != "holding":
-                change = _change.decode(action.body.to_pybytes())
+                change = CHANGE.decode(action.body.to_pybytes())
                 self._exposure.check(change.authorization)
                 (self._host.load if action.type == "load" else self._host.unload)(change.version)
-            answer = _encode(_Holding.of_(self._host.holding()))
+            answer = encode(HoldingMessage.made_of(self._host.holding()))
         except (PrerankError, msgspec.DecodeError) as error:
             raise _told(error) from None
         yield flight.Result(answer)
@@ -175,13 +105,15 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
 def _told(error: Exception) -> flight.FlightError:
     match error:
         case NotHeld():
-            return flight.FlightServerError(str(error), _encode(_Refusal("NotHeld", _Holding.of_(error.holding))))
+            return flight.FlightServerError(
+                str(error), encode(Refusal("NotHeld", HoldingMessage.made_of(error.holding)))
+            )
         case Refused():
-            return flight.FlightUnauthenticatedError(str(error), _encode(_Refusal(error.kind)))
+            return flight.FlightUnauthenticatedError(str(error), encode(Refusal(error.kind)))
         case msgspec.DecodeError():
-            return flight.FlightServerError(f"malformed: {error}", _encode(_Refusal("RequestError")))
+            return flight.FlightServerError(f"malformed: {error}", encode(Refusal("RequestError")))
         case _:
-            return flight.FlightServerError(str(error), _encode(_Refusal(type(error).__name__)))
+            return flight.FlightServerError(str(error), encode(Refusal(type(error).__name__)))
 
 
 class FlightHost:
@@ -197,24 +129,27 @@ class FlightHost:
 
     def load(self, version: str, timeout_s: float | None = None) -> Holding:
         """See `IndexHost.load`; what it holds then. Raises RequestError where it refuses, HostFailed."""
-        return self._act("load", _encode(_Change(version, self._authorization)), timeout_s)
+        return self._act("load", encode(Change(version, self._authorization)), timeout_s)
 
     def unload(self, version: str, timeout_s: float | None = None) -> Holding:
         """See `IndexHost.unload`; what it holds then. Raises RequestError where it refuses, HostFailed."""
-        return self._act("unload", _encode(_Change(version, self._authorization)), timeout_s)
+        return self._act("unload", encode(Change(version, self._authorization)), timeout_s)
 
     def search(self, search: Search, timeout_s: float | None = None) -> Found:
         """See `AsksHost.search`."""
-        ticket = flight.Ticket(_encode(_Ticket.of(search)))
+        ticket = flight.Ticket(encode(Ticket.of(search)))
         try:
             table = self._client.do_get(ticket, _within(timeout_s)).read_all()
         except (flight.FlightError, pa.ArrowException, OSError) as error:
             raise self._understood(error) from None
         said = table.schema.metadata or {}
-        if not table.schema.equals(_SCHEMA) or not {b"version", b"num_eligible"} <= set(said):
-            raise HostFailed(f"{self._address}: expected candidates as {_SCHEMA}, got {table.schema}")
-        item_ids, similarity = (torch.from_numpy(np.array(table.column(n).to_numpy())) for n in _SCHEMA.names)
-        return Found(said[b"version"].decode(), item_ids, similarity, int(said[b"num_eligible"]))
+        wanted = [*_SCHEMA.names, *search.values]
+        is_ours = table.column_names == wanted and table.schema.types[:2] == _SCHEMA.types
+        if not is_ours or not {b"version", b"num_eligible"} <= set(said):
+            raise HostFailed(f"{self._address}: expected candidates as {wanted}, got {table.schema}")
+        item_ids, similarity, *rest = (torch.from_numpy(np.array(column.to_numpy())) for column in table.columns)
+        values = dict(zip(search.values, rest, strict=True))
+        return Found(said[b"version"].decode(), item_ids, similarity, int(said[b"num_eligible"]), values)
 
     def close(self) -> None:
         """Let go of the connection."""
@@ -223,7 +158,7 @@ class FlightHost:
     def _act(self, verb: str, body: bytes, timeout_s: float | None) -> Holding:
         try:
             answers = list(self._client.do_action(flight.Action(verb, body), _within(timeout_s)))
-            return _holding.decode(answers[0].body).holding()
+            return HOLDING.decode(answers[0].body).holding()
         except (flight.FlightError, pa.ArrowException, OSError) as error:
             raise self._understood(error) from None
         except (msgspec.DecodeError, IndexError) as error:
@@ -236,7 +171,7 @@ class FlightHost:
         if not extra:
             return HostFailed(said)
         try:
-            refusal = _refusal.decode(extra)
+            refusal = REFUSAL.decode(extra)
         except msgspec.DecodeError:
             return HostFailed(said)
         if refusal.holding is not None:

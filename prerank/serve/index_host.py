@@ -21,7 +21,7 @@ from torch import Tensor
 from prerank.bundle.registry import Registry
 from prerank.bundle.shard import Place, Shard, load_shard
 from prerank.errors import PrerankError, RegistryError, RequestError
-from prerank.types import Given
+from prerank.types import Features, Given
 
 _log = structlog.get_logger(__name__)
 
@@ -53,6 +53,7 @@ class Search:
     """The `k` items of largest dot product with `query` float32 [D], of a version whose `models` made the query.
 
     Those that the version's targeting lets a user of `profile` and `context` see at `time_ms`, none of `exclude`.
+    `values` are wanted of each: names of item values that the version's utility reads, such as bids, as published.
     """
 
     version: str
@@ -63,16 +64,21 @@ class Search:
     profile: Mapping[str, Given] = field(default_factory=dict)
     context: Mapping[str, Given] = field(default_factory=dict)
     exclude: tuple[int, ...] = ()
+    values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """item_ids int64 [n] and similarity float32 [n], best first, of this version, of `num_eligible` that could be."""
+    """item_ids int64 [n] and similarity float32 [n], best first, of this version, of `num_eligible` that could be.
+
+    `values` [n], by name, are those asked for.
+    """
 
     version: str
     item_ids: Tensor
     similarity: Tensor
     num_eligible: int
+    values: Features = field(default_factory=dict)
 
 
 class NotHeld(PrerankError):
@@ -142,6 +148,9 @@ class IndexHost:
         if search.query.dtype != torch.float32 or search.query.shape != (shard.width,):
             kind = str(search.query.dtype).removeprefix("torch.")
             raise RequestError(f"query: expected float32 [{shard.width}], got {kind} {list(search.query.shape)}")
+        for name in search.values:
+            if name not in shard.values:
+                raise RequestError(f"values: expected some of {list(shard.values)}, got {name!r}")
         if search.k < 1:
             raise RequestError(f"k: expected 1 or more, got {search.k}")
         with torch.inference_mode():
@@ -204,7 +213,10 @@ def _searched(shard: Shard, search: Search) -> Found:
         eligible = kept.nonzero().squeeze(1) if eligible is None else eligible[kept[eligible]]
     num = len(shard.item_ids) if eligible is None else len(eligible)
     if not num:
-        return Found(search.version, torch.zeros(0, dtype=torch.int64), torch.zeros(0), 0)
+        rows = torch.zeros(0, dtype=torch.int64)
+        return Found(
+            search.version, rows, torch.zeros(0), 0, {name: shard.values[name][rows] for name in search.values}
+        )
     places = None
     if shard.rows is not None:  # an index of all items, of which the shard's are some
         places = shard.rows if eligible is None else shard.rows[eligible]
@@ -212,7 +224,8 @@ def _searched(shard: Shard, search: Search) -> Found:
     rows = found.rows[0][found.valid[0]]
     if shard.rows is not None:
         rows = torch.searchsorted(shard.rows, rows)
-    return Found(search.version, shard.item_ids[rows], found.similarity[0][found.valid[0]], num)
+    values = {name: shard.values[name][rows] for name in search.values}
+    return Found(search.version, shard.item_ids[rows], found.similarity[0][found.valid[0]], num, values)
 
 
 AGAIN_S = 60.0

@@ -120,9 +120,23 @@ def test_a_version_that_is_not_held_is_refused_with_what_is(way: object, three: 
 
 
 @WAYS
+def test_bids_come_beside_where_they_are_asked_for(way: object, three: tuple[Path, list[str]]) -> None:
+    store, versions = three
+    host = IndexHost(store, Place(1, 2))
+    host.load(versions[2])
+    bids = dict(zip(*(spaces.items(2)[name].to_pylist() for name in ("item_id", "bid_micros")), strict=True))
+    with way(host) as asker:  # type: ignore[operator]
+        found = asker.search(asked(store, versions[2], k=7, values=("bid_micros",)), 5.0)
+        without = asker.search(asked(store, versions[2], k=7), 5.0)
+    assert found.values["bid_micros"].tolist() == [bids[one] for one in found.item_ids.tolist()]
+    assert (without.item_ids.tolist(), dict(without.values)) == (found.item_ids.tolist(), {})
+
+
+@WAYS
 @pytest.mark.parametrize(
     ("said", "why"),
     [
+        ({"values": ("bid",)}, r"values: expected some of \['bid_micros'\], got 'bid'"),
         ({"query": torch.zeros(3)}, r"query: expected float32 \[16\], got float32 \[3\]"),
         ({"k": 0}, "k: expected 1 or more, got 0"),
     ],
