@@ -22,6 +22,7 @@ QUESTIONS = (
     "serving_parts",
     "inventory",
     "request_path",
+    "rollout",
 )
 
 

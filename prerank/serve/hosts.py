@@ -19,7 +19,8 @@ from prerank.stores.breaker import Breaker
 
 _log = structlog.get_logger(__name__)
 POLL_S = 1.0
-"""Seconds between two looks at what hosts hold."""
+"""Seconds between two looks at what hosts hold, where no request finds that it changed."""
+_REST_S = 0.05  # between two looks in any case
 OUTCOMES = ("answered", "failed", "refused", "hedged", "left_out", "late", "no_version", "no_tower")
 """What came of asking a shard: a replica answered; one failed, or did not hold the version any more; another was asked
 because the first took long. Or the shard was left out, of these because none answered in time, because none answers or
@@ -116,7 +117,7 @@ class Replica:
 class IndexHosts:
     """The replicas of each shard, and the user `towers` for what they hold. Threads may share one.
 
-    `refresh` looks at all of them; from `start` to `close` a thread does each second.
+    `refresh` looks at all of them; from `start` to `close` a thread does each second, and when `look_soon` says so.
     """
 
     def __init__(self, shards: Sequence[Sequence[Replica]], towers: UserTowers) -> None:
@@ -129,7 +130,7 @@ class IndexHosts:
         self._counts: Counter[tuple[int, str]] = Counter()
         self._dropped = self._mixed = 0
         self._turn = itertools.count()
-        self._ended = threading.Event()
+        self._ended, self._is_stale = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="index-hosts", daemon=True)
 
     @classmethod
@@ -159,6 +160,10 @@ class IndexHosts:
         for shard in self.shards:
             held.update({version for one in shard if one.holding is not None for version in one.holding.versions})
         self.towers.refresh(held)
+
+    def look_soon(self) -> None:
+        """What is known of the hosts is not so any more."""
+        self._is_stale.set()
 
     def replicas(self, number: int, version: str) -> list[Replica]:
         """Those of a shard that hold a version, in the order to ask them in: in turn, those left alone last."""
@@ -199,6 +204,7 @@ class IndexHosts:
     def close(self) -> None:
         """Look no more, and let the connections go."""
         self._ended.set()
+        self._is_stale.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
         self.pool.shutdown(wait=False, cancel_futures=True)
@@ -207,7 +213,9 @@ class IndexHosts:
             one.asker.close()
 
     def _watch(self) -> None:
-        while not self._ended.wait(POLL_S):
+        while not self._ended.wait(_REST_S):
+            self._is_stale.wait(POLL_S)
+            self._is_stale.clear()
             try:
                 self.refresh()
             except Exception:

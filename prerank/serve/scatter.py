@@ -146,6 +146,7 @@ class Scatter:
                 raise HostFailed(f"{one.name}: asked in version {version}, it answered in {found.version}")
         except NotHeld as error:
             one.heard(error.holding)
+            self._hosts.look_soon()  # there may be a tower to load
             outcome, ask.why = "refused", "its hosts took up other versions meanwhile"
         except RequestError as error:  # another replica would say the same
             self._leave_out(ask, None, f"it cannot be asked in version {version}: {error}")
@@ -162,6 +163,7 @@ class Scatter:
         self._go_on(ask)
 
     def _why_not(self, ask: _Ask) -> tuple[str, str]:
+        self._hosts.look_soon()
         held = sorted(self._held(ask))
         if not held:
             return "no_version", "none of its hosts answers, or holds a version"

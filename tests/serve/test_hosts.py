@@ -21,6 +21,7 @@ from prerank.serve.hosts import IndexHosts, Replica, parse_hosts
 from prerank.serve.http import create_app
 from prerank.serve.index_host import HostFailed, IndexHost
 from prerank.serve.live_version import LiveVersion
+from prerank.serve.retrieve_hosts import RetrieveFromHosts
 from prerank.serve.user_towers import UserTowers
 from prerank.serve.watch import VersionWatch
 from prerank.types import ItemChange, Request
@@ -198,6 +199,27 @@ def test_shards_of_two_versions_are_each_asked_with_a_vector_of_their_own(
     assert cluster.hosts.num_of_several >= 1
 
 
+def test_a_user_is_embedded_once_for_each_distinct_version(
+    store: Path, four: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded: list[str] = []
+    search = RetrieveFromHosts._search
+
+    def noted(self: RetrieveFromHosts, version: str, *rest: object) -> object:
+        embedded.append(version)
+        return search(self, version, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RetrieveFromHosts, "_search", noted)
+    with running(store, four[1], 4, 1, most=1) as cluster:
+        for n, one in enumerate(cluster.all):
+            one.host.load(four[1][n % 2])
+        cluster.hosts.refresh()
+        with Funnel.open(store, hosts=cluster.hosts) as funnel:
+            embedded.clear()
+            assert not funnel.recommend(ASKED).degraded
+    assert sorted(embedded) == sorted(four[1][:2])
+
+
 def test_a_version_whose_tower_is_gone_is_not_asked_and_that_is_said(
     store: Path, cluster: Cluster, four: tuple[Path, list[str]]
 ) -> None:
@@ -215,6 +237,23 @@ def test_a_version_whose_tower_is_gone_is_not_asked_and_that_is_said(
         assert set(got) <= shard_of(ids_of(0), 0)
         assert [why for why in left_out if "no user tower of these is loaded" in why and versions[1] in why]
         assert cluster.hosts.counts()[1, "no_tower"] >= 1
+
+
+def test_what_a_request_finds_changed_is_looked_at_before_the_next_second(
+    store: Path, cluster: Cluster, four: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prerank.serve.hosts.POLL_S", 600.0)
+    with Funnel.open(store, hosts=cluster.hosts) as funnel:
+        cluster.hosts.start()
+        for one in cluster.fragile[1]:
+            one.host.load(four[1][2])
+            one.host.unload(four[1][0])
+        assert funnel.recommend(ASKED).degraded, "nobody has heard of that version"
+        until = time.monotonic() + 30
+        while funnel.recommend(ASKED).degraded:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert four[1][2] in cluster.hosts.towers.loaded
 
 
 def test_the_last_n_towers_stay_loaded_those_that_hosts_hold_first(store: Path, four: tuple[Path, list[str]]) -> None:
