@@ -20,9 +20,9 @@ QUESTIONS = (
     "scorer_cpu",
     "market_serving",
     "serving_parts",
+    "rollout",
     "inventory",
     "request_path",
-    "rollout",
 )
 
 

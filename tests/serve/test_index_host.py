@@ -120,6 +120,31 @@ def test_a_version_that_is_not_held_is_refused_with_what_is(way: object, three: 
 
 
 @WAYS
+def test_an_index_that_cannot_be_cut_is_searched_among_the_shards_rows(
+    way: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "tiny"
+    version = spaces.publish_space(store, 0, TARGETED)
+    said = {"context": {"surface": "genre 1"}, "exclude": (104, 107), "values": ("bid_micros",)}
+    search = asked(store, version, k=4, **said)
+    for number in range(2):
+        cut, whole = IndexHost(store, Place(number, 2)), IndexHost(store, Place(number, 2))
+        cut.load(version)
+        with monkeypatch.context() as patch:
+            patch.setattr("prerank.bundle.shard.ExactIndex", type("Another", (), {}))
+            whole.load(version)
+        assert whole._shards[version].rows is not None
+        with way(cut) as one, way(whole) as other:  # type: ignore[operator]
+            for asks in (search, asked(store, version, k=99, context={"surface": "genre 2"})):
+                expected, found = one.search(asks, 5.0), other.search(asks, 5.0)
+                assert found.item_ids.tolist() == expected.item_ids.tolist()
+                assert torch.equal(found.similarity, expected.similarity)
+                assert found.num_eligible == expected.num_eligible
+                for name in asks.values:
+                    assert torch.equal(found.values[name], expected.values[name])
+
+
+@WAYS
 def test_bids_come_beside_where_they_are_asked_for(way: object, three: tuple[Path, list[str]]) -> None:
     store, versions = three
     host = IndexHost(store, Place(1, 2))
