@@ -234,9 +234,7 @@ class Rollouts(RuleBasedStateMachine):
         }
         assert all(fits.values()), f"no version's best: {fits}"
         if len(similarity) and not bool(similarity.isnan().any()):
-            (number,) = (
-                set.intersection(*fits.values()) if len(ids) >= 6 else {self._only(fits, ids, similarity, request)}
-            )
+            number = self._only(fits, ids, similarity, request)
             user = made.user(number, request)
             expected = torch.stack([made.vectors[number][one] for one in ids]) @ user
             torch.testing.assert_close(similarity, expected)
@@ -251,7 +249,7 @@ class Rollouts(RuleBasedStateMachine):
                 assert (n in answered) == bool(held & towers)
 
     def _only(self, fits: dict[int, set[int]], ids: list[int], similarity: torch.Tensor, request: Request) -> int:
-        """Of a few items several versions may have the same order: the similarities say which."""
+        """Several versions may have the same order: the similarities say which it is."""
         for number in set.intersection(*fits.values()):
             vectors = torch.stack([self.made.vectors[number][one] for one in ids])
             if torch.allclose(vectors @ self.made.user(number, request), similarity):
