@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar
 
-import structlog
 import torch
 from torch import Tensor
 
@@ -23,7 +22,6 @@ from prerank.serve.sync import Part, merge
 from prerank.stores.records import Users
 from prerank.types import CandidateSet, Request
 
-_log = structlog.get_logger(__name__)
 _MOST_DEADLINE = 0.5  # of a request's time: the ranker comes after
 
 
@@ -103,7 +101,7 @@ class RetrieveFromHosts:
                 expand = ExpandUser(self.users, side.transforms, side.items)
                 features, _ = expand.expand(self.users.get(request.user_id), request)
             except PrerankError as error:  # a column or a context field that this version alone reads
-                _log.warning("a user cannot be embedded", version=version, error=str(error))
+                self.hosts.towers.failed(version, error)
                 return None
             models, query = side.models, side.towers.user_side(features)[0]
         profile = (self.users.profile(request.user_id) or {}) if held.user else {}

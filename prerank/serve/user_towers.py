@@ -28,10 +28,17 @@ class UserTowers:
         self._registry, self._clock = Registry(store), clock
         self._sides: dict[str, UserSide] = {}  # replaced, never changed: readers take no lock
         self._gave_up: dict[str, float] = {}
+        self._said: set[str] = set()
 
     def get(self, version: str) -> UserSide | None:
         """That version's, None where it is not loaded."""
         return self._sides.get(version)
+
+    def failed(self, version: str, error: PrerankError) -> None:
+        """A user could not be embedded in that version; logged once, for the next request is likely to fail too."""
+        if version not in self._said:
+            self._said.add(version)
+            _log.warning("a user cannot be embedded", version=version, error=str(error))
 
     @property
     def loaded(self) -> tuple[str, ...]:

@@ -239,6 +239,27 @@ def test_a_version_whose_tower_is_gone_is_not_asked_and_that_is_said(
         assert cluster.hosts.counts()[1, "no_tower"] >= 1
 
 
+def test_a_version_that_reads_what_the_request_lacks_is_not_asked(tmp_path: Path) -> None:
+    plain = CONFIG.to_dict()["features"]
+    assert isinstance(plain, dict)
+    less = plain | {"context": {"hour": {"kind": "category", "dim": 2}}}
+    home = tmp_path / "other"
+    first = spaces.publish_space(home, 0, spaces.config(features=less, serve={"hosts_ms": 5000.0}))
+    second = spaces.publish_space(home, 1, CONFIG)
+    asked = Request(2, 5, ASKED.time_ms, {"hour": 1}, deadline_ms=20_000)
+    with running(home, [first, second], 2, 1) as cluster:
+        cluster.load(first)
+        cluster.fragile[1][0].host.load(second)
+        cluster.fragile[1][0].host.unload(first)
+        cluster.hosts.refresh()
+        with structlog.testing.capture_logs() as logs, Funnel.open(home, first, hosts=cluster.hosts) as funnel:
+            for _ in range(3):
+                answer = funnel.recommend(asked)
+                assert answer.winners
+                assert [note for note in answer.notes if note.startswith("shard 1 of 2 was left out: its hosts hold")]
+        assert len([log for log in logs if log["event"] == "a user cannot be embedded"]) == 1
+
+
 def test_what_a_request_finds_changed_is_looked_at_before_the_next_second(
     store: Path, cluster: Cluster, four: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
