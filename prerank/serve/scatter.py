@@ -108,7 +108,7 @@ class Scatter:
             usable = sorted(self._usable, key=lambda version: version not in in_use)
             version = choose([self._held(ask)], usable)[0]
             if version is None:
-                self._leave_out(ask, *((None, ask.why) if ask.why else self._why_not(ask)))
+                self._leave_out(ask, *self._why_not(ask))
                 return
             ask.version = version
 
@@ -162,12 +162,14 @@ class Scatter:
         self._hosts.count(ask.number, outcome)
         self._go_on(ask)
 
-    def _why_not(self, ask: _Ask) -> tuple[str, str]:
+    def _why_not(self, ask: _Ask) -> tuple[str | None, str]:
         self._hosts.look_soon()
         held = sorted(self._held(ask))
-        if not held:
-            return "no_version", "none of its hosts answers, or holds a version"
-        return "no_tower", f"its hosts hold {held}, and no user tower of these is loaded"
+        if held:
+            return "no_tower", f"its hosts hold {held}, and no user tower of these is loaded"
+        if ask.why:
+            return None, ask.why
+        return "no_version", "none of its hosts answers, or holds a version"
 
     def _leave_out(self, ask: _Ask, outcome: str | None, why: str) -> None:
         self._left_out[ask.number] = why
