@@ -23,6 +23,8 @@ QUESTIONS = (
     "rollout",
     "inventory",
     "request_path",
+    "request_load",
+    "soak",
 )
 
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVarTuple
@@ -23,7 +22,6 @@ from benchmarks.result import Hardware
 
 REPOSITORY = Path(__file__).parents[1]
 _PACKAGES = ("prerank", "torch", "numpy", "pyarrow", "onnxruntime", "pyroaring", "lightgbm")
-_COPY_BYTES = 1 << 28
 Args = TypeVarTuple("Args")
 
 
@@ -56,24 +54,17 @@ def commit() -> str:
 
 
 def ceilings() -> dict[str, float]:
-    """The best of repeated runs, now: a copy (bytes read plus written) and square matrix products."""
-    import torch
+    """This machine's processor at its best, now; see `kernels.ceilings`."""
+    from prerank.kernels.ceilings import ceilings as of_device
 
-    source, target = torch.ones(_COPY_BYTES // 4), torch.empty(_COPY_BYTES // 4)
-    found = {"copy_gb_s": 2 * _COPY_BYTES / best_s(lambda: target.copy_(source)) / 1e9}
-    size = 2048
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
-        found[f"{name}_matmul_gflop_s"] = _gflop_s(partial(torch.matmul, left, right), size)
-    return {name: round(value, 1) for name, value in found.items()}
+    return of_device("cpu")
 
 
 def best_s(work: Callable[[], object], least_s: float = 0.5) -> float:
     """The shortest of the calls, in seconds, of as many as `least_s` holds, at least three after a first one."""
-    times = times_ms(work, 3)
-    while sum(times) < 1000 * least_s:
-        times += times_ms(work, 1, warm_up=0)
-    return min(times) / 1000
+    from prerank.kernels.ceilings import best_s as of_calls
+
+    return of_calls(work, least_s)
 
 
 def times_ms(work: Callable[[], object], repeats: int, warm_up: int = 1) -> list[float]:
@@ -144,10 +135,6 @@ def _memory(field: str) -> int:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
-
-
-def _gflop_s(work: Callable[[], object], size: int) -> float:
-    return 2 * size**3 / best_s(work) / 1e9
 
 
 def _cpu() -> str:

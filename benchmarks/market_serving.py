@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import http.client
 import json
-import re
-import signal
-import socket
-import subprocess
-import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +20,7 @@ import pyarrow.parquet as pq
 from benchmarks.machine import REPOSITORY, in_own_process, say
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
+from benchmarks.server import peak_gib, server
 from prerank.bundle.registry import Registry
 from prerank.config import Config, parse_config
 from prerank.data.logs import open_tables
@@ -38,7 +33,6 @@ NUM_ADS, QUICK_ADS = 1_000_000, 20_000
 NUM_REQUESTS, WARM_UP = 400, 40
 K = 10
 PUBLISH_AND_SERVE_BAR_S, MEMORY_BAR_GIB = 180.0, 6.0
-_READY_S = 120.0
 
 
 def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
@@ -67,11 +61,11 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
 def _serving(root: Path, num_ads: int, publish_s: float, publish_gib: float) -> Iterator[Row]:
     requests = _requests(root / "market")
     started = time.perf_counter()
-    with _server(root / "store") as (port, pid):
+    with server(root / "store") as (port, pid):
         ready_s = time.perf_counter() - started
         say(f"market_serving: {len(requests)} requests over HTTP")
         times, answers = _ask(port, requests)
-        server_gib = _peak_gib(pid)
+        server_gib = peak_gib(pid)
     total = Row.of("publish and start serving", publish_s + ready_s, "s", num_ads)
     memory = Row.of("publish and serve: largest process", max(publish_gib, server_gib), "GiB", num_ads)
     yield Row.of("start serving, until ready", ready_s, "s", num_ads)
@@ -131,37 +125,6 @@ def _requests(market: Path) -> list[bytes]:
     ]
 
 
-@contextmanager
-def _server(store: Path) -> Iterator[tuple[int, int]]:
-    """`prerank serve` once it is ready: its port and its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "prerank", "serve", "--store", str(store), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + _READY_S
-        while not _is_ready(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server was not ready (exit status {process.poll()})")
-            time.sleep(0.02)
-        yield port, process.pid
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
-
-
-def _is_ready(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/readyz")
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
-    finally:
-        connection.close()
-
-
 def _ask(port: int, requests: Sequence[bytes]) -> tuple[list[float], list[dict[str, list[dict[str, float]]]]]:
     """Milliseconds of each request, and its answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -174,13 +137,6 @@ def _ask(port: int, requests: Sequence[bytes]) -> tuple[list[float], list[dict[s
         answers.append(json.loads(content))
     connection.close()
     return times, answers
-
-
-def _peak_gib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    assert found
-    return int(found[1]) / 2**20
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def published(store: Path, items: pa.Table, inventory: Mapping[str, object], kee
         parents={},
         metrics={},
     )
-    store.mkdir(parents=True)
+    store.mkdir(parents=True, exist_ok=True)
     version = publish(store, parts)
     Registry(store).write_validation(version, [Gate("golden", "", 1.0, True)])
     Registry(store).promote(version, "a benchmark", "")

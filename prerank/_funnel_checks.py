@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import date
-from math import isfinite
+from math import inf, isfinite
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -24,6 +24,8 @@ GATES = ("retrieval_recall", "recall_over_popularity", "normalised_entropy", "ca
 def check_names(config: Config, problems: Problems) -> None:
     """Add to `problems` whatever of `config` does not meet or is out of range."""
     _check_days(config.data, problems)
+    if config.data.request_id and not config.data.requests:
+        problems.add("data.request_id", "expected [data].requests beside it, the log of requests with these ids")
     if not config.retrieval.targets:
         problems.add("retrieval.targets", "expected the weight of at least one event, such as { is_click = 1.0 }")
     if not config.tasks:
@@ -53,6 +55,7 @@ def check_names(config: Config, problems: Problems) -> None:
     _check_domain(config, problems)
     _check_segments(config, problems)
     _check_targeting(config.targeting, problems)
+    _check_stages(config, problems)
     _check_ranges(config, problems)
 
 
@@ -134,6 +137,29 @@ def _check_targeting(rules: Mapping[str, TargetingRule], problems: Problems) -> 
             problems.add(f"targeting.{name}.item", "expected a column of the items table, got ''")
         if rule.schedule:
             _check_zone(f"targeting.{name}.schedule", rule.schedule, problems)
+
+
+def stage_names(config: Config) -> list[str]:
+    """The stages that a request to this funnel may go through; `serve.wiring` declares them."""
+    names = ["expand_targeting"] if config.targeting else []
+    names += ["target", "expand_user", "retrieve", *(f"generate_{name}" for name in config.generators)]
+    names += ["merge"] if config.generators else []
+    names += ["fetch_tail"] if config.inventory.resident is not None else []
+    names += ["prepare_user", "rank", "describe"]
+    return [*names, "attribute"] if config.generators else names
+
+
+def _check_stages(config: Config, problems: Problems) -> None:
+    names = stage_names(config)
+    for name, limit in config.serve.stages.items():
+        key = f"serve.stages.{name}"
+        problems.known(key, name, names, "a stage of this funnel")
+        if limit.deadline_ms is None and limit.at_once is None:
+            problems.add(key, "expected deadline_ms, at_once, or both")
+        if limit.deadline_ms is not None and not 0 < limit.deadline_ms < inf:
+            problems.add(f"{key}.deadline_ms", f"expected a finite number above 0, got {limit.deadline_ms}")
+        if limit.at_once is not None and limit.at_once < 1:
+            problems.add(f"{key}.at_once", f"expected 1 or more, got {limit.at_once}")
 
 
 def _check_zone(key: str, name: str, problems: Problems) -> None:

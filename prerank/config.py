@@ -38,6 +38,8 @@ class Data:
     `adapter` names a reader of a public dataset that makes these tables from its own files.
     `computed` names a time column (UTC ms) of the users and items tables: when that row's features were computed.
     `labelled` names one of the log: when the row's labels were known; empty is at once, at the row's own time.
+    `requests` is a server's log of requests: what was served is what is trained on, for impressions of a request in it.
+    They are the user's of the same time, or those with its id in the log's column `request_id`, if there is one.
     """
 
     impressions: str
@@ -54,6 +56,8 @@ class Data:
     timezone: str = "UTC"
     computed: str = ""
     labelled: str = ""
+    requests: str = ""
+    request_id: str = ""
 
     def days(self, part: Literal["train", "validate", "test"]) -> list[str]:
         """Each ISO day of one part, in order."""
@@ -317,8 +321,16 @@ class Metadata:
 
 
 @dataclass(frozen=True, slots=True)
+class StageLimit:
+    """What one stage of a request may take: `deadline_ms` of its own from its start, and so many of it `at_once`."""
+
+    deadline_ms: float | None = None
+    at_once: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Serve:
-    """Promises to callers: the default deadline and the most winners one request may ask for.
+    """Promises to callers: the default deadline and the most winners one request may ask for; limits of `stages`.
 
     Where the index is on hosts of its own, a request waits `hosts_ms` milliseconds for them, and the user towers of
     `towers` versions stay loaded, for hosts that have another version than the one that serves.
@@ -328,6 +340,7 @@ class Serve:
     max_k: int = 1000
     hosts_ms: float = 50.0
     towers: int = 3
+    stages: Mapping[str, StageLimit] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

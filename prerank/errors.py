@@ -47,3 +47,7 @@ class NoRoom(PrerankError):
 
 class DeadlineExceeded(PrerankError):
     """The request's time ran out before an answer of any kind existed."""
+
+
+class Cancelled(PrerankError):
+    """Nobody waits for the answer any more."""

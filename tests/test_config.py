@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prerank.bundle.toml import to_toml
-from prerank.config import DiversityRule, Rules, TargetingRule, UtilityTerm, load_config, parse_config
+from prerank.config import DiversityRule, Rules, StageLimit, TargetingRule, UtilityTerm, load_config, parse_config
 from prerank.errors import ConfigError
 from prerank.schema import Counter, FeatureSchema
 
@@ -152,12 +152,40 @@ def _drop_none(plain):
                 ('item = "i", user = "u", excludes = 1', ".excludes: expected true or false, got 1"),
             )
         ),
+        *(
+            (("[validate]", f"[inventory]\nresident = {{ top = 5, by = 'bid' }}\n"
+              f"[serve.stages]\n{said}\n[validate]"), f"serve.stages.{expected}")
+            for said, expected in (
+                ("retreive = { deadline_ms = 20 }", "retreive: expected a stage of this funnel (target, expand_user, "
+                 "retrieve, fetch_tail, prepare_user, rank, describe), got 'retreive'; did you mean \"retrieve\"?"),
+                ("merge = { deadline_ms = 20 }", "merge: expected a stage of this funnel (target, "),
+                ("rank = {}", "rank: expected deadline_ms, at_once, or both"),
+                ("rank = { deadline = 20 }", 'rank.deadline: unknown key; did you mean "deadline_ms"?'),
+                ("rank = { deadline_ms = 0 }", "rank.deadline_ms: expected a finite number above 0, got 0.0"),
+                ("rank = { deadline_ms = -3 }", "rank.deadline_ms: expected a finite number above 0, got -3.0"),
+                ("rank = { deadline_ms = nan }", "rank.deadline_ms: expected a finite number above 0, got nan"),
+                ("rank = { deadline_ms = inf }", "rank.deadline_ms: expected a finite number above 0, got inf"),
+                ("rank = { at_once = 0 }", "rank.at_once: expected 1 or more, got 0"),
+                ("rank = { at_once = 1.5 }", "rank.at_once: expected a whole number, got 1.5"),
+                ("rank = 20", "rank: expected a table, got 20"),
+            )
+        ),
         (("[features.item]", "[features.itm]"), 'features.itm: unknown key; did you mean "item"?'),
     ],
 )  # fmt: skip
 def test_each_mistake_is_told_with_its_key(change, expected):
     assert GOOD.count(change[0]) == 1
     assert expected in problems_of(GOOD.replace(*change))
+
+
+def test_the_limits_of_the_docs_are_limits():
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "serve.md").read_text(), flags=re.DOTALL)
+    (block,) = [one for one in blocks if "[serve.stages]" in one]
+    new = 'new = { kind = "list", items = [1], quota = 1 }'
+    config = parse_config(tomllib.loads(f"{GOOD}\n[generators]\n{new}\n{block}"), where="docs")
+    assert config.serve.stages["rank"] == StageLimit(deadline_ms=40.0, at_once=2)
+    assert config.serve.stages["generate_new"] == StageLimit(deadline_ms=5.0)
+    assert parse_config(tomllib.loads(to_toml(config.to_dict())), where="again") == config
 
 
 def test_the_rules_of_the_docs_are_rules():

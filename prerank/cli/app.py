@@ -16,8 +16,9 @@ from prerank import __version__
 from prerank.bundle.load import load
 from prerank.bundle.manifest import CONFIG, METADATA
 from prerank.bundle.registry import Registry
-from prerank.cli import index_host, render
+from prerank.cli import index_host, render, requests
 from prerank.cli.demo import demo as run_demo
+from prerank.cli.doctor import examine
 from prerank.cli.progress import progress
 from prerank.config import load_config
 from prerank.data.check import check as check_tables
@@ -136,6 +137,8 @@ def train(
     Goes on where it was stopped, and does again only what changed.
     """
     trained, _ = _trained(config, data, store, teacher)
+    if trained.config.data.requests:
+        out.print(requests.served(trained.prepared), highlight=False)
     out.print(render.epochs(trained))
 
 
@@ -254,8 +257,12 @@ def serve(
     ] = None,
     admin_token_file: Annotated[
         Path | None,
-        typer.Option(help="A file with the token that events and items need; or set PRERANK_ADMIN_TOKEN."),
+        typer.Option(help="A file with the token that events, items and traces need; or set PRERANK_ADMIN_TOKEN."),
     ] = None,
+    allow_host: Annotated[
+        list[str],
+        typer.Option(help="A name beside localhost that a server without a token may be called by; repeat."),
+    ] = [],  # noqa: B006 - typer reads the default
     linger_s: Annotated[
         float, typer.Option(min=0, help="Seconds to say not ready before ending, for a load balancer to see.")
     ] = 0.0,
@@ -265,15 +272,33 @@ def serve(
         str | None,
         typer.Option(help="Index hosts: 0=host:port|host:port,1=... or a file with a shard a line; none by default."),
     ] = None,
+    otel: Annotated[
+        bool | None,
+        typer.Option(help="Send OpenTelemetry spans; by default where OTEL_EXPORTER_OTLP_ENDPOINT is set."),
+    ] = None,
+    log_requests: Annotated[
+        Path | None,
+        typer.Option(help="A folder to log requests in, as answered: Parquet files to replay and train on."),
+    ] = None,
+    sample: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that is logged.")] = 0.01,
+    log_gb: Annotated[
+        float | None, typer.Option(min=0, help="The oldest files of the log go when all take more; by default none.")
+    ] = None,
+    log_days: Annotated[
+        float | None, typer.Option(min=0, help="A file of the log goes when it is so old; by default none.")
+    ] = None,
 ) -> None:
     """Serve the live version over HTTP, and each that is promoted later.
 
     POST /v1/recommend answers; /docs describes it. The ranking stage alone is under /v2.
     """
     from prerank.serve.http import serve as serve_http  # the HTTP stack is only needed here
+    from prerank.serve.request_log import LogOptions
     from prerank.serve.seeing import Sight
 
-    sight = Sight(traces, lines)
+    most_bytes = None if log_gb is None else int(log_gb * 1e9)
+    logged = None if log_requests is None else LogOptions(log_requests, sample, most_bytes, log_days)
+    sight = Sight(traces, lines, requests=logged)
     serve_http(
         _found(store, funnel),
         host=host,
@@ -285,6 +310,8 @@ def serve(
         grpc_port=grpc_port,
         sight=sight,
         index_hosts=index_hosts,
+        otel=otel,
+        allow_hosts=allow_host,
     )
 
 
@@ -312,6 +339,30 @@ def recommend(
         out.print(render.answer(answer))
 
 
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="A folder that `prerank serve --log-requests` wrote.")],
+    version: Annotated[str, typer.Option("--version", help="The version to ask; by default the live one.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="The most requests to ask, the oldest first.")] = 10_000,
+    store: StoreFolder = _STORE,
+    funnel: FunnelName = "",
+    tail: TailUrl = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Ask a version the requests of a log again, with the features as served, and compare its winners.
+
+    Of the same version they are the same, unless items changed since: bids, pacing, switches.
+    """
+    home = _found(store, funnel)
+    chosen = _resolve(Registry(home), version) if version else None
+    with progress(err) as report:
+        told = requests.replay_log(folder, home, chosen, tail, limit, report)
+    if as_json:
+        print(json.dumps(render.plain(told), indent=1))
+    else:
+        out.print(requests.replayed(told), highlight=False)
+
+
 @audit_app.command("metadata")
 def audit_metadata(store: StoreFolder = _STORE, funnel: FunnelName = "") -> None:
     """Tell which columns of metadata were ever read, and what each takes.
@@ -326,6 +377,53 @@ def audit_metadata(store: StoreFolder = _STORE, funnel: FunnelName = "") -> None
         out.print(render.reads(config.metadata, table, counts.all()))
     finally:
         counts.close()
+
+
+@audit_app.command("skew")
+def audit_skew(
+    folder: Annotated[Path, typer.Argument(help="A folder that `prerank serve --log-requests` wrote.")],
+    config: ConfigPath = _CONFIG,
+    data: DataFolder = _DATA,
+    store: StoreFolder = _STORE,
+    limit: Annotated[int, typer.Option(min=1, help="The most requests to compare, the oldest first.")] = 100_000,
+    at_least: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit code 1 where a feature agrees in a smaller share.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Tell which features were served otherwise than training makes them of the tables, for the same user and moment.
+
+    Feature by feature how often they agree, and the worst examples.
+    """
+    read = load_config(config)
+    work = _home(store, read.name) / "work"
+    tables = open_tables(read, data, work)
+    with progress(err) as report:
+        told = requests.skew_of(folder, tables, work, limit, report)
+    if as_json:
+        print(json.dumps(render.plain(told), indent=1))
+    else:
+        out.print(requests.skew(told), highlight=False)
+    if at_least is not None and any(one.agreement is not None and one.agreement < at_least for one in told.features):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    measure: Annotated[bool, typer.Option(help="Measure what the machine can do at best, some seconds.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as one JSON object.")] = False,
+) -> None:
+    """Tell what this machine has, what it can do at best, and what is amiss.
+
+    Leaves with exit code 1 where prerank would not work here.
+    """
+    found = examine(measure)
+    if as_json:
+        out.print_json(json.dumps(render.plain(found)))
+    else:
+        out.print(render.findings(found), highlight=False)
+    if any(fault.is_error for fault in found.faults):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from prerank.bundle.load import Bundle
 from prerank.bundle.registry import Gate, Registry
+from prerank.cli.doctor import Findings
 from prerank.config import Metadata
 from prerank.data.check import Problem
 from prerank.lifecycle.build import Quality
@@ -40,6 +41,23 @@ def record(value: object) -> RenderableType:
     for name, one in plain(value).items():
         table.add_row(name, _number(one))
     return table
+
+
+def findings(found: Findings) -> RenderableType:
+    """What `prerank doctor` found: sections, then what is amiss."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for section in (found.machine, found.software, found.device, found.ceilings):
+        for name, value in section.items():
+            said = f"{value:,.1f}" if isinstance(value, float) else str(value)
+            table.add_row(Text(name.replace("_s", "/s").replace("_", " ")), Text(said))
+        if section:
+            table.add_row("", "")
+    if not found.faults:
+        return Group(table, Text("nothing is amiss", style="green"))
+    lines = [Text(f"{one.what}: {one.then}", style="red" if one.is_error else "yellow") for one in found.faults]
+    return Group(table, *lines)
 
 
 def problems(found: Sequence[Problem]) -> RenderableType:

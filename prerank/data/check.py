@@ -41,6 +41,10 @@ def check(config: Config, tables: Tables) -> list[Problem]:
     return list(_Check(config, tables).run())
 
 
+_LOGGED = ("request_id", "time_ms", "user_id", "context", "profile", "event_item_ids")
+"""Of a log of requests; whoever reads it looks closer."""
+
+
 class _Check:
     def __init__(self, config: Config, tables: Tables) -> None:
         self.config, self.tables, self.data = config, tables, config.data
@@ -57,6 +61,9 @@ class _Check:
                 yield _unreadable(name, error)
         # the users and items tables first: the log is read against their ids
         for name, source in sources.items():
+            if name == "requests":
+                yield from _missing(name, source, dict.fromkeys(_LOGGED, "a training on what was served"))
+                continue
             problems = self._table(name, source) if name in self.keys else self._events(name, source)
             try:
                 yield from problems
@@ -192,6 +199,8 @@ class _Check:
         reads = {column: f"features.context.{feature}" for feature, column in context.items()}
         if is_log and self.data.labelled:
             reads.setdefault(self.data.labelled, "data.labelled")
+        if is_log and self.data.request_id:
+            reads.setdefault(self.data.request_id, "data.request_id")
         yield from _missing(name, source, keys | (dict.fromkeys(labels, "a label") if is_log else {}) | reads)
         unusable: dict[str, Problem] = {}
         for feature, column in context.items():

@@ -26,6 +26,7 @@ DAY = "day"
 """The column every streamed batch ends with: days since 1970-01-01 in [data].timezone, int32."""
 BATCH_ROWS = 65_536
 _TABLES = ("users", "items", "impressions", "history")
+_REQUESTS = "requests"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Tables:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Which of "users", "items", "impressions", "history" the funnel file names."""
+        """Which of "users", "items", "impressions", "history" and "requests" the funnel file names."""
         return tuple(self._found)
 
     def source(self, name: str) -> Source:
@@ -162,7 +163,7 @@ def find_tables(config: Config, folder: Path, work: Path) -> Tables:
 
     Raises DataError where the adapter is not known, or its own files are missing or not as it knows them.
     """
-    data = config.data
+    data, own = config.data, folder
     origins: list[tuple[str, Path]] = []
     if data.adapter:
         origins = [(data.adapter, f) for f in _adapter(data.adapter).sources(folder)]
@@ -180,6 +181,12 @@ def find_tables(config: Config, folder: Path, work: Path) -> Tables:
         found[name] = source
         if not data.adapter:
             origins += [(name, f) for f in source.files]
+    if data.requests:  # a server's, so no adapter makes them
+        try:
+            found[_REQUESTS] = logged = find(_REQUESTS, data.requests, own)
+            origins += [(_REQUESTS, f) for f in logged.files]
+        except DataError as error:
+            found[_REQUESTS] = error
     return Tables(config, found, _fingerprint(origins))
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,8 +30,10 @@ from prerank.kernels.program import (
     Softmax,
     Step,
 )
+from prerank.kernels.stop import current
 from prerank.types import Features
 
+_Data = TypeVar("_Data", ctypes.c_void_p, ctypes.c_int64, "_Table", "_Step", "_Register", "_Slot")
 _MOST_EXPERTS = 16
 _CACHE_BYTES = 640 << 10  # of a block's registers; the weights that stream by want room beside them
 _MOST_ROWS = 256
@@ -78,7 +82,7 @@ class _Asked(ctypes.Structure):
     _fields_ = (
         ("rows", ctypes.c_void_p),
         ("count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("slots", "lengths", "logits")),
+        *((name, ctypes.c_void_p) for name in ("slots", "lengths", "logits", "stop")),
     )
 
 
@@ -142,11 +146,11 @@ class NativeProgram:
             for step in program.steps
             if isinstance(step, Gather) and layout.places[step.out.register].f32 != NOT_KEPT
         }
-        self._tables = (_Table * len(names))(*(self._table(item_side[name], name in full) for name in names))
+        self._tables = _array(_Table, len(names))(*(self._table(item_side[name], name in full) for name in names))
         self.num_items = len(item_side[names[0]])
         steps = self._steps(program, layout, {name: number for number, name in enumerate(names)})
-        self._step_array = (_Step * len(steps))(*steps)
-        self._registers = (_Register * len(layout.places))(
+        self._step_array = _array(_Step, len(steps))(*steps)
+        self._registers = _array(_Register, len(layout.places))(
             *(_Register(place.ld, place.f32, place.bf16) for place in layout.places)
         )
         block = min(_MOST_ROWS, max(TILE, _CACHE_BYTES // layout.row_bytes // TILE * TILE))
@@ -163,7 +167,8 @@ class NativeProgram:
     def __call__(self, user: Features, rows: Tensor) -> Tensor:
         """One request's user side (`program.of_request`) and rows int64 [N] -> logits float32 [N, T].
 
-        Raises IndexError for a row that the tables do not have. Threads may call at once; the GIL is not held.
+        Raises IndexError for a row that the tables do not have, Cancelled where the `stop.current` is set before all is
+        done. Threads may call at once; the GIL is not held.
         """
         logits = torch.empty(len(rows), self.num_tasks)
         if not len(rows):
@@ -176,17 +181,20 @@ class NativeProgram:
         if binding is None or not binding.fits(user):
             binding = self._binding = _Binding(self._slots, self._shapes, user)
         memory, slots, lengths = binding.bind(self.engine.library, user)
+        stop = current()
         asked = _Asked(
             native.pointer(rows, torch.int64, len(rows)),
             len(rows),
             ctypes.addressof(slots),
             ctypes.addressof(lengths),
             logits.data_ptr(),
+            stop.address,
         )
         self.engine.library.prerank_engine_run(
             self.engine.handle, ctypes.byref(self._program), self._tables, ctypes.byref(asked)
         )
         del memory  # until here the threads read it
+        stop.check()
         return logits
 
     def update(self, rows: Tensor) -> None:
@@ -290,7 +298,7 @@ class _Binding:
         self.num = len(slots)
         self.size = 0
         made = [self._slot(kind, asked, shapes[number], user) for (kind, asked), number in slots.items()]
-        self.slots = (_Slot * self.num)(*made)
+        self.slots = _array(_Slot, self.num)(*made)
 
     def fits(self, user: Features) -> bool:
         """Whether these tensors are laid out as those it was made for."""
@@ -302,8 +310,8 @@ class _Binding:
         """The request's memory, the address of each slot in it, and its length."""
         memory = torch.empty(self.size // 8 + 8, dtype=torch.int64)
         start = -memory.data_ptr() % 64
-        sources = (ctypes.c_void_p * len(self.names))(*(user[name].data_ptr() for name in self.names))
-        slots, lengths = (ctypes.c_void_p * self.num)(), (ctypes.c_int64 * self.num)()
+        sources = _array(ctypes.c_void_p, len(self.names))(*(user[name].data_ptr() for name in self.names))
+        slots, lengths = _array(ctypes.c_void_p, self.num)(), _array(ctypes.c_int64, self.num)()
         at = ctypes.c_void_p(memory.data_ptr() + start)
         library.prerank_bind(self.slots, ctypes.c_int64(self.num), sources, at, slots, lengths)
         return memory, slots, lengths
@@ -332,6 +340,12 @@ class _Binding:
         return _Slot(
             kind, source, offset, rows, depth, row_step, column_step, whole.element_size(), asked.factor, target
         )
+
+
+@cache
+def _array(kind: type[_Data], length: int) -> type[ctypes.Array[_Data]]:
+    """Made once: a type refers to itself, and would be garbage of every version and every shape of request."""
+    return kind * length
 
 
 def _like(tensor: Tensor) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-INTERFACE = 4
+INTERFACE = 5
 """PRERANK_INTERFACE of native/export.h: a library of another number is not called."""
 
 LEVELS = ("portable", "avx2", "avx512_bf16", "amx_bf16")
@@ -32,9 +32,22 @@ def library() -> ctypes.CDLL | None:
 
     Warns NativeMissing, once, in the first two cases.
     """
+    found, why = _found()
+    if why and not os.environ.get(OFF):
+        warnings.warn(f"no native kernels, torch serves and is slower: {why}", NativeMissing, stacklevel=2)
+    return found
+
+
+def fault() -> str:
+    """Why there is no library, and what to do; empty where there is one."""
+    return _found()[1]
+
+
+def _found() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or why it is not there."""
     if os.environ.get(OFF):
-        return None
-    fault = "none was built; install a C++ compiler and install prerank again"
+        return None, f"{OFF} is set"
+    why = "none was built; install a C++ compiler and install prerank again"
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).parent / f"_native{suffix}"
         if not path.is_file():
@@ -42,13 +55,12 @@ def library() -> ctypes.CDLL | None:
         try:
             found = ctypes.CDLL(str(path))
         except OSError as error:
-            fault = f"it cannot be loaded ({error})"
+            why = f"it cannot be loaded ({error})"
             continue
         if found.prerank_interface() == INTERFACE:
-            return found
-        fault = f"it is of interface {found.prerank_interface()}, expected {INTERFACE}; install prerank again"
-    warnings.warn(f"no native kernels, torch serves and is slower: {fault}", NativeMissing, stacklevel=2)
-    return None
+            return found, ""
+        why = f"it is of interface {found.prerank_interface()}, expected {INTERFACE}; install prerank again"
+    return None, why
 
 
 def level() -> str:

@@ -15,18 +15,23 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from prerank.errors import DeadlineExceeded
+from prerank.errors import Cancelled, DeadlineExceeded
 from prerank.serve.envelope import Refused
-from prerank.serve.graph import Cancelled, Deadline
+from prerank.serve.graph import Deadline
 
 T = TypeVar("T")
 _MOST_TIMES = 64
-"""The estimate of what a request takes is the median of so many latest ones."""
+"""Of the latest requests, by whose times it is judged who would be too late."""
+_LATEST = 16
+_CAUTION = 0.9
+"""What a request itself will take is guessed to be more than so many of the latest took; what those before it take is
+the median of the `_LATEST`, for there the short and the long make up for each other."""
 
 
 class Door:
@@ -125,27 +130,31 @@ class Lane:
             raise
         if self._num < self._threads:
             return None  # it begins at once, and who begins is answered as well as time allows
-        typical_s = self._typical_s()
+        typical_s, own_s = self._expected_s()
         wait_s = (self._num - self._threads + 1) * typical_s / self._threads
         again = {"retry-after": str(max(1, math.ceil(wait_s)))}
         if self._num >= self._most:
             self._refused("queue_full")
             raise Refused(503, "Overloaded", f"{self._num} requests are waiting already; try again later", again)
         deadline = deadline_of()
-        if deadline is not None and wait_s + typical_s > deadline.left_s(time.perf_counter()):
+        if deadline is not None and wait_s + own_s > deadline.left_s(time.perf_counter()):
             self._refused("deadline")
             raise Refused(
                 503,
                 "Overloaded",
                 f"the deadline of {deadline.ms:g} ms would pass first: {self._num} requests are here, and one takes "
-                f"about {1000 * typical_s:.3g} ms; try again later, or allow more with deadline_ms",
+                f"about {1000 * own_s:.3g} ms; try again later, or allow more with deadline_ms",
                 again,
             )
         return deadline
 
-    def _typical_s(self) -> float:
-        times = sorted(self._times)
-        return times[len(times) // 2] if times else 0.0
+    def _expected_s(self) -> tuple[float, float]:
+        """How long one of those before takes, and how long the next one may."""
+        if not self._times:
+            return 0.0, 0.0
+        latest = sorted(islice(reversed(self._times), _LATEST))
+        every = sorted(self._times)
+        return latest[len(latest) // 2], every[int(_CAUTION * (len(every) - 1))]
 
     def _change(self, by: int) -> None:
         self._num += by

@@ -14,8 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from prerank.errors import DeadlineExceeded, NoRoom, PrerankError, RequestError
-from prerank.serve.graph import Cancelled
+from prerank.errors import Cancelled, DeadlineExceeded, NoRoom, PrerankError, RequestError
 from prerank.serve.metrics import ServeMetrics
 from prerank.serve.seeing import Seeing
 from prerank.serve.seen import Seen, begin, end
@@ -44,10 +43,12 @@ class Envelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope))
+        headers = Headers(scope=scope)
+        request_id = request_id_of(headers)
         seen = Seen(request_id)
+        self.seeing.arrives(seen, scope["method"], headers)
         scope.setdefault("state", {}).update(request_id=request_id, seen=seen)
-        status, token, bound = 0, begin(seen), structlog.contextvars.bind_contextvars(request_id=request_id)
+        status, token, bound = 0, begin(seen), structlog.contextvars.bind_contextvars(**seen.named)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -116,7 +117,8 @@ async def read_body(http: HttpRequest, limit: int) -> bytes:
     return bytes(content)
 
 
-def _request_id(headers: Headers) -> str:
+def request_id_of(headers: Mapping[str, str]) -> str:
+    """The `x-request-id` that came, if it can stand in a header and a log, or a new one."""
     given = headers.get("x-request-id", "")
     usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
     return given if usable else uuid.uuid4().hex

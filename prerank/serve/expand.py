@@ -70,7 +70,7 @@ class ExpandUser:
 
     name: ClassVar[str] = "expand_user"
     reads: ClassVar[frozenset[str]] = frozenset({"request"})
-    writes: ClassVar[frozenset[str]] = frozenset({"features", "user_notes"})
+    writes: ClassVar[frozenset[str]] = frozenset({"features", "user_notes", "record"})
 
     def __post_init__(self) -> None:
         schema = self.transforms.schema
@@ -92,7 +92,7 @@ class ExpandUser:
         request: Request = values["request"]
         record = self.users.get(request.user_id)
         features, notes = self.expand(record, request)
-        return {"features": features, "user_notes": notes}
+        return {"features": features, "user_notes": notes, "record": record}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """One user in, its features out."""

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -18,24 +19,29 @@ from types import TracebackType
 
 import torch
 
+from prerank._rows import rows_of
 from prerank.bundle.inventory import Inventory
 from prerank.bundle.load import Bundle, load
 from prerank.bundle.publish import ITEMS_UNTIL
 from prerank.bundle.registry import Registry
+from prerank.bundle.scorer import Scorer
 from prerank.config import INDEX
-from prerank.errors import BundleError, RegistryError, RequestError
+from prerank.errors import BundleError, DeadlineExceeded, RegistryError, RequestError
 from prerank.features.transforms import Transforms
 from prerank.kernels.engine import Engine
 from prerank.kernels.native import level, library
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed, Changes
 from prerank.serve.expand import ExpandUser
+from prerank.serve.generate import names_of
 from prerank.serve.graph import Deadline, GraphRun
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.metadata import Described, Descriptions
 from prerank.serve.passage import run_graph
 from prerank.serve.ranking import Ranking
 from prerank.serve.record import Recorded, check_contexts, check_events
+from prerank.serve.seen import current
+from prerank.serve.served import Served
 from prerank.serve.tail import Tail
 from prerank.serve.wiring import wire
 from prerank.stores.events import LiveEvent
@@ -44,6 +50,7 @@ from prerank.stores.live import LiveUsers
 from prerank.stores.metadata import MetadataTable
 from prerank.stores.reads import FILE as READS
 from prerank.stores.reads import ReadCounts
+from prerank.stores.records import Users
 from prerank.stores.redis_tail import RedisTail
 from prerank.stores.tail import TAIL, LmdbTail, TailStore
 from prerank.types import Given, ItemChange, Request, TopK
@@ -80,6 +87,7 @@ class Funnel:
         self.example_events = _example_events(users.event_names, int(items.item_ids[0]), said)
         self._users, self._items, self._transforms = users, items, bundle.transforms
         self._tasks = bundle.scorer.ranker.tasks
+        self._generators = names_of({name: one.quota for name, one in config.generators.items()})
         self._store = changes
         self.inventory = Inventory(bundle, metadata)
         self._changes = Changes(self.inventory, bundle.scorer.live, changes, _items_until(bundle))
@@ -94,6 +102,7 @@ class Funnel:
         self._counts = counts
         if hosts is not None:
             hosts.towers.most = config.serve.towers
+        self._bundle = bundle
         self._graph = wire(bundle, users, self._descriptions, self.tail, self._pool, hosts)
 
     @classmethod
@@ -139,7 +148,8 @@ class Funnel:
             funnel = cls(bundle, users, metadata, engine, changes, rest, counts, hosts)
             funnel._owns_engine = shared is None
             # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
-            funnel.recommend(Request(user_id=0, k=1, time_ms=0, context=funnel.example_context))
+            with suppress(DeadlineExceeded):  # a stage's own deadline is for when it is warm
+                funnel.recommend(Request(user_id=0, k=1, time_ms=0, context=funnel.example_context))
             return funnel
         except BaseException:
             users.close()
@@ -162,7 +172,11 @@ class Funnel:
         with torch.inference_mode(), self.inventory.readers.reading():
             run = run_graph(self._graph, {"request": request}, deadline, cancelled)
             self.recent.append(request)
-            return self._answer(request, run)
+            answer = self._answer(request, run)
+            if (seen := current()) is not None and seen.is_logged:
+                said = (self.scorer, self._users, self._generators, answer.notes)
+                seen.served = Served.of(request, self.version, run, *said)
+            return answer
 
     def describe(self, item_ids: Sequence[int], columns: Sequence[str] | None) -> Described:
         """Metadata of items, deferred columns too; see `Descriptions.describe`."""
@@ -196,6 +210,15 @@ class Funnel:
     def sweep(self) -> int:
         """Forget the recorded events that the log has by now: how many. For the one process that serves a store."""
         return self._users.sweep()
+
+    @property
+    def scorer(self) -> Scorer:
+        """What decides the order, with its items."""
+        return self._bundle.scorer
+
+    def look_up_in(self, users: Users) -> None:
+        """Know those who ask from `users` from here on. Raises SchemaMismatch where they lack what is read."""
+        self._graph = wire(self._bundle, users, self._descriptions, self.tail, self._pool)
 
     @property
     def ranks_by(self) -> str:
@@ -240,13 +263,12 @@ class Funnel:
 
     def _answer(self, request: Request, run: GraphRun) -> Answer:
         top: TopK = run.outputs["winners"]
-        kept = top.valid[0]
-        columns = (top.item_ids[0][kept].tolist(), top.utility[0][kept].tolist(), top.probs[0][kept].tolist())
-        found_by = run.outputs.get("found_by", [(INDEX,)] * len(columns[0]))
-        winners = [
-            Winner(item_id, _finite(utility), dict(zip(self._tasks, map(_finite, probs), strict=True)), metadata, by)
-            for item_id, utility, probs, metadata, by in zip(*columns, run.outputs["described"], found_by, strict=True)
-        ]
+        num = int(top.valid.sum())  # the first so many
+        item_ids, described = top.item_ids[0, :num].tolist(), run.outputs["described"]
+        found_by = run.outputs.get("found_by", [(INDEX,)] * len(item_ids))
+        assert len(item_ids) == len(described) == len(found_by)
+        probs = rows_of(self._tasks, [_finite(of_task) for of_task in top.probs[0, :num].T])
+        winners = list(map(Winner, item_ids, _finite(top.utility[0, :num]), probs, described, found_by))
         said = [run.outputs[notes] for notes in ("user_notes", "retrieve_notes", "rank_notes")]
         left_out = run.outputs.get("left_out", ())
         notes = [*chain.from_iterable(said), *run.notes, *left_out]
@@ -310,5 +332,8 @@ def _takes(transforms: Transforms, columns: Sequence[str], column: str, value: G
     return True
 
 
-def _finite(number: float) -> float | None:
-    return number if isfinite(number) else None
+def _finite(numbers: torch.Tensor) -> list[float | None]:
+    plain: list[float | None] = numbers.tolist()
+    if bool(numbers.isfinite().all()):
+        return plain
+    return [one if one is not None and isfinite(one) else None for one in plain]

@@ -65,6 +65,33 @@ def are_eligible(rows: Tensor, eligible: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerateNothing:
+    """In the place of one generator that failed or was late: the others' candidates are answer enough."""
+
+    label: str
+
+    reads = frozenset[str]()
+
+    @property
+    def name(self) -> str:
+        """As notes say it."""
+        return f"nothing_of_{self.label}"
+
+    @property
+    def writes(self) -> frozenset[str]:
+        """What the generator would have."""
+        return frozenset({f"found_{self.label}"})
+
+    def run(self, values: Values) -> Values:
+        """No rows."""
+        return {f"found_{self.label}": torch.zeros(0, dtype=torch.int64)}
+
+    def count(self, values: Values, written: Values) -> tuple[int, int]:
+        """One user in, nothing out."""
+        return 1, 0
+
+
+@dataclass(frozen=True, slots=True)
 class Merge:
     """The index's candidates in their order, then of each generator, by its quota, those that nobody had before it.
 

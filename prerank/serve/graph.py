@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Protocol, TypeAlias
 
-from prerank.errors import GraphError, PrerankError
+from prerank.errors import GraphError
 
 Values: TypeAlias = Mapping[str, Any]
 """What stages read and write, by name."""
@@ -101,21 +101,20 @@ class Limit:
     at_once: int | None = None
 
 
-class Cancelled(PrerankError):
-    """Nobody waits for the answer any more."""
-
-
 class RequestGraph:
     """Stages wired by the names they read and write. Raises GraphError for a wiring that cannot work.
 
     `inputs` are given to every run and `outputs` are what it returns. `fallbacks` maps a stage's name to the stage
     that takes its place when it fails, cannot start in time, or is not done in time; a stage without one is required.
     The deadline holds until the value `answer` exists: from then on the request can be answered, so what is left runs
-    even if late. `limits` are of stages, by name.
+    even if late. `limits` are of stages, by name. A stage with a fallback is left `spare_ms` before the deadline, or a
+    tenth of it if that is less, for what takes its place needs time too.
 
     With a `pool` stages that do not wait for each other overlap, and one that has a fallback or a deadline of its own
     is waited for no longer than that; without, a run is one stage after another on its caller's thread, and nothing is
-    left before it is done. `around` is entered on each thread that runs stages.
+    left before it is done. Stages named in `short` are done sooner than another thread could begin: while one is ready
+    nothing is handed on. Of the others a thread begins with the one that stands first in `stages`. `around` is entered
+    on each thread that runs stages.
     """
 
     def __init__(
@@ -127,12 +126,15 @@ class RequestGraph:
         answer: str,
         fallbacks: Mapping[str, Stage],
         limits: Mapping[str, Limit] | None = None,
+        short: frozenset[str] = frozenset(),
+        spare_ms: float = 0.0,
         pool: Executor | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.inputs, self.outputs, self.answer = inputs, outputs, answer
         self.fallbacks, self.limits = dict(fallbacks), dict(limits or {})
+        self.short, self.spare_ms = short, spare_ms
         self.pool, self.around, self.clock = pool, around, clock
         writers = _writers(stages, inputs)
         _check_fallbacks(stages, self.fallbacks)
@@ -141,6 +143,9 @@ class RequestGraph:
         for name in sorted({*outputs, answer} - set(writers)):
             raise GraphError(f"output {name!r}: no stage writes it; stages write {written}")
         self.order = _order(stages, self.waits_for)
+        self.precedence = {one.name: (one.name not in short, place) for place, one in enumerate(stages)}
+        for name in sorted(short - set(self.waits_for)):
+            raise GraphError(f"{name!r} is said to be short, and is no stage; stages: {list(self.waits_for)}")
         for name, limit in self.limits.items():
             if name not in self.waits_for:
                 raise GraphError(f"a limit is for {name!r}, which is no stage; stages: {list(self.waits_for)}")

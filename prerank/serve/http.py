@@ -7,13 +7,14 @@ Events have a thread of their own, so that nobody's winners wait for the disk.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import gc
 import logging
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ from prerank.serve.open_inference_http import routes as open_inference_routes
 from prerank.serve.openapi import docs_page, openapi
 from prerank.serve.ranking import Ranking
 from prerank.serve.recommender import Recommender
-from prerank.serve.seeing import AS_USUAL, Seeing, Sight
+from prerank.serve.seeing import AS_USUAL, Seeing, Sight, spans_of
 from prerank.serve.seen import Seen
 from prerank.serve.trace_pages import trace_routes
 from prerank.serve.watch import VersionWatch
@@ -109,6 +110,7 @@ def create_app(
         if beside is not None:
             beside.stop(MOST_S)
         server.close()
+        server.seeing.close()
 
     app = Starlette(
         routes=[
@@ -125,7 +127,7 @@ def create_app(
             Route("/openapi.json", server.openapi),
             Route("/docs", server.docs),
             Route("/", server.home),
-            *trace_routes(server.seeing.traces),
+            *trace_routes(server.seeing.traces, exposure.check_reads),
         ],
         middleware=[Middleware(Envelope, metrics=server.metrics, seeing=server.seeing)],
         exception_handlers={HTTPException: refused_by_routing},
@@ -148,17 +150,20 @@ def serve(
     linger_s: float = 0.0,
     grpc_port: int | None = None,
     sight: Sight = AS_USUAL,
+    otel: bool | None = None,
+    allow_hosts: Sequence[str] = (),
     index_hosts: str | None = None,
 ) -> None:
     """Serve the live version of the funnel at `store`, and each that goes live later, until a signal ends it.
 
-    Or `version` for good, if it is named. `workers` and `tail` are as `Funnel.open`'s, `token_file` as `Exposure.of`'s,
-    `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if it is said. `index_hosts` are as
-    `parse_hosts` reads them.
+    Or `version` for good, if it is named. `workers` and `tail` are as `Funnel.open`'s, `token_file` and `allow_hosts`
+    as `Exposure.of`'s, `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if it is said.
+    `otel` sends spans, as `spans_of` has it; `index_hosts` are as `parse_hosts` reads them.
     Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token. A
     version or store that cannot be loaded is said on stderr in one line, and by /readyz until one can be.
     """
-    exposure, door = Exposure.of(host, token_file), Door()
+    exposure, door = Exposure.of(host, token_file, allow_hosts=allow_hosts), Door()
+    sight = replace(sight, spans=spans_of(otel))
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -223,6 +228,10 @@ class _Server:
         self.records = Lane("events", 1, limits.waiting, self.metrics.events_in_flight, door, refused)
         self.open_inference = OpenInference(self._ranks)
         self.metrics.serves(self.live)
+        if seeing.spans is not None:
+            self.metrics.sends(seeing.spans)
+        if seeing.requests is not None:
+            self.metrics.logs(seeing.requests)
 
     @property
     def funnel(self) -> Recommender | PrerankError:
@@ -237,8 +246,10 @@ class _Server:
             raise ConfigError(f"gRPC needs an extra, {error}; pip install 'prerank[grpc]'") from None
         return GrpcServer(
             self.open_inference,
-            lambda work: self.answers.pool.submit(work).result(),
+            # in the caller's context: what is seen of the call, and its id for the logs
+            lambda work: self.answers.pool.submit(contextvars.copy_context().run, work).result(),
             self.metrics.failed,
+            self.seeing,
             host=host,
             port=port,
             most_calls=self.limits.threads + self.limits.waiting,
@@ -246,9 +257,11 @@ class _Server:
         )
 
     def close(self) -> None:
-        """Finish what is running."""
+        """Finish what is running; a signal ends the process soon after this."""
         self.answers.pool.shutdown()
         self.records.pool.shutdown()
+        if self.seeing.spans is not None:
+            self.seeing.spans.close()
 
     async def recommend(self, http: HttpRequest) -> Response:
         self._ready()
@@ -291,7 +304,7 @@ class _Server:
 
     def _check_admin(self, http: HttpRequest) -> None:
         """Before anything is read. Raises Refused where the caller may not change what is served."""
-        self.exposure.check(http.headers.get("authorization", ""))
+        self.exposure.check_changes(http.headers)
 
     def _answer(self, content: bytes, arrived: float, seen: Seen, gone: threading.Event) -> bytes:
         # rounded up, so that an event of this very millisecond came before the moment asked about

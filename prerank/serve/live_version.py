@@ -26,12 +26,14 @@ from prerank.types import Given, ItemChange, Request
 class Loads:
     """What came of versions that went live while this process served: how many serve or served, how many could not.
 
-    `last_s` is what loading the last one took, in seconds, until it served.
+    `last_s` is what loading the last one took, in seconds, until it served. `kept` are in memory though another serves,
+    for requests that use them have not ended.
     """
 
     switched: int = 0
     failed: int = 0
     last_s: float = 0.0
+    kept: int = 0
 
 
 class Held:

@@ -54,7 +54,7 @@ class Descriptions:
                 )
         return self.needed if wanted is None else wanted
 
-    def take(self, rows: torch.Tensor, wanted: tuple[str, ...] | None) -> list[dict[str, Given]]:
+    def take(self, rows: torch.Tensor, wanted: tuple[str, ...] | None) -> list[Mapping[str, Given]]:
         """The columns of an answer for rows int64 [K], in order."""
         columns = self.columns_of(wanted)
         if self._counts is not None:

@@ -14,6 +14,8 @@ from prerank.serve.changes import Changed
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.live_version import LiveVersion
 from prerank.serve.record import Recorded
+from prerank.serve.request_log import RequestLog
+from prerank.serve.seen import Spans
 from prerank.stores.events import LiveEvent
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -40,6 +42,8 @@ class _Serving(Collector):
         yield GaugeMetricFamily(
             "prerank_version_load_seconds", "Of the last version that was switched to, until it served.", loads.last_s
         )
+        about = "Versions that were left and are in memory still, for requests that use them have not ended."
+        yield GaugeMetricFamily("prerank_versions_kept", about, loads.kept)
         if self._live.error is not None:
             return
         with self._live.taken() as funnel:
@@ -91,6 +95,42 @@ class _Hosts(Collector):
         yield CounterMetricFamily("prerank_index_unknown_items", about, self._hosts.num_dropped)
         about = "Requests whose shards were asked in several versions, each by a user vector of its own."
         yield CounterMetricFamily("prerank_index_several_versions", about, self._hosts.num_of_several)
+
+
+class _Sent(Collector):
+    """What came of spans, counted by who sends them."""
+
+    def __init__(self, spans: Spans) -> None:
+        self._spans = spans
+
+    def collect(self) -> Iterator[Metric]:
+        """As prometheus_client asks for it."""
+        about = "Spans by outcome: sent, failed (the collector did not take them), dropped (too many waited)."
+        family = CounterMetricFamily("prerank_spans", about, labels=["outcome"])
+        for outcome, number in self._spans.counts().items():
+            family.add_metric([outcome], number)
+        yield family
+
+
+class _Logging(Collector):
+    """What becomes of the requests that are logged."""
+
+    def __init__(self, log: RequestLog) -> None:
+        self._log = log
+
+    def collect(self) -> Iterator[Metric]:
+        """As prometheus_client asks for it."""
+        family = CounterMetricFamily(
+            "prerank_logged_requests",
+            "Requests of the share that is logged: written to a file, dropped for want of room to wait, or failed.",
+            labels=["outcome"],
+        )
+        for outcome, number in self._log.counts().items():
+            family.add_metric([outcome], number)
+        yield family
+        yield GaugeMetricFamily(
+            "prerank_logged_requests_waiting", "Requests that wait to be logged.", self._log.num_waiting
+        )
 
 
 def _one(name: str, about: str, label: str, value: str) -> GaugeMetricFamily:
@@ -169,6 +209,14 @@ class ServeMetrics:
     def asks(self, hosts: IndexHosts) -> None:
         """Say of `hosts`, whenever somebody scrapes, what they hold and what came of asking them."""
         self._registry.register(_Hosts(hosts))
+
+    def sends(self, spans: Spans) -> None:
+        """Say, whenever somebody scrapes, what came of `spans`."""
+        self._registry.register(_Sent(spans))
+
+    def logs(self, log: RequestLog) -> None:
+        """Say of `log`, whenever somebody scrapes, what it counts itself."""
+        self._registry.register(_Logging(log))
 
     def answered(self, answer: Answer) -> None:
         """Note an answer's stages."""

@@ -18,8 +18,10 @@ from prerank import __version__
 from prerank._toml import nearest
 from prerank.errors import DeadlineExceeded, PrerankError, RequestError
 from prerank.serve.envelope import told
+from prerank.serve.graph import StageReport
 from prerank.serve.ranking import MOST_USERS, Ranking
 from prerank.serve.ranking_tensors import Candidates, RankingTensors, TensorSpec
+from prerank.serve.seen import current
 from prerank.serve.statistics import Statistics, Took
 from prerank.serve.tensors import NamedTensor
 
@@ -156,16 +158,18 @@ class OpenInference:
         it could be ranked.
         """
         begun = time.perf_counter_ns()
-        with self._found(model, version) as ranking:
+        with self._found(model, version) as ranking, _stages(ranking.version, begun) as stages:
             try:
                 call, tensors = decode(), self._described(ranking)
                 wanted = _wanted(call.outputs, tensors.outputs)
                 asked = tensors.read(call.inputs, time.time_ns() // 1_000_000)
                 k = _k(call.parameters, asked, ranking.max_k)
-                read = time.perf_counter_ns()
+                read, num = time.perf_counter_ns(), asked.item_ids.numel()
+                stages.add("read_tensors", begun, read, len(call.inputs), num)
                 _check_timeout(call.parameters, read - arrived_ns)
                 ranked = ranking.rank(asked.item_ids, asked.askers, k, asked.values)
-                done = time.perf_counter_ns()
+                done, kept = time.perf_counter_ns(), int(ranked.winners.valid.sum())
+                stages.add("rank", read, done, num, kept)
                 outputs = tensors.write(ranked)
                 answer = Inferred(ranking.name, ranking.version, call.id, [outputs[name] for name in wanted])
                 encoded = encode(answer)
@@ -173,6 +177,7 @@ class OpenInference:
                 self._statistics.failed(ranking.version, time.perf_counter_ns() - arrived_ns)
                 raise
             took = Took(begun - arrived_ns, read - begun, done - read, time.perf_counter_ns() - done)
+            stages.add("write_tensors", done, done + took.compute_output, kept, kept)
             self._statistics.succeeded(ranking.version, len(asked.askers), took)
             return encoded
 
@@ -190,6 +195,30 @@ class OpenInference:
         if found is None:
             found = self._tensors[ranking] = RankingTensors(ranking)
         return found
+
+
+class _Stages:
+    """What was done of one call, as a request graph would tell it."""
+
+    def __init__(self, begun_ns: int) -> None:
+        self.begun_ns, self.reports = begun_ns, list[StageReport]()
+
+    def add(self, name: str, start_ns: int, end_ns: int, num_in: int, num_out: int) -> None:
+        """One that is done; times of `time.perf_counter_ns`."""
+        start_ms, ms = (start_ns - self.begun_ns) / 1e6, (end_ns - start_ns) / 1e6
+        self.reports.append(StageReport(name, ms, num_in, num_out, start_ms))
+
+
+@contextmanager
+def _stages(version: str, begun_ns: int) -> Iterator[_Stages]:
+    """To be filled; what is seen of the request has them when this ends, also where it fails."""
+    stages = _Stages(begun_ns)
+    try:
+        yield stages
+    finally:
+        if (seen := current()) is not None:
+            seen.version = version
+            seen.passed(begun_ns / 1e9, stages.reports, ())
 
 
 def _metadata(spec: TensorSpec) -> Plain:

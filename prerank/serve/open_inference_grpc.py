@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import grpc
 import structlog
@@ -16,8 +15,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from prerank.errors import ConfigError, DeadlineExceeded, RequestError
+from prerank.serve.envelope import request_id_of
 from prerank.serve.grpc_stubs import open_inference_pb2 as pb
 from prerank.serve.open_inference import InferCall, Inferred, OpenInference, Plain, told_by_protocol
+from prerank.serve.seeing import RANKED_BY_GRPC, Seeing
+from prerank.serve.seen import Seen, begin, end
 from prerank.serve.tensors import NamedTensor, from_raw, from_values, to_raw
 
 SERVICE = "inference.GRPCInferenceService"
@@ -47,7 +49,8 @@ class GrpcServer:
     """A server of `model` at `host` and `port` (0: any that is free), bound and not begun.
 
     Calls are `run` on the threads that rank; at most `most_calls` are here at once, of `most_bytes` each. `failed` is
-    told the type of each error answer. Raises ConfigError where the address cannot be listened on.
+    told the type of each error answer, `seeing` of each call to rank. Raises ConfigError where the address cannot be
+    listened on.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class GrpcServer:
         model: OpenInference,
         run: Lane,
         failed: Callable[[str], None],
+        seeing: Seeing,
         *,
         host: str,
         port: int,
@@ -72,7 +76,7 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),
             ],
         )
-        verbs = _Verbs(model, run, failed).by_name()
+        verbs = _Verbs(model, run, failed, seeing).by_name()
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, verbs),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
@@ -121,8 +125,8 @@ class _Health(health.HealthServicer):  # type: ignore[misc]
 class _Verbs:
     """The service's methods, a message in and one out."""
 
-    def __init__(self, model: OpenInference, run: Lane, failed: Callable[[str], None]) -> None:
-        self._model, self._run, self._failed = model, run, failed
+    def __init__(self, model: OpenInference, run: Lane, failed: Callable[[str], None], seeing: Seeing) -> None:
+        self._model, self._run, self._failed, self._seeing = model, run, failed, seeing
 
     def by_name(self) -> dict[str, grpc.RpcMethodHandler]:
         """Every method as gRPC takes it."""
@@ -143,22 +147,41 @@ class _Verbs:
     def _telling(
         self, name: str, verb: Callable[[Message], Plain]
     ) -> Callable[[Message, grpc.ServicerContext], Message]:
-        kind = getattr(pb, f"{name}Response")
-        return lambda request, _: json_format.ParseDict(verb(request), kind())
+        response = getattr(pb, f"{name}Response")
+
+        def tell(request: Message, context: grpc.ServicerContext) -> Message:
+            try:
+                return json_format.ParseDict(verb(request), response())
+            except Exception as error:
+                status, kind, message = told_by_protocol(error, request_id_of({}))
+                return self._refuse(context, status, kind, message)
+
+        return tell
 
     def _handler(self, name: str, verb: Callable[[Message, grpc.ServicerContext], Message]) -> grpc.RpcMethodHandler:
-        def handle(request: Message, context: grpc.ServicerContext) -> Message:
-            try:
-                return verb(request, context)
-            except Exception as error:
-                return context.abort(*self._error(error))
-
         request, response = getattr(pb, f"{name}Request"), getattr(pb, f"{name}Response")
         return grpc.unary_unary_rpc_method_handler(
-            handle, request_deserializer=request.FromString, response_serializer=response.SerializeToString
+            verb, request_deserializer=request.FromString, response_serializer=response.SerializeToString
         )
 
     def _infer(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> Message:
+        """One call, and what is seen of it, as the envelope does for one over HTTP."""
+        said = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+        seen, status = Seen(request_id_of(said)), 200
+        self._seeing.arrives(seen, "POST", said)
+        token, bound = begin(seen), structlog.contextvars.bind_contextvars(**seen.named)
+        try:
+            return self._ranked(request, context)
+        except Exception as error:
+            status, kind, message = told_by_protocol(error, seen.request_id)
+            seen.error = kind, message
+            return self._refuse(context, status, kind, message)
+        finally:
+            self._seeing.leaves(seen, RANKED_BY_GRPC, status, time.perf_counter() - seen.arrived)
+            structlog.contextvars.reset_contextvars(**bound)
+            end(token)
+
+    def _ranked(self, request: pb.ModelInferRequest, context: grpc.ServicerContext) -> Message:
         arrived_ns = time.perf_counter_ns()
 
         def decode() -> InferCall:
@@ -170,10 +193,10 @@ class _Verbs:
             lambda: self._model.infer(request.model_name, request.model_version, decode, _response, arrived_ns)
         )
 
-    def _error(self, error: Exception) -> tuple[grpc.StatusCode, str]:
-        status, kind, message = told_by_protocol(error, uuid.uuid4().hex)
+    def _refuse(self, context: grpc.ServicerContext, status: int, kind: str, message: str) -> NoReturn:
         self._failed(kind)
-        return _STATUS.get(status, grpc.StatusCode.INTERNAL), message
+        context.abort(_STATUS.get(status, grpc.StatusCode.INTERNAL), message)
+        raise AssertionError("abort raises")
 
 
 def _call(request: pb.ModelInferRequest) -> InferCall:

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from prerank.errors import RequestError
 from prerank.serve.envelope import Refused, read_body
 from prerank.serve.open_inference import InferCall, Inferred, OpenInference, Plain, told_by_protocol
+from prerank.serve.seen import Seen
 from prerank.serve.tensors import NamedTensor, from_json, from_raw, to_raw, to_values
 
 JSON_LENGTH = "inference-header-content-length"
@@ -111,7 +112,7 @@ def routes(model: OpenInference, run: Lane, failed: Callable[[str], None], most_
             try:
                 return await verb(http)
             except Exception as error:
-                return _error(error, http.state.request_id, failed)
+                return _error(error, http.state.seen, failed)
 
         return Route(path, endpoint, methods=[method])
 
@@ -206,9 +207,10 @@ def _named(http: HttpRequest) -> tuple[str, str]:
     return http.path_params.get("model", ""), http.path_params.get("version", "")
 
 
-def _error(error: Exception, request_id: str, failed: Callable[[str], None]) -> Response:
+def _error(error: Exception, seen: Seen, failed: Callable[[str], None]) -> Response:
     """The protocol's one form of an error."""
-    status, kind, message = told_by_protocol(error, request_id)
+    status, kind, message = told_by_protocol(error, seen.request_id)
+    seen.error = kind, message
     failed(kind)
     headers = error.headers if isinstance(error, Refused) else None
     return Response(msgspec.json.encode({"error": message}), status, headers, "application/json")

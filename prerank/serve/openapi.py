@@ -67,7 +67,7 @@ def openapi(
     recommend["responses"] = {"200": _answer("Winners, best first.", _json("AnswerBody")), **errors}
     del errors["504"]
     describe["responses"] = {"200": _answer("One an item_id.", _json("DescribedBody")), **errors}
-    errors["401"] = _answer("The server needs an admin token: authorization: Bearer ...", _json("ErrorBody"))
+    errors |= _GUARDED
     record["responses"] = {"200": _answer("All of it is on the disk.", _json("RecordedBody")), **errors}
     full = {"507": _answer("More items come than the version has free rows.", _json("ErrorBody"))}
     change["responses"] = {"200": _answer("All of it is on the disk.", _json("ChangedBody")), **errors, **full}
@@ -83,7 +83,9 @@ def openapi(
             "/v1/metadata": {"post": describe},
             "/v1/events": {"post": record},
             "/v1/items": {"post": change},
-            "/v1/traces": {"get": _get("The latest requests.", {"200": _answer("Latest first.", _json("TracesBody"))})},
+            "/v1/traces": {
+                "get": _get("The latest requests.", {"200": _answer("Latest first.", _json("TracesBody")), **_GUARDED})
+            },
             "/v1/trace/{id}": {"get": _trace()},
             "/healthz": {"get": _get("Is the process alive?", {"200": _answer("It is.", _text())})},
             "/readyz": {
@@ -192,6 +194,7 @@ def _trace() -> dict[str, object]:
     answers = {
         "200": _answer("Its stages, times and counts.", _json("TraceBody")),
         "404": _answer("It is not kept, or no longer.", _json("ErrorBody")),
+        **_GUARDED,
     }
     about = {"name": "id", "in": "path", "required": True, "description": "Its x-request-id."}
     return {**_get("One recent request.", answers), "parameters": [{**about, "schema": {"type": "string"}}]}
@@ -199,3 +202,9 @@ def _trace() -> dict[str, object]:
 
 def _get(summary: str, responses: Mapping[str, object]) -> dict[str, object]:
     return {"summary": summary, "responses": responses}
+
+
+_GUARDED = {
+    "401": _answer("The server needs an admin token: authorization: Bearer ...", _json("ErrorBody")),
+    "403": _answer("It has none, and a browser's page of another site asks.", _json("ErrorBody")),
+}

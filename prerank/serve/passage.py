@@ -2,8 +2,8 @@
 
 The caller's thread runs stages itself while there are any that nothing watches, and otherwise waits. A stage that is
 ready beside others goes to the pool; so does every one that is watched, which is one with a fallback or a deadline of
-its own, for a thread that runs a stage cannot leave it. What is left behind when its time is up is not interrupted:
-it is not waited for, and what it writes is not looked at.
+its own, for a thread that runs a stage cannot leave it. What is left behind when its time is up, or its client has
+gone, is told so (`kernels.stop`), and native code then ends; what it writes is not looked at.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import structlog
 
-from prerank.errors import DeadlineExceeded, GraphError, PrerankError
-from prerank.serve.graph import Cancelled, Deadline, GraphRun, RequestGraph, Stage, StageReport, Values
+from prerank.errors import Cancelled, DeadlineExceeded, GraphError, PrerankError
+from prerank.kernels.stop import Stop, let
+from prerank.serve.graph import Deadline, GraphRun, RequestGraph, Stage, StageReport, Values
 from prerank.serve.seen import current
 
+_MOST_SPARED = 0.1  # of a short deadline, so that the stage itself has its chance
 _log = structlog.get_logger(__name__)
 
 
@@ -50,6 +53,7 @@ class _Watched:
     stage: Stage
     until: float | None
     why: str
+    stop: Stop = field(default_factory=Stop)
 
 
 class _Passage:
@@ -66,10 +70,11 @@ class _Passage:
         self._changed = threading.Condition()
         self._done: set[str] = set()
         self._started: set[str] = set()
-        self._ready: deque[Stage] = deque()  # that any thread may run
+        self._ready: deque[Stage] = deque()  # that any thread may run, short ones first
         self._watched: dict[str, _Watched] = {}
         self._error: BaseException | None = None
         self._is_over = False
+        self._wakes = inf  # when the caller, if it waits, looks again by itself
         self.start = graph.clock()
 
     def go(self) -> None:
@@ -86,6 +91,8 @@ class _Passage:
         finally:
             with self._changed:
                 self._is_over = True
+                for one in self._watched.values():
+                    one.stop.set()
 
     def _next(self) -> tuple[Stage, str | None] | None:
         """A stage for the caller to run, or to replace and why; waits until there is one. None when all are done."""
@@ -99,11 +106,13 @@ class _Passage:
                 late = self._leave_late()
                 if late is not None:
                     return late
-                self._changed.wait(self._wait_s())
+                wait_s = self._wait_s()
+                self._wakes = inf if wait_s is None else self.graph.clock() + wait_s
+                self._changed.wait(wait_s)
             return None
 
     def _find_ready(self) -> None:
-        """Start what waits for nothing any more: what is watched in the pool, of the rest all but one."""
+        """Start what waits for nothing any more: what is watched in the pool, and all but one of what is long."""
         pool = self.graph.pool
         with self._changed:
             if self._is_over or self._error is not None:
@@ -116,28 +125,37 @@ class _Passage:
                 if pool is not None and self._is_watched(stage):
                     one = self._watched[name] = _Watched(stage, *self._until(stage))
                     if one.until is None or one.until > self.graph.clock():
-                        self._submit(stage)
+                        self._submit(one)
                 else:
                     self._ready.append(stage)
-            for _ in range(len(self._ready) - 1 if pool is not None else 0):
-                self._submit(None)
-            self._changed.notify_all()
+            # what is short comes first and by one thread, for two would wait for each other's turn at Python
+            self._ready = deque(sorted(self._ready, key=lambda one: self.graph.precedence[one.name]))
+            if pool is not None and self._ready and self._ready[0].name not in self.graph.short:
+                for _ in range(len(self._ready) - 1):
+                    self._submit(None)
+            # a caller that is woken takes its turn at Python from the thread that goes on with what is ready
+            soonest = min((one.until for one in self._watched.values() if one.until is not None), default=inf)
+            if len(self._ready) > 1 or soonest < self._wakes or len(self._done) == len(self.graph.order):
+                self._changed.notify_all()
 
-    def _submit(self, stage: Stage | None) -> None:
+    def _submit(self, watched: _Watched | None) -> None:
         """Let a thread of the pool run this stage, and then whatever is ready."""
         assert self.graph.pool is not None
         context = contextvars.copy_context()  # what logs are bound to, such as the request's id
-        self.graph.pool.submit(context.run, self._work, stage)
+        self.graph.pool.submit(context.run, self._work, watched)
 
-    def _work(self, stage: Stage | None) -> None:
+    def _work(self, watched: _Watched | None) -> None:
         with self.graph.around():
+            if watched is not None:
+                let(watched.stop)
+                self._attempt(watched.stage)
+                let(None)  # others wait for what this thread does next
             while True:
-                if stage is not None:
-                    self._attempt(stage)
                 with self._changed:
                     if self._is_over or not self._ready:
                         return
                     stage = self._ready.popleft()
+                self._attempt(stage)
 
     def _attempt(self, stage: Stage) -> None:
         """Run a stage, or its fallback where it fails or is late; whatever comes of it is told to who waits."""
@@ -157,16 +175,18 @@ class _Passage:
         """Why the stage's fallback must take its place, or None: then it is done, or nobody waits for it."""
         name, turn = stage.name, self.graph.turns.get(stage.name)
         has_fallback = name in self.graph.fallbacks
-        reason = self._why_late()
-        if reason is None and turn is not None and not turn.acquire(timeout=self._left_s()):
-            reason, turn = "it had no turn in time", None
-        elif reason is not None:
+        reason = self._why_late() if self._is_bound(stage) else None
+        if reason is not None:
             turn = None
-        if reason is not None and has_fallback:
-            return reason
-        if reason is not None and self.graph.answer not in self.values:
-            raise DeadlineExceeded(f"{name}: {reason}; allow more with deadline_ms")
+        elif turn is not None and not turn.acquire(timeout=self._left_s(stage)):
+            reason, turn = "it had no turn in time", None
         try:
+            if self._was_left(stage):  # while it waited for a thread or its turn
+                return None
+            if reason is not None and has_fallback:
+                return reason
+            if reason is not None:
+                raise DeadlineExceeded(f"{name}: {reason}; allow more with deadline_ms")
             self._run(stage, stage)
         except PrerankError:
             raise
@@ -215,16 +235,21 @@ class _Passage:
         """When a watched stage is left behind, and why."""
         limit, now = self.graph.limits.get(stage.name), self.graph.clock()
         own = None if limit is None or limit.deadline_ms is None else now + limit.deadline_ms / 1000.0
-        whole = None if self.deadline is None else now + self.deadline.left_s(now)
+        whole = None if self.deadline is None or not self._is_bound(stage) else now + self.deadline.left_s(now)
+        has_fallback, spare_ms = stage.name in self.graph.fallbacks, self._spare_ms()
+        if whole is not None and has_fallback and whole > now:
+            whole = max(now, whole - spare_ms / 1000.0)
         if own is not None and (whole is None or own < whole):
             assert limit is not None
             return own, f"it was not done in its {limit.deadline_ms:g} ms"
-        if whole is not None and whole <= now:
-            return whole, str(self._why_late())
-        return (
-            whole,
-            f"the deadline of {0.0 if self.deadline is None else self.deadline.ms:g} ms passed before it was done",
-        )
+        why, ms = self._why_late(), 0.0 if self.deadline is None else self.deadline.ms
+        if why is None and has_fallback and spare_ms:
+            why = f"it was not done {spare_ms:g} ms before the deadline of {ms:g} ms"
+        return whole, why or f"the deadline of {ms:g} ms passed before it was done"
+
+    def _spare_ms(self) -> float:
+        """What is kept of the request's time for a fallback, and for what comes after it."""
+        return 0.0 if self.deadline is None else min(self.graph.spare_ms, _MOST_SPARED * self.deadline.ms)
 
     def _leave_late(self) -> tuple[Stage, str] | None:
         """A watched stage whose time is up, and why. Raises DeadlineExceeded where nothing can take its place."""
@@ -232,6 +257,7 @@ class _Passage:
         for name, one in list(self._watched.items()):
             if one.until is not None and now >= one.until:
                 del self._watched[name]
+                one.stop.set()
                 if name in self.graph.fallbacks:
                     return one.stage, one.why
                 raise DeadlineExceeded(f"{name}: {one.why}; allow more with deadline_ms")
@@ -252,8 +278,17 @@ class _Passage:
             return None
         return f"the deadline of {self.deadline.ms:g} ms passed before it could start"
 
-    def _left_s(self) -> float | None:
-        return None if self.deadline is None else max(0.0, self.deadline.left_s(self.graph.clock()))
+    def _left_s(self, stage: Stage) -> float | None:
+        """For how long a stage may wait for its turn; where the answer exists, as long as it takes."""
+        now, watched = self.graph.clock(), self._watched.get(stage.name)
+        ends = [] if watched is None or watched.until is None else [watched.until - now]
+        if self.deadline is not None and self._is_bound(stage):
+            ends.append(self.deadline.left_s(now))
+        return max(0.0, min(ends)) if ends else None
+
+    def _is_bound(self, stage: Stage) -> bool:
+        """Whether the request's deadline is the stage's: with an answer there, what has no other way runs late."""
+        return self.graph.answer not in self.values or stage.name in self.graph.fallbacks
 
     def _wait_s(self) -> float | None:
         """For how long there is nothing to do but wait."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from dataclasses import dataclass, replace
+from math import inf
 from typing import ClassVar
 
 import numpy as np
@@ -90,6 +91,8 @@ class Tail:
         """End the threads and let go of the store."""
         self._pool.shutdown()
         self._store.close()
+        with self._lock:
+            self._host.expire(inf)  # its links refer to each other, and frozen garbage is never looked for
 
     def _bring(self, rows: Tensor) -> None:
         """As many of rows int64 [n] into slots as can be in time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import floor, log, log10
@@ -94,14 +94,22 @@ def ticks(ms: float) -> list[tuple[str, float]]:
     return [(f"{n * step:g}", min(1.0, n * step / ms)) for n in range(int(ms / step + 1e-9) + 1)]
 
 
-def trace_routes(traces: Traces) -> list[Route]:
-    """What a server shows of `traces`."""
+def trace_routes(traces: Traces, check: Callable[[Mapping[str, str]], None]) -> list[Route]:
+    """What a server shows of `traces`, to whom `check` lets by a request's headers: they tell of users."""
     shown = _Shown(traces)
+
+    def route(path: str, show: Callable[[HttpRequest], Awaitable[Response]]) -> Route:
+        async def checked(http: HttpRequest) -> Response:
+            check(http.headers)
+            return await show(http)
+
+        return Route(path, checked)
+
     return [
-        Route("/v1/traces", shown.list_json),
-        Route("/v1/trace/{request_id:path}", shown.one_json),  # an id may hold a slash
-        Route("/traces", shown.list_page),
-        Route("/trace/{request_id:path}", shown.one_page),
+        route("/v1/traces", shown.list_json),
+        route("/v1/trace/{request_id:path}", shown.one_json),  # an id may hold a slash
+        route("/traces", shown.list_page),
+        route("/trace/{request_id:path}", shown.one_page),
     ]
 
 

@@ -50,7 +50,7 @@ class Trace:
             status,
             ms,
             None if seen.began is None else max(0.0, (seen.began - seen.arrived) * 1000.0),
-            None if answer is None else answer.version,
+            seen.version if answer is None else answer.version,
             None if request is None else request.user_id,
             None if request is None else request.k,
             None if request is None else request.deadline_ms,

@@ -1,21 +1,25 @@
 """The version that a store says is live, loaded beside the one that serves, and in its place when it is ready.
 
 The pointer is read each second by a thread of its own, which also loads, warms and lets go; neither the event loop nor
-a request ever waits for it. At most two versions are in memory, and they share the native threads and the stores.
+a request ever waits for it. Versions share the native threads and the stores, and two are in memory while one loads;
+more only where a request does not end, for the version that it uses is kept until it does.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import structlog
 
 from prerank.bundle.registry import Registry
-from prerank.errors import PrerankError, RegistryError, RequestError
+from prerank.errors import DeadlineExceeded, PrerankError, RegistryError, RequestError
 from prerank.kernels.engine import Engine
 from prerank.serve.funnel import Funnel, engine_of
 from prerank.serve.hosts import IndexHosts
@@ -28,12 +32,14 @@ POLL_S = 1.0
 """Seconds between two looks at the pointer."""
 AGAIN_S = 60.0
 """Seconds until a version that could not be loaded is tried again; at once where the pointer moved meanwhile."""
+LEAVE_S = 5.0
+"""Seconds that are waited for the last request of a version that was left, before others are looked for again."""
 
 
 class VersionWatch:
     """The live version of a store in `live`, and what keeps it so from `start` to `close`.
 
-    `settled` is called when another version was loaded, before it serves.
+    `settled` is called when another version was loaded, before it serves; `leave_s` is as LEAVE_S.
     """
 
     def __init__(
@@ -44,11 +50,13 @@ class VersionWatch:
         tail: str | None = None,
         settled: Callable[[], None] = lambda: None,
         poll_s: float = POLL_S,
+        leave_s: float = LEAVE_S,
         hosts: IndexHosts | None = None,
     ) -> None:
         self.live = live
         self._store, self._registry, self._engine, self._tail = store, Registry(store), engine, tail
-        self._settled, self._poll_s, self._hosts = settled, poll_s, hosts
+        self._settled, self._poll_s, self._leave_s, self._hosts = settled, poll_s, leave_s, hosts
+        self._leaving: list[Held] = []
         self._gave_up: tuple[str, float] | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="live-version", daemon=True)
@@ -62,6 +70,7 @@ class VersionWatch:
         tail: str | None = None,
         settled: Callable[[], None] = lambda: None,
         poll_s: float = POLL_S,
+        leave_s: float = LEAVE_S,
         hosts: IndexHosts | None = None,
     ) -> VersionWatch:
         """`version` of `store`, the live one unless named; `workers`, `tail` and `hosts` are as `Funnel.open`'s.
@@ -82,7 +91,7 @@ class VersionWatch:
             live = LiveVersion(first)
         except PrerankError as error:
             live = LiveVersion(error)
-        watch = cls(store, live, engine, tail, settled, poll_s, hosts)
+        watch = cls(store, live, engine, tail, settled, poll_s, leave_s, hosts)
         if live.error is not None:
             watch._gave_up = chosen, time.monotonic() + AGAIN_S
         return watch
@@ -95,8 +104,9 @@ class VersionWatch:
         """Load and switch to the live version if it is another than serves, and let the old one go; whether it did.
 
         A version that cannot be loaded, or does not reproduce its golden answers, is logged and counted, and the old
-        one serves on.
+        one serves on. One that was left and whose last request has ended since is let go.
         """
+        self._let_go()
         try:
             wanted = self._registry.live()
         except (RegistryError, OSError, UnicodeDecodeError) as error:
@@ -116,10 +126,11 @@ class VersionWatch:
             self._thread.join(timeout=10)
             if self._thread.is_alive():
                 return  # it loads; what it uses goes with the process
+        self._let_go()
         left = self.live.end()
         if left is not None:
             _close(left)
-        if self._engine is not None:
+        if self._engine is not None and not self._leaving:  # else a request uses it, and it goes with the process
             self._engine.close()
 
     def _watch(self) -> None:
@@ -155,12 +166,28 @@ class VersionWatch:
         self._gave_up = None
         _log.info("another version serves", version=wanted, before=serving, load_s=round(seconds, 3))
         if left is not None:
-            left.ended.wait()
-            _close(left)
-            _log.info("a version was let go", version=serving)
-        # only now, for the version before may have read an older log, and would have missed them
-        following.sweep()
+            self._leaving.append(left)
+            if not left.ended.wait(self._leave_s):
+                _log.warning("a version is kept, for a request that uses it does not end", version=serving)
+        self._let_go(has_switched=True)
         return True
+
+    def _let_go(self, has_switched: bool = False) -> None:
+        """Close what was left and nobody uses; where nothing is left then, sweep what only that needed."""
+        ended = [one for one in self._leaving if one.ended.is_set()]
+        for one in ended:
+            self._leaving.remove(one)
+            version = one.funnel.version
+            _close(one)
+            _log.info("a version was let go", version=version)
+        if ended:
+            _give_back()
+        self.live.loads = replace(self.live.loads, kept=len(self._leaving))
+        if (ended or has_switched) and not self._leaving and self.live.error is None:
+            # only now, for the version before may have read an older log, and would have missed them
+            with self.live.taken() as serving:
+                if isinstance(serving, Funnel):
+                    serving.sweep()
 
     def _failed(self, version: str, error: Exception) -> bool:
         self.live.note_no_changes()
@@ -188,8 +215,20 @@ def _warm(funnel: Funnel, requests: Iterable[Request]) -> None:
     for one in tuple(requests):
         try:
             funnel.recommend(replace(one, deadline_ms=None))
-        except RequestError:
-            continue  # of fields that the version before had
+        except (RequestError, DeadlineExceeded):
+            continue  # of fields that the version before had; a stage that is cold, and has a deadline of its own
+
+
+def _give_back() -> None:
+    """Let the system have what was freed: glibc keeps it in pieces, and a server grows with every version it had."""
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _c_library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _close(left: Held) -> None:

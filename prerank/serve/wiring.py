@@ -7,15 +7,22 @@ from concurrent.futures import Executor
 import torch
 
 from prerank.bundle.load import Bundle
+from prerank.config import Serve
 from prerank.serve.expand import ExpandTargeting, ExpandUser
-from prerank.serve.generate import Attribute, Generate, Merge, names_of
-from prerank.serve.graph import RequestGraph, Stage
+from prerank.serve.generate import Attribute, Generate, GenerateNothing, Merge, names_of
+from prerank.serve.graph import Limit, RequestGraph, Stage
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.metadata import Descriptions
 from prerank.serve.retrieve_hosts import RetrieveFromHosts
 from prerank.serve.stages import Describe, PrepareUser, Rank, RankBySimilarity, Retrieve, Target
 from prerank.serve.tail import Locate, Tail
 from prerank.stores.records import Users
+
+_SPARE_MS = 8.0
+"""To order candidates by similarity, describe the winners, and send them, on cores that others want too."""
+_SHORT = (ExpandTargeting, ExpandUser, Target, Describe, Attribute)
+"""Where users are in this process's memory: each a few tenths of a millisecond, most of it under Python's lock, which
+threads that want it at once pass to and fro for longer than that."""
 
 
 def wire(
@@ -46,8 +53,10 @@ def wire(
     ]
     if targeting is not None:
         stages.append(ExpandTargeting(users, targeting))
+    fallbacks: dict[str, Stage] = {Rank.name: RankBySimilarity(items, len(scorer.ranker.tasks), scorer.diversity)}
     for name, generator in bundle.generators.items():
         stages.append(Generate(generator, name, quotas[name], items, live, keep))
+        fallbacks[stages[-1].name] = GenerateNothing(name)
     if quotas:
         stages += [Merge(quotas), Attribute(names_of(quotas))]
     if tail is not None:
@@ -55,12 +64,23 @@ def wire(
     said = {"winners", "described", "user_notes", "retrieve_notes", "rank_notes"}
     if hosts is not None:
         said |= {"left_out"}
+    said |= {"record", "features", "candidates"}  # what the log of requests keeps
     return RequestGraph(
         stages,
         inputs=frozenset({"request"}),
         outputs=frozenset(said | ({"found_by"} if quotas else set())),
         answer="winners",
-        fallbacks={Rank.name: RankBySimilarity(items, len(scorer.ranker.tasks), scorer.diversity)},
+        short=frozenset(one.name for one in stages if isinstance(one, _SHORT)),
+        spare_ms=_SPARE_MS,
+        fallbacks=fallbacks,
+        limits=_limits(config.serve, tail is not None),
         pool=pool,
         around=torch.inference_mode,
     )
+
+
+def _limits(serve: Serve, has_tail: bool) -> dict[str, Limit]:
+    limits = {name: Limit(limit.deadline_ms, limit.at_once) for name, limit in serve.stages.items()}
+    if not has_tail:
+        limits.pop(Locate.name, None)  # every item is resident for once
+    return limits

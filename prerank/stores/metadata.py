@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from prerank._rows import rows_of
 from prerank._toml import nearest
 from prerank.errors import DataError
 from prerank.types import Array, Given
@@ -59,8 +60,8 @@ class MetadataTable:
                     f"{nearest(name, self.columns)}"
                 )
 
-    def take(self, rows: Array, columns: Sequence[str] = ()) -> list[dict[str, Given]]:
-        """The `columns` (none named: all) of `rows` int64 [K] -> K dicts. Raises DataError for an unknown column."""
+    def take(self, rows: Array, columns: Sequence[str] = ()) -> list[Mapping[str, Given]]:
+        """The `columns` (none named: all) of `rows` int64 [K] -> K mappings. Raises DataError for an unknown column."""
         self.check_columns(columns)
         names = list(columns) or list(self.columns)
         if not names:
@@ -71,7 +72,7 @@ class MetadataTable:
             return self._mixed(rows, names)
         taken = self._table.select(names).take(pa.array(rows, pa.int64()))
         values = [_plain(column.combine_chunks()) for column in taken.columns]
-        return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+        return rows_of(names, values)
 
     def put(self, rows: Sequence[int], said: pa.Table) -> None:
         """What to say of rows [n] after those of the file: `said` [n], with every column of it."""
@@ -80,11 +81,11 @@ class MetadataTable:
             assert row >= self.num_rows, "the file's rows are as published"
             self._later[row] = dict(zip(said.column_names, one, strict=False))
 
-    def _mixed(self, rows: Array, names: Sequence[str]) -> list[dict[str, Given]]:
+    def _mixed(self, rows: Array, names: Sequence[str]) -> list[Mapping[str, Given]]:
         in_file = rows < self.num_rows
         said = iter(self.take(rows[in_file], names))
         later = ({name: self._later[row][name] for name in names} for row in rows[~in_file].tolist())
-        return [next(said) if is_first else next(later) for is_first in in_file.tolist()]
+        return [next(said if is_first else later) for is_first in in_file.tolist()]
 
 
 def _plain(column: pa.Array) -> list[Given]:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +22,18 @@ from prerank.data.logs import Tables
 from prerank.errors import DataError
 from prerank.features.counters import Pairs, counted
 from prerank.features.histories import Timeline
+from prerank.features.reading import plain
 from prerank.features.transforms import Transforms
 from prerank.schema import IMPRESSION, FeatureSchema, Owner
+from prerank.train.served import ServedFeatures
+from prerank.train.served_log import ServedLog
+from prerank.train.spool import Spool
 from prerank.types import Array, Columns, Report, day_number, silent
 
 FORMAT = 2
-_CHUNK = 1 << 20
 _ID = "__id__"  # the key column, beside features of any name
+SERVED = "__served__"
+"""The column of `Prepared.events` that says which logged request an event is of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,9 @@ class Prepared:
     users, items: encoded features, leading shape [U] and [I]. events, leading shape [E], ordered by user, then time:
     user int32, item int32, time_ms int64, known_ms int64 (when the labels were known, at time_ms or later), day int32
     (days since 1970 in the funnel's zone), flags uint32 (bit j is labels[j]; a label not known counts as 0), logged
-    bool (False for the history table) and each context feature.
+    bool (False for the history table) and each context feature; and, of a funnel with a log of requests, SERVED int32:
+    the place in `served` [R, ...], features as served, of the request that the event is of, or -1. `unserved` says how
+    many requests could not be read, by why.
     """
 
     transforms: Transforms
@@ -49,7 +55,14 @@ class Prepared:
     users: Columns
     items: Columns
     events: Columns
+    served: Columns = field(default_factory=dict)
+    unserved: Mapping[str, int] = field(default_factory=dict)
     _made: dict[str, dict[str, Timeline]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def num_served(self) -> int:
+        """How many events have features as served."""
+        return int((self.events[SERVED] >= 0).sum()) if SERVED in self.events else 0
 
     def happened(self, event: str) -> Array:
         """bool [E]: where the label `event` is 1, or everywhere for "impression"."""
@@ -142,6 +155,7 @@ def load_prepared(folder: Path) -> Prepared:
         return {f.stem: np.load(f, mmap_mode="r") for f in sorted((folder / part).glob("*.npy"))}
 
     users, items = columns("users"), columns("items")
+    served = ServedLog(folder / "served", len(users[_ID])) if (folder / "served").exists() else None
     return Prepared(
         transforms=Transforms.from_json((folder / "transforms.json").read_text()),
         labels=tuple(json.loads((folder / "labels.json").read_text())),
@@ -150,6 +164,8 @@ def load_prepared(folder: Path) -> Prepared:
         users=users,
         items=items,
         events=columns("events"),
+        served={} if served is None else served.features,
+        unserved={} if served is None else served.skipped,
     )
 
 
@@ -163,6 +179,7 @@ class _Preparation:
         self.labels = config.labels()
         self.users, self.user_ids = _by_id(tables.users(), data.user_id)
         self.items, self.item_ids = _by_id(tables.items(), data.item_id)
+        self._served: ServedLog | None = None
 
     def run(self) -> None:
         transforms = self._fit()
@@ -170,12 +187,16 @@ class _Preparation:
         (self.out / "labels.json").write_text(json.dumps(self.labels))
         self._write("users", transforms, "user", self.users, self.user_ids)
         self._write("items", transforms, "item", self.items, self.item_ids)
-        spool = _Spool(self.out / "events")
+        if self.config.data.requests:
+            self._served = self._write_served(transforms)
+        spool = Spool(self.out / "events")
         for batch in self._encoded(transforms):
             spool.append(batch)
             self.report("encode the log", spool.num_rows, 0, "events")
         self.report("encode the log", spool.num_rows, spool.num_rows, "events")
-        spool.write_sorted(self.report)
+        if not spool.num_rows:
+            raise DataError("the impressions table has no rows; check [data].impressions")
+        spool.write_sorted("order the log", self.report)
 
     def _fit(self) -> Transforms:
         """Vocabularies and statistics of the training days, and of what came before them."""
@@ -217,6 +238,7 @@ class _Preparation:
         context = self.config.features.columns("context")
         labelled = self.config.data.labelled
         wanted = [*self.keys, *self.labels, *context, *([labelled] if labelled else [])]
+        wanted += [self.config.data.request_id] if self.config.data.request_id else []
         logged = ((batch, True) for batch in self.tables.impressions(wanted))
         before = ((batch, False) for batch in self.tables.history(wanted))
         for batch, is_logged in chain(logged, before):
@@ -229,15 +251,28 @@ class _Preparation:
             happened = batch.column(label).cast(pa.bool_()).fill_null(False).to_numpy(zero_copy_only=False)
             flags |= happened.astype(np.uint32) << np.uint32(bit)
         time_ms = batch.column(self.keys[2]).to_numpy(zero_copy_only=False).astype(np.int64)
+        user = self._positions(batch, "user").astype(np.int32)
         return {
-            "user": self._positions(batch, "user").astype(np.int32),
+            "user": user,
             "item": self._positions(batch, "item").astype(np.int32),
             "time_ms": time_ms,
             "known_ms": self._known_ms(batch, time_ms),
             "day": batch.column("day").to_numpy(zero_copy_only=False).astype(np.int32),
             "flags": flags,
             "logged": np.full(batch.num_rows, logged),
+            **({} if self._served is None else {SERVED: self._served_at(self._served, batch, user, time_ms)}),
         }
+
+    def _served_at(self, served: ServedLog, batch: pa.RecordBatch, user: Array, time_ms: Array) -> Array:
+        column = self.config.data.request_id
+        return served.of_ids(plain(batch.column(column)), user) if column else served.of_moments(user, time_ms)
+
+    def _write_served(self, transforms: Transforms) -> ServedLog:
+        items = {file.stem: np.load(file, mmap_mode="r") for file in (self.out / "items").glob("*.npy")}
+        del items[_ID]
+        made = ServedFeatures(transforms, self.item_ids, items)
+        files = self.tables.source("requests").files
+        return ServedLog.write(files, made, self.user_ids, self.out / "served", self.report)
 
     def _known_ms(self, batch: pa.RecordBatch, time_ms: Array) -> Array:
         """When the labels were known, int64; where it is not said, at the event's own time."""
@@ -261,46 +296,6 @@ class _Preparation:
     def _write(self, part: str, transforms: Transforms, owner: Owner, table: pa.Table, ids: Array) -> None:
         for name, column in {**transforms.encode(owner, table), _ID: ids}.items():
             np.save(self.out / part / f"{name}.npy", column)
-
-
-class _Spool:
-    """Columns appended batch by batch to files, then written once more in the order of user and time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.num_rows = 0
-        self._files: dict[str, IO[bytes]] = {}
-        self._like: dict[str, Array] = {}
-
-    def append(self, columns: Mapping[str, Array]) -> None:
-        for name, column in columns.items():
-            if name not in self._files:
-                self._files[name] = (self.folder / f"{name}.raw").open("wb")
-                self._like[name] = column[:0]
-            self._files[name].write(np.ascontiguousarray(column, dtype=self._like[name].dtype).data)
-        self.num_rows += len(columns["user"])
-
-    def write_sorted(self, report: Report) -> None:
-        for file in self._files.values():
-            file.close()
-        if not self.num_rows:
-            raise DataError("the impressions table has no rows; check [data].impressions")
-        order = np.lexsort((self._raw("time_ms"), self._raw("user")))
-        for done, name in enumerate(self._files, start=1):
-            raw = self._raw(name)
-            path = self.folder / f"{name}.npy"
-            out = np.lib.format.open_memmap(path, mode="w+", dtype=raw.dtype, shape=raw.shape)
-            for start in range(0, self.num_rows, _CHUNK):
-                out[start : start + _CHUNK] = raw[order[start : start + _CHUNK]]
-            out.flush()
-            (self.folder / f"{name}.raw").unlink()
-            report("order the log", done, len(self._files), "columns")
-
-    def _raw(self, name: str) -> Array:
-        like = self._like[name]
-        shape = (self.num_rows, *like.shape[1:])
-        mapped: Array = np.memmap(self.folder / f"{name}.raw", dtype=like.dtype, mode="r", shape=shape)
-        return mapped
 
 
 def _by_id(table: pa.Table, key: str) -> tuple[pa.Table, Array]:

@@ -1,12 +1,17 @@
+import contextvars
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from prerank.errors import Cancelled
 from prerank.kernels import native
 from prerank.kernels.engine import Engine, NativeProgram
 from prerank.kernels.layout import lay_out, padded, reads, writes
 from prerank.kernels.program import run
+from prerank.kernels.stop import Stop, let
 from tests.kernels.programs import made_items, made_program, made_user
 
 HERE = native.LEVELS[: native.LEVELS.index(native.level()) + 1]
@@ -81,6 +86,30 @@ def test_requests_that_come_at_once_each_get_their_own_answer(engine):
         for _ in range(5):
             for found, expected in zip(pool.map(native_program, users, asked), alone, strict=True):
                 assert torch.equal(found, expected)
+
+
+def test_a_request_that_nobody_waits_for_ends_and_others_do_not(engine):
+    size, many = SIZES[2], 400_000
+    program, items, user = made_program(*size), made_items(ITEMS, size[0], size[3]), made_user(size[0], size[3])
+    native_program = NativeProgram(program, items, engine)
+    rows = torch.arange(many) % ITEMS
+
+    def asked(stop: Stop | None) -> float:
+        let(stop)
+        start = time.perf_counter()
+        native_program(user, rows)
+        return time.perf_counter() - start
+
+    whole_s = contextvars.copy_context().run(asked, None)
+    left = Stop()
+    threading.Timer(whole_s / 10, left.set).start()
+    start = time.perf_counter()
+    with pytest.raises(Cancelled):
+        contextvars.copy_context().run(asked, left)
+    assert time.perf_counter() - start < 0.6 * whole_s
+    with pytest.raises(Cancelled):
+        contextvars.copy_context().run(asked, left)
+    assert torch.equal(native_program(user, rows[:700]), native_program(user, torch.arange(700)))
 
 
 def test_histories_may_be_longer_in_another_request(engine):

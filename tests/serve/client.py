@@ -15,7 +15,7 @@ class Client:
     def __init__(self, app: Starlette) -> None:
         self._app = app
         self._runner = asyncio.Runner()
-        self._http = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test")
+        self._http = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost")
 
     def get(self, path: str, **options: object) -> httpx.Response:
         return self._runner.run(self._http.get(path, **options))  # type: ignore[arg-type]

@@ -29,7 +29,11 @@ def golden(transforms: Transforms, config: Config) -> dict[str, Array]:
         name: np.array([[-1] * (h.length - 1) + [1], [-1] * h.length], np.int32)
         for name, h in config.features.histories().items()
     }
-    return {**transforms.encode("user", table), **transforms.encode("context", table), **histories}
+    counters = {
+        name: np.full((2, one.length), -1, np.int32) if one.by else np.zeros(2, np.int32)
+        for name, one in config.features.interaction.items()
+    }
+    return {**transforms.encode("user", table), **transforms.encode("context", table), **histories, **counters}
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 
+from prerank.errors import Cancelled
 from prerank.serve.admission import Door
 from prerank.serve.ending import EndingServer
-from prerank.serve.graph import Cancelled
 from prerank.serve.http import Limits, create_app
 from prerank.types import Request
 from tests.serve.client import Client
@@ -27,7 +27,7 @@ BODY = {"user_id": 1, "k": 1, "deadline_ms": 60_000}
 
 def together(app: Starlette, work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as http:
             await work(http)
 
     asyncio.run(main())

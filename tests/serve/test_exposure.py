@@ -1,5 +1,7 @@
 """What a server asks of callers, and tells them, by who can reach it."""
 
+import json
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,123 @@ def test_with_the_token_it_does(tmp_path: Path) -> None:
             for shown in (f"Bearer {TOKEN}", f"bearer  {TOKEN} "):
                 assert client.post(path, json=body, headers={"authorization": shown}).status_code == 200
     assert len(funnel.changed) == 2
+
+
+READS = ("/v1/traces", "/v1/trace/r", "/traces", "/trace/r")
+ASKED = {"user_id": 987, "k": 1}
+
+
+def basic(password: str) -> dict[str, str]:
+    return {"authorization": "Basic " + b64encode(f"anybody:{password}".encode()).decode()}
+
+
+@pytest.mark.parametrize("path", READS)
+@pytest.mark.parametrize(
+    ("shown", "came"),
+    [
+        ({}, "none"),
+        ({"authorization": f"Bearer {TOKEN}0"}, "another token"),
+        ({"authorization": TOKEN}, "none"),
+        ({"authorization": f"Digest {TOKEN}"}, "another token"),
+        ({"authorization": "Basic !"}, "another token"),
+        ({"authorization": f"Basic {TOKEN}"}, "another token"),
+        (basic(TOKEN[:-1]), "another token"),
+    ],
+)
+def test_where_there_is_a_token_nobody_reads_of_users_without_it(path: str, shown: dict[str, str], came: str) -> None:
+    with Client(create_app(FakeFunnel(), exposure=Exposure(TOKEN, False))) as client:
+        client.post("/v1/recommend", json=ASKED, headers={"x-request-id": "r"})
+        response = client.get(path, headers=shown)
+        status, kind, message = error_of(response)
+        assert (status, kind) == (401, "Unauthorized")
+        assert message.endswith(f"`Basic` and it as the password, got {came}")
+        assert "Basic realm=" in response.headers["www-authenticate"], "a browser asks then"
+        assert "987" not in response.text
+
+
+@pytest.mark.parametrize("path", READS)
+def test_with_the_token_or_with_it_as_a_password_they_do(path: str) -> None:
+    with Client(create_app(FakeFunnel(), exposure=Exposure(TOKEN, False))) as client:
+        client.post("/v1/recommend", json=ASKED, headers={"x-request-id": "r"})
+        for shown in ({"authorization": f"Bearer {TOKEN}"}, basic(TOKEN)):
+            assert client.get(path, headers=shown).status_code == 200
+        for path, body in CALLS.items():
+            assert client.post(path, json=body, headers=basic(TOKEN)).status_code == 401, "a browser sends that unasked"
+
+
+PAGES = [
+    ({"origin": "http://evil.example"}, "origin: a page of 'http://evil.example' may change nothing here; expected"),
+    ({"origin": "http://localhost:3000"}, "origin: a page of 'http://localhost:3000' may change nothing here"),
+    ({"origin": "http://127.0.0.1"}, "origin: a page of"),
+    ({"origin": "null"}, "origin: a page of 'null' may change nothing here"),
+    ({"origin": "http://[evil"}, "origin: a page of"),
+    ({"sec-fetch-site": "cross-site"}, "sec-fetch-site: expected same-origin, for a page of this server, got 'cross-s"),
+    ({"sec-fetch-site": "same-site"}, "sec-fetch-site: expected same-origin"),
+]
+NAMES = [
+    ({"host": "evil.example:8000"}, "host: expected 127.0.0.1, localhost or what --allow-host names, got 'evil.exampl"),
+    ({"host": "localhost.evil.example"}, "host: expected 127.0.0.1, localhost or"),
+    ({"host": "evil@127.0.0.1.example"}, "host: expected 127.0.0.1, localhost or"),
+    ({"host": "[evil"}, "host: expected 127.0.0.1, localhost or"),
+    ({"host": "evil.example", "origin": "http://evil.example", "sec-fetch-site": "same-origin"}, "host: expected"),
+]
+
+
+@pytest.mark.parametrize(("headers", "says"), [*PAGES, *NAMES])
+def test_a_page_of_others_in_a_browser_changes_nothing(headers: dict[str, str], says: str) -> None:
+    funnel = FakeFunnel()
+    with Client(create_app(funnel)) as client:
+        for path, body in CALLS.items():
+            # as a form or fetch without preflight can send it
+            sent = {**headers, "content-type": "text/plain"}
+            status, kind, message = error_of(client.post(path, content=json.dumps(body), headers=sent))
+            assert (status, kind) == (403, "CrossSite")
+            assert message.startswith(says)
+    assert not funnel.happened
+    assert not funnel.changed
+
+
+@pytest.mark.parametrize("path", READS)
+def test_by_a_name_that_is_not_this_machines_nobody_reads_of_users(path: str) -> None:
+    with Client(create_app(FakeFunnel())) as client:
+        client.post("/v1/recommend", json=ASKED, headers={"x-request-id": "r"})
+        for headers, says in NAMES:
+            response = client.get(path, headers=headers)
+            assert error_of(response)[:2] == (403, "CrossSite")
+            assert error_of(response)[2].startswith(says)
+            assert "987" not in response.text
+        link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+        assert client.get(path, headers=link).status_code == 200, "a link to it may stand anywhere"
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.9.9.9", "[::1]:8000", ""])
+def test_its_own_pages_and_what_is_no_browser_may(host: str) -> None:
+    with Client(create_app(FakeFunnel())) as client:
+        own = {"host": host, "origin": f"http://{host}", "sec-fetch-site": "same-origin"}
+        for headers in ({"host": host}, own, {"host": host, "sec-fetch-site": "none"}):
+            for path, body in CALLS.items():
+                assert client.post(path, json=body, headers=headers).status_code == 200
+
+
+def test_a_name_that_is_allowed_is_as_good_as_this_machines() -> None:
+    exposure = Exposure.of("127.0.0.1", None, {}, ["Ranker.example", "[2001:db8::7]"])
+    with Client(create_app(FakeFunnel(), exposure=exposure)) as client:
+        for host in ("ranker.example", "RANKER.example:8000", "[2001:db8::7]:80"):
+            for path, body in CALLS.items():
+                for headers in ({"host": host}, {"host": host, "origin": f"https://{host}"}):
+                    assert client.post(path, json=body, headers=headers).status_code == 200
+        assert client.get("/v1/traces", headers={"host": "other.example"}).status_code == 403
+    for wrong in ("http://ranker.example", "ranker.example:80", "*.example", "", "a b"):
+        with pytest.raises(ConfigError, match=r"--allow-host '.*': expected a name such as"):
+            Exposure.of("127.0.0.1", None, {}, [wrong])
+
+
+def test_who_shows_the_token_may_whatever_the_name() -> None:
+    headers = {"authorization": f"Bearer {TOKEN}", "host": "ranker.example", "origin": "https://app.example"}
+    with Client(create_app(FakeFunnel(), exposure=Exposure(TOKEN, True))) as client:
+        for path, body in CALLS.items():
+            assert client.post(path, json=body, headers=headers).status_code == 200
+        assert client.get("/v1/traces", headers=headers).status_code == 200
 
 
 def test_other_machines_are_not_told_what_files_there_are() -> None:

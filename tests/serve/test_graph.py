@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import pytest
 import structlog
 
-from prerank.errors import DeadlineExceeded, GraphError, RequestError
-from prerank.serve.graph import Cancelled, Deadline, Limit, RequestGraph, Stage, Values
+from prerank.errors import Cancelled, DeadlineExceeded, GraphError, RequestError
+from prerank.kernels.stop import current
+from prerank.serve.graph import Deadline, Limit, RequestGraph, Stage, Values
 from prerank.serve.passage import run_graph
 
 
@@ -52,6 +53,8 @@ def graph(
     clock: Callable[[], float] | None = None,
     pool: Executor | None = None,
     limits: Mapping[str, Limit] | None = None,
+    short: frozenset[str] = frozenset(),
+    spare_ms: float = 0.0,
     **fallbacks: Stage,
 ) -> RequestGraph:
     return RequestGraph(
@@ -63,6 +66,8 @@ def graph(
         clock=clock or Clock(),
         pool=pool,
         limits=limits,
+        short=short,
+        spare_ms=spare_ms,
     )
 
 
@@ -285,6 +290,45 @@ def test_a_short_path_goes_on_while_the_caller_is_on_a_long_one(pool: Executor) 
     assert time.perf_counter() - start < 0.28
 
 
+def test_what_is_short_is_done_first_by_the_thread_that_is_there(pool: Executor) -> None:
+    did: dict[str, int] = {}
+
+    def noting(name: str, reads: str, writes: str) -> Step:
+        def work(values: Values) -> Values:
+            did[name] = threading.get_ident()
+            time.sleep(0.01)  # long enough for another thread to take what is ready
+            return {writes: name}
+
+        return step(name, reads, writes, work)
+
+    wired = graph(
+        noting("long", "request", "slow"),
+        noting("first", "request", "a"),
+        noting("second", "a", "b"),
+        step("join", "slow b", "out"),
+        clock=time.perf_counter,
+        pool=pool,
+        short=frozenset({"first", "second"}),
+    )
+    run_graph(wired, {"request": 0})
+    assert list(did) == ["first", "second", "long"]
+    assert set(did.values()) == {threading.get_ident()}
+
+
+def test_what_is_long_is_shared_out_once_nothing_is_short(pool: Executor) -> None:
+    wired = graph(
+        step("short", "request", "a"),
+        *(sleeping(f"s{n}", "request", f"v{n}", 0.1) for n in range(3)),
+        step("join", "a v0 v1 v2", "out"),
+        clock=time.perf_counter,
+        pool=pool,
+        short=frozenset({"short"}),
+    )
+    start = time.perf_counter()
+    run_graph(wired, {"request": 0})
+    assert time.perf_counter() - start < 0.2
+
+
 def test_a_stage_that_is_not_done_in_time_is_left_and_its_fallback_answers(pool: Executor) -> None:
     wired = graph(
         sleeping("rank", "request", "out", 0.5),
@@ -298,6 +342,23 @@ def test_a_stage_that_is_not_done_in_time_is_left_and_its_fallback_answers(pool:
     assert run.outputs == {"out": "f(r)"}
     assert run.notes == ("rank: the deadline of 50 ms passed before it was done; f took its place",)
     assert [report.name for report in run.reports] == ["f"]
+
+
+def test_a_fallback_has_time_of_its_own_before_the_deadline(pool: Executor) -> None:
+    def ask(deadline_ms: float) -> tuple[float, tuple[str, ...]]:
+        late = sleeping("rank", "request", "out", 0.5)
+        fallback = step("f", "request", "out")
+        wired = graph(late, clock=time.perf_counter, pool=pool, rank=fallback, spare_ms=40)
+        start = time.perf_counter()
+        run = run_graph(wired, {"request": 0}, Deadline(start, deadline_ms))
+        return 1000 * (time.perf_counter() - start), run.notes
+
+    took_ms, notes = ask(150)
+    assert took_ms < 150
+    assert notes == ("rank: it was not done 15 ms before the deadline of 150 ms; f took its place",)
+    took_ms, notes = ask(450)
+    assert 400 < took_ms < 450
+    assert notes == ("rank: it was not done 40 ms before the deadline of 450 ms; f took its place",)
 
 
 def test_a_stage_has_a_deadline_of_its_own(pool: Executor) -> None:
@@ -332,6 +393,48 @@ def test_a_required_stage_that_others_run_is_waited_for_no_longer_than_the_deadl
     with pytest.raises(DeadlineExceeded, match="two: the deadline of 50 ms passed before it was done"):
         run_graph(wired, {"request": 0}, Deadline(start, 50.0))
     assert time.perf_counter() - start < 0.3
+
+
+def test_once_an_answer_exists_the_requests_deadline_ends_no_stage_with_a_longer_one_of_its_own(pool: Executor) -> None:
+    wired = RequestGraph(
+        [sleeping("rank", "request", "won", 0.06), sleeping("tell", "won", "out", 0.02)],
+        inputs=frozenset({"request"}),
+        outputs=frozenset({"out"}),
+        answer="won",
+        fallbacks={},
+        limits={"tell": Limit(deadline_ms=5_000.0, at_once=1)},
+        pool=pool,
+        clock=time.perf_counter,
+    )
+    deadline = Deadline(time.perf_counter(), 50.0)
+    assert run_graph(wired, {"request": "r"}, deadline).outputs == {"out": "tell"}
+
+
+def test_who_has_no_turn_in_the_stages_own_time_is_left_and_never_begins() -> None:
+    begun: list[object] = []
+
+    def begin(values: Values) -> Values:
+        begun.append(values["request"])
+        return {"found": 1}
+
+    with ThreadPoolExecutor(1) as pool:
+        wired = graph(
+            step("find", "request", "found", begin),
+            step("rank", "found", "out"),
+            find=step("f", "", "found"),
+            clock=time.perf_counter,
+            pool=pool,
+            limits={"find": Limit(deadline_ms=60.0, at_once=1)},
+        )
+        with wired.turns["find"]:
+            run = run_graph(wired, {"request": "r"})
+            reason = run.notes[0].partition(";")[0]
+            assert reason in ("find: it was not done in its 60 ms", "find: it had no turn in time")
+            assert run.outputs == {"out": "rank(f())"}
+            assert [report.name for report in run.reports] == ["f", "rank"]
+            assert not begun
+            pool.submit(int).result(5)  # the thread waits for no turn any more
+    assert not begun, "nor when there is a turn again"
 
 
 @pytest.mark.parametrize("is_watched", [False, True])
@@ -408,6 +511,49 @@ def test_a_request_that_is_given_up_is_not_waited_for(pool: Executor) -> None:
     assert time.perf_counter() - start < 0.5
 
 
+def test_what_is_left_behind_is_told_so(pool: Executor) -> None:
+    """By its own deadline, by the request's, by a client who leaves, and by an error elsewhere."""
+    ended: list[float] = []
+    begun = threading.Event()
+
+    def works(_: Values) -> Values:
+        start, stop = time.perf_counter(), current()
+        begun.set()
+        while not stop.is_set and time.perf_counter() - start < 5:
+            time.sleep(0.001)
+        ended.append(time.perf_counter() - start)
+        stop.check()
+        return {"out": "too late"}
+
+    def fails_after(values: Values) -> Values:
+        assert begun.wait(5)
+        return fails(values)
+
+    def ask(deadline_ms: float | None, limit_ms: float | None, beside: Stage | None = None) -> object:
+        cancelled = threading.Event()
+        if deadline_ms is None and limit_ms is None:
+            threading.Timer(0.25, cancelled.set).start()
+        stages = [step("a", "request", "out", works), *([beside] if beside else [])]
+        limits = {} if limit_ms is None else {"a": Limit(deadline_ms=limit_ms)}
+        fallback = step("f", "request", "out")
+        made = graph(*stages, a=fallback, clock=time.perf_counter, pool=pool, limits=limits)
+        deadline = None if deadline_ms is None else Deadline(time.perf_counter(), deadline_ms)
+        return run_graph(made, {"request": "r"}, deadline, cancelled).outputs["out"]
+
+    assert ask(None, 250) == "f(r)"
+    assert ask(250, None) == "f(r)"
+    with pytest.raises(Cancelled):
+        ask(None, None)
+    begun.clear()  # one that has not begun when another fails never does
+    with pytest.raises(ValueError, match="a stage broke"):
+        ask(None, 60_000, step("b", "request", "b", fails_after))
+    until = time.perf_counter() + 2
+    while len(ended) < 4 and time.perf_counter() < until:
+        time.sleep(0.005)
+    assert len(ended) == 4
+    assert max(ended) < 2
+
+
 @pytest.mark.parametrize(
     ("limits", "says"),
     [
@@ -447,3 +593,8 @@ def test_many_requests_at_once_each_get_their_own_answer(pool: Executor) -> None
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_short_stage_that_there_is_not_is_refused_by_name() -> None:
+    with pytest.raises(GraphError, match=r"'b' is said to be short, and is no stage; stages: \['a'\]"):
+        graph(step("a", "request", "out"), short=frozenset({"b"}))

@@ -236,7 +236,7 @@ def test_more_requests_than_may_wait_are_turned_away_at_once(funnel: FakeFunnel)
     app = create_app(funnel, Limits(threads=1, waiting=1))
 
     async def crowd() -> list[httpx.Response]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as http:
             held = [asyncio.create_task(http.post("/v1/recommend", json=GOOD)) for _ in range(2)]
             while "in_flight 2.0" not in (await http.get("/metrics")).text:
                 await asyncio.sleep(0.002)

@@ -174,7 +174,7 @@ def test_metrics_count_events_by_name_and_what_became_of_them(client: Client) ->
 def test_the_document_and_the_page_show_events_that_work(client: Client) -> None:
     document = client.get("/openapi.json").json()
     record = document["paths"]["/v1/events"]["post"]
-    assert set(record["responses"]) == {"200", "400", "401", "413", "422", "500", "503"}
+    assert set(record["responses"]) == {"200", "400", "401", "403", "413", "422", "500", "503"}
     example = record["requestBody"]["content"]["application/json"]["example"]
     assert client.post("/v1/events", json=example).status_code == 200
     body = document["components"]["schemas"]["EventBody"]

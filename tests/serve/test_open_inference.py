@@ -386,6 +386,29 @@ def test_where_nothing_could_be_loaded_the_server_lives_and_is_not_ready() -> No
         assert client.post("/v2/repository/index").json() == []
 
 
+def test_a_call_is_among_the_traces_with_the_stages_that_it_has(client: Client, funnel: Funnel) -> None:
+    for body in ({"inputs": inputs()}, {"inputs": inputs()[:1]}):
+        answer = client.post(INFER, json=body, headers={"x-request-id": f"r-{len(body['inputs'])}"})
+        assert answer.headers["x-request-id"].startswith("r-")
+    listed = client.get("/v1/traces").json()["traces"]
+    num = len(inputs())
+    assert [(one["request_id"], one["status"]) for one in listed] == [("r-1", 400), (f"r-{num}", 200)]
+    found = client.get(f"/v1/trace/r-{num}").json()
+    assert (found["version"], found["user_id"], found["error"]) == (funnel.version, None, None)
+    read, rank, write = found["stages"]
+    assert [one["name"] for one in found["stages"]] == ["read_tensors", "rank", "write_tensors"]
+    assert read["in"] == num
+    assert read["out"] == rank["in"] == np.size(IDS)
+    assert rank["out"] == write["in"] == write["out"]
+    assert 0 < rank["out"] <= np.size(IDS)
+    assert 0 <= found["began_ms"] <= found["began_ms"] + rank["start_ms"] + rank["ms"] <= found["ms"]
+    assert "read_tensors" in client.get(f"/trace/r-{num}").text
+    wrong = client.get("/v1/trace/r-1").json()
+    assert wrong["error"]["type"] == "RequestError"
+    assert (wrong["version"], wrong["stages"]) == (funnel.version, [])
+    assert client.get("/trace/r-1").status_code == 200
+
+
 def test_our_own_mistake_is_a_500_with_an_id_and_no_details(
     client: Client, funnel: Funnel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,7 +448,7 @@ def test_more_calls_than_may_wait_are_turned_away_in_the_protocols_form(
     app = create_app(funnel, Limits(threads=1, waiting=0))
 
     async def crowd() -> list[httpx.Response]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as http:
             held = asyncio.create_task(http.post(INFER, json={"inputs": inputs()}))
             while not begun.is_set():
                 await asyncio.sleep(0.002)

@@ -86,6 +86,24 @@ def arrays(response) -> dict[str, np.ndarray]:
     return {one.name: np.frombuffer(part, dtypes[one.datatype]).reshape(one.shape) for one, part in pairs}
 
 
+def test_a_call_is_among_the_traces_under_the_id_that_it_brings(both: tuple[Client, Stub], funnel: Funnel) -> None:
+    client, stub = both
+    call = stub.channel.unary_unary(
+        f"/{SERVICE}/ModelInfer", pb.ModelInferRequest.SerializeToString, pb.ModelInferResponse.FromString
+    )
+    request = pb.ModelInferRequest(model_name="tiny", inputs=typed())
+    call(request, timeout=30, metadata=(("x-request-id", "mine"),))
+    with pytest.raises(grpc.RpcError):
+        stub.ModelInfer(model_name="tiny", inputs=[])
+    stub.ServerLive()
+    wrong, whole = client.get("/v1/traces").json()["traces"]
+    assert (whole["request_id"], whole["status"], wrong["status"]) == ("mine", 200, 400)
+    found = client.get("/v1/trace/mine").json()
+    assert found["version"] == funnel.version
+    assert [one["name"] for one in found["stages"]] == ["read_tensors", "rank", "write_tensors"]
+    assert client.get(f"/v1/trace/{wrong['request_id']}").json()["error"]["type"] == "RequestError"
+
+
 def refused(call, **fields: object) -> tuple[object, str]:
     with pytest.raises(grpc.RpcError) as raised:
         call(**fields)

@@ -73,15 +73,13 @@ def test_where_nothing_is_live_the_server_does_not_start(store: Path) -> None:
 
 
 @contextmanager
-def started(store: Path, options: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A ready server of its own process, and its address."""
+def started(store: Path, before: str = "", more: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A ready server of its own process, and its address; `before` makes what it is given `more`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = (
-        "from pathlib import Path; from prerank.serve.http import serve; "
-        f"serve(Path({str(store)!r}), port={port}, {options})"
-    )
+    program = "from pathlib import Path; from prerank.serve.http import serve; "
+    program += f"{before or 'pass'}; serve(Path({str(store)!r}), port={port}, {more})"
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     try:
         address = f"http://127.0.0.1:{port}"
@@ -116,7 +114,7 @@ def test_the_server_asks_index_hosts_and_ends_on_a_signal(tmp_path: Path) -> Non
     try:
         with (
             started(patient) as (_, without),
-            started(patient, f"index_hosts='0=127.0.0.1:{flight.port}'") as (process, address),
+            started(patient, more=f"index_hosts='0=127.0.0.1:{flight.port}'") as (process, address),
         ):
             body = BODY | {"deadline_ms": 60_000}
             expected, got = (httpx.post(f"{one}/v1/recommend", json=body).json() for one in (without, address))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -252,3 +253,21 @@ def test_hit_rates_are_metrics(store: Path) -> None:
         text = client.get("/metrics").text
         assert 'prerank_tail_candidates_total{outcome="store"} 5.0' in text
         assert 'prerank_tail_candidates_total{outcome="slot"} 5.0' in text
+
+
+def test_a_funnel_that_is_closed_leaves_nothing_that_refers_to_itself(store: Path) -> None:
+    """A server freezes what it has loaded, and frozen garbage is never looked for: it would stay for good."""
+
+    def use() -> None:
+        with Funnel.open(store) as funnel:
+            assert answer(funnel)
+            assert funnel.tail_counts["store"]
+
+    use()  # what is made once
+    gc.collect()
+    gc.disable()
+    try:
+        use()
+        assert gc.collect() < 20
+    finally:
+        gc.enable()

@@ -222,6 +222,54 @@ def test_while_a_version_loads_the_one_before_answers(
         assert next(float(one.split()[1]) for one in lines if one.startswith("prerank_version_load_seconds ")) > 0
 
 
+def test_a_request_that_does_not_end_keeps_its_version_and_holds_up_no_other(
+    store: Path, two: tuple[Path, str, str]
+) -> None:
+    def kept() -> float:
+        lines = client.get("/metrics").text.splitlines()
+        return float(next(one for one in lines if one.startswith("prerank_versions_kept ")).split()[1])
+
+    with closing(VersionWatch.open(store, leave_s=0.2)) as watch, Client(create_app(watch.live)) as client:
+        with watch.live.taken() as stuck, structlog.testing.capture_logs() as logs:
+            assert isinstance(stuck, Funnel)
+            for number, version in enumerate((two[2], two[1], two[2]), start=1):
+                promote(store, version)
+                assert watch.look()
+                assert client.post("/v1/recommend", json=BODY).json()["version"] == version
+                assert watch.live.loads.switched == number
+                assert kept() == 1, "the first; those after it were let go"
+            assert not watch.look()
+            assert stuck.recommend(ASKED).version == two[1], "what it uses is open"
+        said = [(one["event"], one["version"]) for one in logs if "version is kept" in one["event"]]
+        assert said == [("a version is kept, for a request that uses it does not end", two[1])]
+        assert [one["version"] for one in logs if one["event"] == "a version was let go"] == [two[2], two[1]]
+        with structlog.testing.capture_logs() as logs:
+            assert not watch.look()
+        assert logs == [{"event": "a version was let go", "log_level": "info", "version": two[1]}]
+        assert kept() == 0
+        left = weakref.ref(stuck)
+        del stuck
+        assert left() is None
+
+
+def test_events_are_swept_only_when_no_version_is_kept_that_may_need_them(
+    store: Path, two: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[str] = []
+    monkeypatch.setattr(Funnel, "sweep", lambda funnel: swept.append(funnel.version) or 0)
+    with closing(VersionWatch.open(store, leave_s=0.0)) as watch:
+        assert swept == [two[1]]
+        with watch.live.taken():
+            promote(store, two[2])
+            assert watch.look()
+            assert not watch.look()
+            assert swept == [two[1]]
+        assert not watch.look()
+        assert swept == [two[1], two[2]]
+        assert not watch.look()
+        assert len(swept) == 2
+
+
 def whole(item_id: int, title: str, **said: object) -> ItemChange:
     columns = {"item_id": item_id, "genre": "genre 1", "bid_micros": 5000, "title": title}
     return ItemChange(item_id, columns=columns, **said)  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ def test_no_columns_named_means_all_and_every_kind_is_json(tmp_path: Path) -> No
     }
     assert (second["ctr"], fourth["ctr"], fourth["genre"]) == (None, None, None)
     assert set(third.values()) == {30, "c", None, "g"}
-    assert json.loads(json.dumps([first, second, third, fourth], allow_nan=False))
+    assert json.loads(json.dumps([dict(one) for one in (first, second, third, fourth)], allow_nan=False))
 
 
 def test_dates_and_decimals_become_text(tmp_path: Path) -> None:

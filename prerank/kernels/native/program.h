@@ -68,6 +68,7 @@ struct Asked {
     const void* const* slots;
     const int64_t* lengths;
     float* logits;
+    const int32_t* stop;  // once it is not 0, nobody waits for the logits
 };
 
 // The rows from `first` on, at most a block of them, in `scratch` of program.block * program.row_bytes bytes.

@@ -74,6 +74,7 @@ private:
                 job.next += job.program.block;
                 if (job.next >= job.asked.count) jobs_.pop_front();
                 held.unlock();
+                const bool is_wanted = !__atomic_load_n(job.asked.stop, __ATOMIC_RELAXED);
                 const size_t wanted = static_cast<size_t>(job.program.block * job.program.row_bytes);
                 if (wanted > size) {
                     std::free(scratch);
@@ -81,7 +82,7 @@ private:
                     scratch = static_cast<uint8_t*>(std::aligned_alloc(4096, size));
                     std::memset(scratch, 0, size);
                 }
-                run_block(job.program, job.tables, job.asked, first, scratch);
+                if (is_wanted) run_block(job.program, job.tables, job.asked, first, scratch);
                 held.lock();
                 if (--job.left == 0) job.done.notify_one();  // the job is its caller's, who goes on when we unlock
             }
@@ -162,7 +163,7 @@ PRERANK_EXPORT Engine* prerank_engine_make(int64_t num_threads, int32_t is_pinne
 
 PRERANK_EXPORT void prerank_engine_free(Engine* engine) { delete engine; }
 
-// Waits until every candidate's logits are written.
+// Waits until every candidate's logits are written, or `asked->stop` is set and no block is under way.
 PRERANK_EXPORT void prerank_engine_run(Engine* engine, const prerank::Program* program, const prerank::Table* tables,
                                        const prerank::Asked* asked) {
     engine->run(*program, tables, *asked);
