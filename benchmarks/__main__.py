@@ -14,6 +14,7 @@ QUESTIONS = (
     "data",
     "retrieval_quality",
     "retrieval_scan",
+    "retrieval",
     "ranking_quality",
     "ranking_market",
     "training_throughput",

@@ -21,7 +21,10 @@ from typing import TypeVarTuple
 from benchmarks.result import Hardware
 
 REPOSITORY = Path(__file__).parents[1]
-_PACKAGES = ("prerank", "torch", "numpy", "pyarrow", "onnxruntime", "pyroaring", "lightgbm")
+_PACKAGES = (
+    *("prerank", "torch", "numpy", "pyarrow", "onnxruntime", "pyroaring", "lightgbm"),
+    *("faiss-cpu", "hnswlib", "usearch"),
+)
 Args = TypeVarTuple("Args")
 
 

@@ -209,6 +209,8 @@ def _check_ranges(config: Config, problems: Problems) -> None:
             if not number > 0:
                 problems.add(f"{section}.{name}", f"expected more than 0, got {number}")
     rates = {"retrieval.dropout": retrieval.dropout, "ranker.dropout": ranker.dropout, "ranker.average": ranker.average}
+    if not 0 < retrieval.index.floor <= 1:
+        problems.add("retrieval.index.floor", f"expected above 0 and at most 1, got {retrieval.index.floor}")
     resident = config.inventory.resident
     if resident is not None and resident.top < 1:
         problems.add("inventory.resident.top", f"expected 1 or more, got {resident.top}")

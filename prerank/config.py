@@ -134,13 +134,17 @@ class GeneratorConfig:
 class IndexConfig:
     """How the k most similar rows are found, and what their vectors are stored as.
 
-    "bfloat16" takes half of the bytes of "float32", "int8", with a scale a row, about a quarter; the index is exact
-    over what it stores. Where index hosts have a shard each, items that share a value of the column `by`, one that
-    answers may show, are in one shard; without it their item_id says in which.
+    "bfloat16" takes half of the bytes of "float32", "int8", with a scale a row, about a quarter; similarities are those
+    of what is stored. "exact" looks at every eligible item; "hnsw", which needs prerank[hnsw], searches a graph where
+    that is measured, when a version is published, to be faster and to find on average at least `floor` of the best.
+
+    Where index hosts have a shard each, items that share a value of the column `by`, one that answers may show, are in
+    one shard; without it their item_id says in which.
     """
 
-    kind: Literal["exact"] = "exact"
+    kind: Literal["exact", "hnsw"] = "exact"
     storage: Literal["float32", "bfloat16", "int8"] = "float32"
+    floor: float = 0.98
     by: str = ""
 
 

@@ -35,7 +35,7 @@ from prerank.business.utility import Utility
 from prerank.config import Config
 from prerank.errors import BundleError, DataError, SchemaMismatch
 from prerank.features.transforms import Transforms
-from prerank.index.base import INDEXES
+from prerank.index.base import INDEXES, Index
 from prerank.index.generators import build_generators, tensors_of
 from prerank.models.ranker import Ranker
 from prerank.models.towers import TwoTower
@@ -57,7 +57,9 @@ class Parts:
     popularity float32 [I, S];
     golden_user encoded user and context features and counters [G, ...]. `parents` names what it was made from,
     `metrics` what was measured; neither changes what the version is. Both models are left in eval mode.
-    `targeting` are the raw columns [I] that the rules of [targeting] read.
+    `targeting` are the raw columns [I] that the rules of [targeting] read. `vectors` float32 [I, D] are what the towers
+    give of the items, made before; None lets `publish` make them. `asked_user` are as `golden_user`, of more requests:
+    what the index is measured with, where it is (None: with those of `golden_user`).
     """
 
     config: Config
@@ -72,6 +74,8 @@ class Parts:
     parents: Mapping[str, str]
     metrics: Mapping[str, object]
     targeting: pa.Table | None = None
+    vectors: Array | None = None
+    asked_user: Columns | None = None
 
 
 def publish(store: Path, parts: Parts) -> str:
@@ -125,7 +129,11 @@ def _check(parts: Parts) -> None:
     if parts.ranker.tasks != tuple(parts.config.tasks):
         raise SchemaMismatch(f"the ranker predicts {parts.ranker.tasks}, and the tasks are {tuple(parts.config.tasks)}")
     num_items = len(parts.item_ids)
-    for what, rows in {"item_table": parts.item_table.num_rows, "popularity": len(parts.popularity)}.items():
+    for what, rows in {
+        "item_table": parts.item_table.num_rows,
+        "popularity": len(parts.popularity),
+        "vectors": num_items if parts.vectors is None else len(parts.vectors),
+    }.items():
         if rows != num_items:
             raise DataError(f"publish: {what} has {rows} rows for {num_items} item_ids")
     schema = parts.config.features
@@ -156,16 +164,15 @@ def _write_files(folder: Path, parts: Parts) -> int:
     fault = items.first_fault(config.features, parts.transforms.sizes())
     if fault:
         raise SchemaMismatch(f"{fault}; encode the items with the transforms published")
-    index = INDEXES[config.retrieval.index.kind](_vectors(parts, items), config.retrieval.index.storage)
+    keep = min(config.retrieval.keep, items.num_published)
+    index = _index(parts, items, keep)
     diversity = Diversity.build(config.diversity, raw, room.slack) if config.diversity else None
     tasks, targeting = parts.ranker.tasks, _targeting(parts)
     utility, rules = Utility.build(tasks, config.utility), fit_rules(tasks, config.rules, raw, items.num_rows)
     scorer = Scorer(items, parts.ranker, utility, diversity=diversity, rules=rules, targeting=targeting).eval()
     for name, side in scorer.item_side.tensors().items():
         _refuse_nonfinite(side, f"the ranker's item side {name!r}")
-    user = {name: torch.from_numpy(np.array(column)) for name, column in parts.golden_user.items()}
-    keep = min(config.retrieval.keep, items.num_published)
-    golden = Golden.ask(user, parts.towers, index, scorer, keep, min(config.ranker.keep, keep))
+    golden = Golden.ask(_tensors(parts.golden_user), parts.towers, index, scorer, keep, min(config.ranker.keep, keep))
 
     (folder / "index").mkdir()
     (folder / manifest.CONFIG).write_text(to_toml(config.to_dict()), encoding="utf-8")
@@ -202,18 +209,39 @@ def _targeting(parts: Parts) -> Targeting | None:
 
 
 @torch.no_grad()
+def _index(parts: Parts, items: ItemTable, keep: int) -> Index:
+    """Over the item tower's vectors, ready for as many as a request keeps."""
+    chosen = parts.config.retrieval.index
+    index = INDEXES[chosen.kind](_vectors(parts, items), chosen.storage)
+    query = parts.towers.user_side(_tensors(parts.golden_user if parts.asked_user is None else parts.asked_user))
+    index.prepare(query, keep, chosen.floor)
+    return index
+
+
+def _tensors(columns: Columns) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.array(column)) for name, column in columns.items()}
+
+
+@torch.no_grad()
 def _vectors(parts: Parts, items: ItemTable) -> Tensor:
     """The item tower's vectors float32 [C, D] in row order; those of the slack, NaN, are found by nobody."""
-    order, pieces = _order(parts.item_ids), []
+    order = _order(parts.item_ids)
+    vectors: Tensor | None = None
     for start in range(0, len(order), _ITEMS_AT_ONCE):
         some = order[start : start + _ITEMS_AT_ONCE]
-        features = {name: torch.from_numpy(np.asarray(column[some])) for name, column in parts.item_columns.items()}
-        popularity = torch.from_numpy(np.asarray(parts.popularity[some], dtype=np.float32))
-        pieces.append(parts.towers.item_side(features, popularity))
-    vectors = torch.cat(pieces)
-    _refuse_nonfinite(vectors, "the item vectors")
-    slack = items.num_rows - items.num_published
-    return torch.cat([vectors, torch.full((slack, vectors.shape[1]), torch.nan)])
+        made = _made(parts, some) if parts.vectors is None else torch.from_numpy(np.array(parts.vectors[some]))
+        if vectors is None:
+            vectors = torch.full((items.num_rows, made.shape[1]), torch.nan)
+        vectors[start : start + len(some)] = made
+    assert vectors is not None, "a version has items"
+    _refuse_nonfinite(vectors[: len(order)], "the item vectors")
+    return vectors
+
+
+def _made(parts: Parts, some: Array) -> Tensor:
+    """What the towers give of items int64 [n]."""
+    features = {name: torch.from_numpy(np.asarray(column[some])) for name, column in parts.item_columns.items()}
+    return parts.towers.item_side(features, torch.from_numpy(np.asarray(parts.popularity[some], dtype=np.float32)))
 
 
 def _write_metadata(path: Path, raw: pa.Table, config: Config) -> None:

@@ -188,7 +188,7 @@ def publish(
         load_users(trained.config, tables, trained.prepared, home, report)
         load_tail(trained.config, tables, trained.prepared, home, tail, report)
         quality = evaluate_trained(trained, home)
-        version = publish_trained(trained, tables, home, render.plain(quality))
+        version = publish_trained(trained, tables, home, render.plain(quality), report)
     out.print(f"published {version}")
     gates = validate_version(home, version, trained.prepared)
     out.print(render.gates(gates))

@@ -9,6 +9,7 @@ from typing import Protocol, Self
 from torch import Tensor
 
 from prerank.index.exact import ExactIndex
+from prerank.index.hnsw import HNSWIndex
 from prerank.index.storage import Storage
 from prerank.types import CandidateSet
 
@@ -43,6 +44,13 @@ class Index(Protocol):
         """
         ...
 
+    def prepare(self, query: Tensor, k: int, floor: float) -> None:
+        """Make ready to find at least `floor` of the `k` best of queries like `query` float32 [Q, D], before `save`.
+
+        What it builds and measures for that is saved, and loaded again. Until then, and for a larger k, it is exact.
+        """
+        ...
+
     def own(self) -> None:
         """Hold what was mapped from a file in memory of this process's own, so that `put` need not copy its pages."""
         ...
@@ -57,4 +65,4 @@ class Index(Protocol):
         ...
 
 
-INDEXES: dict[str, type[Index]] = {"exact": ExactIndex}
+INDEXES: dict[str, type[Index]] = {"exact": ExactIndex, "hnsw": HNSWIndex}

@@ -54,6 +54,9 @@ class ExactIndex(nn.Module):
             if self.scales is not None and scales is not None:
                 self.scales[rows] = scales
 
+    def prepare(self, query: Tensor, k: int, floor: float) -> None:
+        """Nothing: every search looks at all rows."""
+
     def own(self) -> None:
         """See `Index.own`."""
         self.register_buffer("vectors", self.vectors.clone())
@@ -68,16 +71,25 @@ class ExactIndex(nn.Module):
 
     def save(self, path: Path, models: Mapping[str, str]) -> None:
         """Write one safetensors file; `models` is the version of each model the vectors were made with, by name."""
-        tensors = {"vectors": self.vectors} if self.scales is None else {"vectors": self.vectors, "scales": self.scales}
-        write_tensors(path, tensors, {"index": "exact", "storage": self.storage, "models": dict(models)})
+        write_tensors(path, self.to_tensors(), {"index": "exact", "storage": self.storage, "models": dict(models)})
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """What `save` wrote, memory-mapped, with its `models`. Raises BundleError for anything else."""
         tensors, note = read_tensors(path)
-        models, storage = note.get("models"), storage_named(note.get("storage"))
-        if note.get("index") != "exact" or not isinstance(models, dict) or storage is None:
-            raise BundleError(f"{path}: expected an exact index with the models it was built with, found {note}")
+        index = cls.of_stored(path, tensors, note, "exact")
+        index.models = models_of(note)
+        return index
+
+    @classmethod
+    def of_stored(cls, path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, object], kind: str) -> Self:
+        """Over vectors as they were stored, and for int8 the scales, if the file's `note` is of an index of this kind.
+
+        Raises BundleError for anything else, which names `path`.
+        """
+        storage = storage_named(note.get("storage"))
+        if note.get("index") != kind or not isinstance(note.get("models"), dict) or storage is None:
+            raise BundleError(f"{path}: expected an {kind} index with the models it was built with, found {note}")
         vectors, scales = tensors.get("vectors"), tensors.get("scales")
         if vectors is None or not _is_stored(tensors, vectors, scales, storage):
             wanted = f"one tensor, vectors {storage} [I, D]"
@@ -87,8 +99,16 @@ class ExactIndex(nn.Module):
             raise BundleError(f"{path}: expected {wanted}, found {shapes}")
         index = cls(torch.empty(0, 0))
         index._keep(vectors, scales)
-        index.models = {str(name): str(version) for name, version in models.items()}
         return index
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name, for a file."""
+        return {"vectors": self.vectors} if self.scales is None else {"vectors": self.vectors, "scales": self.scales}
+
+    def finite(self) -> Tensor:
+        """Which rows can be found: bool [I]."""
+        rows = self.vectors if self.scales is None else self.scales.unsqueeze(1)
+        return rows.isfinite().all(1)
 
     @property
     def storage(self) -> Storage:
@@ -99,6 +119,13 @@ class ExactIndex(nn.Module):
         self.register_buffer("vectors", vectors)
         self.register_buffer("scales", scales)
         self.models: Mapping[str, str] = {}
+
+
+def models_of(note: Mapping[str, object]) -> dict[str, str]:
+    """The version of each model that a file's note names."""
+    models = note.get("models")
+    assert isinstance(models, dict)
+    return {str(name): str(version) for name, version in models.items()}
 
 
 def _is_stored(tensors: Mapping[str, Tensor], vectors: Tensor, scales: Tensor | None, storage: Storage) -> bool:

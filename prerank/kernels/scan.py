@@ -52,7 +52,7 @@ def _here(
     vectors: Tensor, scales: Tensor | None, query: Tensor, k: int, eligible: Tensor | None, threads: int | None
 ) -> tuple[Tensor, Tensor]:
     if eligible is not None and eligible.dtype == torch.int64:
-        _check_rows(eligible, len(vectors))
+        check_rows(eligible, len(vectors))
     if vectors.device.type == "cpu" and native.library() is not None:
         threads = torch.get_num_threads() if threads is None else threads
         return scan_natively(vectors, scales, query, k, eligible, threads, native.level())
@@ -157,7 +157,8 @@ def _check(vectors: Tensor, scales: Tensor | None, query: Tensor, eligible: Tens
     )
 
 
-def _check_rows(rows: Tensor, num_items: int) -> None:
+def check_rows(rows: Tensor, num_items: int) -> None:
+    """Raises IndexError for rows int64 [N] that do not rise strictly, or are not all of `num_items`."""
     if not len(rows):
         return
     first, last = int(rows[0]), int(rows[-1])

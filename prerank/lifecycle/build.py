@@ -17,6 +17,7 @@ from prerank.errors import DataError
 from prerank.evaluate.ranking import RankingQuality, evaluate_ranking
 from prerank.evaluate.retrieval import FLOORS, RetrievalQuality, evaluate_retrieval
 from prerank.lifecycle.arrivals import Stock, with_arrivals
+from prerank.lifecycle.embed import embed
 from prerank.lifecycle.training import Trained
 from prerank.stores.contexts import UNKNOWN, columns_of, digest
 from prerank.stores.records import EXPOSED
@@ -29,7 +30,8 @@ from prerank.train.prepare import Prepared, preparation_key
 from prerank.train.retrieval import ItemPopularity
 from prerank.types import Array, Report, silent
 
-NUM_GOLDEN = 16
+NUM_GOLDEN, NUM_ASKED = 16, 64
+_APART = 16
 MOST_QUESTIONS = 5_000
 USERS = "users.lmdb"
 _REDIS_TIMEOUT_S = 30.0
@@ -58,24 +60,33 @@ def evaluate(trained: Trained, home: Path) -> Quality:
     return quality
 
 
-def publish_trained(trained: Trained, tables: Tables, home: Path, metrics: Mapping[str, object]) -> str:
+def publish_trained(
+    trained: Trained, tables: Tables, home: Path, metrics: Mapping[str, object], report: Report = silent
+) -> str:
     """The version id of the published models; its popularity is that of the whole log, for it serves from now on."""
     prepared, config = trained.prepared, trained.config
     items = tables.items().sort_by(config.data.item_id)
     kept = config.metadata.columns and [*config.metadata.columns, *config.metadata.deferred]
     shown = list(kept) or [c for c in items.column_names if c != config.data.item_id]
     read = dict.fromkeys([*shown, *config.item_columns(), *(column for column, _ in config.numbers().values())])
+    rates = {name: rate.numpy() for name, rate in DailyItems(prepared, config).latest_rates().items()}
     stock = Stock(
         item_ids=prepared.item_ids,
-        columns={name: column.numpy() for name, column in DailyItems(prepared, config).latest().items()},
+        columns={**prepared.items, **rates},  # what no day changes stays on the disk
         table=items.select(list(read)),
         popularity=ItemPopularity(prepared, config).latest().numpy(),
         until_ns=0,
     )
     stock = with_arrivals(stock, config, prepared.transforms, tables, home)
+    data = preparation_key(config, tables)
+    stated = f"{data} {stock.until_ns} {config.retrieval.popularity}"
+    vectors = embed(trained.towers, stock.columns, stock.popularity, home / "work", stated, report)
     last = np.flatnonzero(prepared.events["logged"])
-    moments = last[np.argsort(prepared.events["time_ms"][last], kind="stable")[-NUM_GOLDEN:]]
-    golden = UserExamples(prepared, config.features).at(moments)
+    latest = last[np.argsort(prepared.events["time_ms"][last], kind="stable")]
+    examples = UserExamples(prepared, config.features)
+    golden = examples.at(latest[-NUM_GOLDEN:])
+    # the latest few are often one user's
+    asked = examples.at(latest[-NUM_ASKED * _APART :: _APART])
     parts = Parts(
         config=config,
         transforms=prepared.transforms,
@@ -87,11 +98,13 @@ def publish_trained(trained: Trained, tables: Tables, home: Path, metrics: Mappi
         popularity=stock.popularity,
         golden_user={name: column.numpy() for name, column in golden.items()},
         parents={
-            "data": preparation_key(config, tables),
+            "data": data,
             "run": trained.run,
             **({ITEMS_UNTIL: str(stock.until_ns)} if stock.until_ns else {}),
         },
         metrics=metrics,
+        vectors=vectors,
+        asked_user={name: column.numpy() for name, column in asked.items()},
         targeting=stock.table.select(config.targeted("item")) if config.targeting else None,
     )
     return publish(home, parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,8 +41,7 @@ class DailyItems:
     """Every item's features on any day; the only ones that a day changes are the rates of the schema."""
 
     def __init__(self, prepared: Prepared, config: Config) -> None:
-        self.calendar = Calendar(prepared, config)
-        self.lasting = item_tensors(prepared)
+        self.calendar, self._prepared = Calendar(prepared, config), prepared
         self.rates: dict[str, Tensor] = {}
         logged = np.asarray(prepared.events["logged"])
         wanted = config.features.rates()
@@ -50,6 +51,11 @@ class DailyItems:
             group = prepared.items[rate.by] if rate.by else np.arange(len(prepared.item_ids))
             found = rates(counts[IMPRESSION], counts[rate.of], np.asarray(group, dtype=np.int64), rate.prior)
             self.rates[name] = torch.from_numpy(found)
+
+    @cached_property
+    def lasting(self) -> dict[str, Tensor]:
+        """What no day changes, in memory [I, ...]."""
+        return item_tensors(self._prepared)
 
     def at(self, rows: Tensor, day: Array) -> dict[str, Tensor]:
         """Of items int64 [B] or [B, N] as seen at the start of days int [B] since 1970 -> [B, ...] or [B, N, ...]."""
@@ -65,4 +71,8 @@ class DailyItems:
 
     def latest(self) -> dict[str, Tensor]:
         """Every item's [I, ...] as seen after the whole log."""
-        return self.lasting | {name: table[-1] for name, table in self.rates.items()}
+        return self.lasting | self.latest_rates()
+
+    def latest_rates(self) -> dict[str, Tensor]:
+        """Every item's rates float32 [I] as seen after the whole log."""
+        return {name: table[-1] for name, table in self.rates.items()}

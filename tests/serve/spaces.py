@@ -109,7 +109,8 @@ def space_of(vectors: torch.Tensor) -> set[int]:
     return {number for number in range(MOST) if bool((own[..., number] > 0).any())}
 
 
-def vectors_of(bundle: Bundle) -> dict[int, torch.Tensor]:
-    """Each item's vector in a version's index, by item_id."""
+def vectors_of(bundle: Bundle, stored_in: str = "") -> dict[int, torch.Tensor]:
+    """Each item's vector in a version's index, or in the exact one that it has, by item_id."""
     ids = bundle.scorer.items.item_ids.tolist()
-    return dict(zip(ids, bundle.index.vectors, strict=True))  # type: ignore[attr-defined]
+    index = getattr(bundle.index, stored_in) if stored_in else bundle.index
+    return dict(zip(ids, index.vectors, strict=True))

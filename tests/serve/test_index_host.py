@@ -17,6 +17,7 @@ from prerank.bundle.registry import Registry
 from prerank.bundle.shard import Place, load_shard, shards_of
 from prerank.bundle.user_side import load_user_side
 from prerank.errors import BundleError, ConfigError, PrerankError, RegistryError, RequestError
+from prerank.index import plan
 from prerank.serve.expand import ExpandUser
 from prerank.serve.exposure import LOCAL, Exposure
 from prerank.serve.index_flight import FlightHost, FlightServer
@@ -142,6 +143,25 @@ def test_an_index_that_cannot_be_cut_is_searched_among_the_shards_rows(
                 assert found.num_eligible == expected.num_eligible
                 for name in asks.values:
                     assert torch.equal(found.values[name], expected.values[name])
+
+
+def test_a_graph_is_searched_among_the_shards_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_pace", lambda tried, truth: 0.5)  # of so few rows it is never faster
+    plain = spaces.config().to_dict()["retrieval"]
+    assert isinstance(plain, dict)
+    store = tmp_path / "tiny"
+    version = spaces.publish_space(store, 0, spaces.config(retrieval=plain | {"index": {"kind": "hnsw"}}))
+    query = spaces.vectors_of(load(Registry(store).path(version)), "_exact")[101].clone()
+    query[-1] = 1.0
+    for number in range(2):
+        shard = load_shard(Registry(store).path(version), Place(number, 2))
+        assert shard.rows is not None
+        host = IndexHost(store, Place(number, 2))
+        host.load(version)
+        found = host.search(Search(version, shard.models, query, 6))
+        vectors = spaces.vectors_of(load(Registry(store).path(version)), "_exact")
+        similarity = {one: float(vectors[one] @ query) for one in shard.item_ids.tolist()}
+        assert set(found.item_ids.tolist()) == set(sorted(similarity, key=lambda one: -similarity[one])[:6])
 
 
 @WAYS
