@@ -13,6 +13,14 @@ class DataError(PrerankError):
     """The tables cannot be used as they are: a missing file or column, a wrong type, a value out of range."""
 
 
+class StoreFailed(DataError):
+    """A store that serving looks things up in did not answer, not in time, or not with what was asked for."""
+
+
+class CircuitOpen(StoreFailed):
+    """A store was not asked: it failed too often just now."""
+
+
 class SchemaMismatch(PrerankError):
     """Two things built from different features met; the text names the first difference."""
 

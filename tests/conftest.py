@@ -15,6 +15,7 @@ from prerank.data.logs import Tables, open_tables
 from prerank.lifecycle.build import load_users, publish_trained
 from prerank.lifecycle.training import Trained, train
 from prerank.market.generate import generate_market
+from tests.stores.redis_server import redis_server
 
 # before anything imports triton, which decides then: without a GPU its kernels are interpreted
 if not torch.cuda.is_available():
@@ -101,6 +102,21 @@ def published(world, trained) -> str:
     tables = world.tables()
     load_users(world.config, tables, trained.prepared, world.home)
     return publish_trained(trained, tables, world.home, {})
+
+
+@pytest.fixture(scope="session")
+def _redis_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture
+def redis_url(_redis_of_all: str) -> str:
+    """An empty Redis, or a skip where none is installed."""
+    import redis
+
+    redis.Redis.from_url(_redis_of_all).flushall()
+    return _redis_of_all
 
 
 @pytest.fixture(scope="session")

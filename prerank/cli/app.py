@@ -58,7 +58,16 @@ Teacher = Annotated[
     typer.Option("--teacher", "-t", help="A teacher.safetensors of the same features, instead of training one."),
 ]
 TailUrl = Annotated[
-    str | None, typer.Option("--tail", help="redis://... that holds the items not in memory; by default the store.")
+    str | None,
+    typer.Option(
+        "--tail", envvar="PRERANK_TAIL", help="redis://... that holds the items not in memory; by default the store."
+    ),
+]
+UsersUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--users", envvar="PRERANK_USERS", help="redis://... that holds users and events; by default the store."
+    ),
 ]
 Version = Annotated[str, typer.Argument(help="A version id, or an unambiguous beginning of one.")]
 Why = Annotated[str, typer.Option("--why", help="The reason, kept in the history.")]
@@ -177,6 +186,7 @@ def publish(
     store: StoreFolder = _STORE,
     teacher: Teacher = None,
     tail: TailUrl = None,
+    users: UsersUrl = None,
 ) -> None:
     """Write one immutable version and measure its gates.
 
@@ -185,7 +195,7 @@ def publish(
     trained, tables = _trained(config, data, store, teacher)
     home = _home(store, trained.config.name)
     with progress(err) as report:
-        load_users(trained.config, tables, trained.prepared, home, report)
+        load_users(trained.config, tables, trained.prepared, home, report, users)
         load_tail(trained.config, tables, trained.prepared, home, tail, report)
         quality = evaluate_trained(trained, home)
         version = publish_trained(trained, tables, home, render.plain(quality), report)
@@ -251,6 +261,7 @@ def serve(
         int | None, typer.Option(min=0, help="Native threads that rank; one a core by default, 0 lets torch rank.")
     ] = None,
     tail: TailUrl = None,
+    users: UsersUrl = None,
     grpc_port: Annotated[
         int | None,
         typer.Option(min=1, max=65535, help="The port for the Open Inference Protocol over gRPC; none by default."),
@@ -305,6 +316,7 @@ def serve(
         port=port,
         workers=workers,
         tail=tail,
+        users=users,
         token_file=admin_token_file,
         linger_s=linger_s,
         grpc_port=grpc_port,
@@ -324,12 +336,13 @@ def recommend(
     store: StoreFolder = _STORE,
     funnel: FunnelName = "",
     tail: TailUrl = None,
+    users: UsersUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as the server would send it.")] = False,
 ) -> None:
     """Answer for one user, without a server."""
     from prerank.serve.funnel import Funnel
 
-    with Funnel.open(_found(store, funnel), tail=tail) as opened:
+    with Funnel.open(_found(store, funnel), tail=tail, users=users) as opened:
         said = dict(_field(one) for one in context)
         now_ms = int(time.time() * 1000)
         answer = opened.recommend(Request(user, k, now_ms, said, exclude=tuple(exclude)))
@@ -347,6 +360,7 @@ def replay(
     store: StoreFolder = _STORE,
     funnel: FunnelName = "",
     tail: TailUrl = None,
+    users: UsersUrl = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Ask a version the requests of a log again, with the features as served, and compare its winners.
@@ -356,7 +370,7 @@ def replay(
     home = _found(store, funnel)
     chosen = _resolve(Registry(home), version) if version else None
     with progress(err) as report:
-        told = requests.replay_log(folder, home, chosen, tail, limit, report)
+        told = requests.replay_log(folder, home, chosen, tail, users, limit, report)
     if as_json:
         print(json.dumps(render.plain(told), indent=1))
     else:

@@ -21,14 +21,14 @@ _FEW = 12  # item_ids of a list that are shown
 
 
 def replay_log(
-    folder: Path, store: Path, version: str | None, tail: str | None, limit: int, report: Report
+    folder: Path, store: Path, version: str | None, tail: str | None, users: str | None, limit: int, report: Report
 ) -> Replayed:
     """The first `limit` requests of the log in `folder`, asked of `version` (None: the live one) of a funnel."""
     from prerank.serve.funnel import Funnel  # as heavy as a server
     from prerank.serve.replaying import Replaying
 
     files = request_files(folder)
-    with Funnel.open(store, version, tail=tail) as funnel:
+    with Funnel.open(store, version, tail=tail, users=users) as funnel:
         return replay(islice(read_requests(files), limit), Replaying(funnel), report)
 
 

@@ -157,6 +157,8 @@ class _Audit:
             self._skipped["the users table does not have the user"] += 1
         elif one.time_ms > self._until_ms:
             self._skipped["it is later than the log's last event"] += 1
+        elif one.degraded and one.record is None:
+            self._skipped["the store of users failed, and the answer was a new user's"] += 1
         else:
             return True
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,17 +14,17 @@ import pyarrow as pa
 from prerank.bundle.publish import ITEMS_UNTIL, Parts, publish
 from prerank.config import Config
 from prerank.data.logs import Tables
-from prerank.errors import DataError
 from prerank.evaluate.ranking import RankingQuality, evaluate_ranking
 from prerank.evaluate.retrieval import FLOORS, RetrievalQuality, evaluate_retrieval
 from prerank.lifecycle.arrivals import Stock, with_arrivals
 from prerank.lifecycle.embed import embed
 from prerank.lifecycle.training import Trained
+from prerank.lifecycle.user_shelves import UserFile, UserRedis
 from prerank.stores.contexts import UNKNOWN, columns_of, digest
 from prerank.stores.records import EXPOSED
 from prerank.stores.redis_tail import RedisTail
 from prerank.stores.tail import RATE, TAIL, LmdbTail
-from prerank.stores.users import Events, UserStore
+from prerank.stores.user_file import Events
 from prerank.train.examples import UserExamples
 from prerank.train.items import DailyItems
 from prerank.train.prepare import Prepared, preparation_key
@@ -110,25 +111,31 @@ def publish_trained(
     return publish(home, parts)
 
 
-def load_users(config: Config, tables: Tables, prepared: Prepared, home: Path, report: Report = silent) -> Path:
-    """Every user's profile and events into the funnel's user store, unless the same were loaded before."""
-    path, mark = home / USERS, home / f"{USERS}.key"
-    targeted = config.targeted("user")
+def load_users(
+    config: Config,
+    tables: Tables,
+    prepared: Prepared,
+    home: Path,
+    report: Report = silent,
+    redis: str | None = None,
+) -> None:
+    """Every user's profile and events into the funnel's user store, unless the same were loaded before.
+
+    It is at the url `redis`, or in `users.lmdb`.
+    """
+    targeted, user_id = config.targeted("user"), config.data.user_id
     key = " ".join([preparation_key(config, tables), *targeted])
-    if path.exists() and mark.exists() and mark.read_text() == key:
-        return path
-    mark.unlink(missing_ok=True)
-    user_id = config.data.user_id
-    users = tables.users()
-    # a version that is live, or may be again, reads columns of its own
-    kept = [name for name in _stored_columns(path) if name in users.column_names]
-    columns = dict.fromkeys([user_id, *config.features.columns("user"), *targeted, *kept])
-    users = users.select(list(columns))
-    digests = _context_digests(config, prepared)
-    events = _events_by_user(prepared, digests, report)
-    UserStore.write(path, users, events, labels=prepared.labels, contexts=list(digests), user_id=user_id)
-    mark.write_text(key)
-    return path
+    shelf = UserFile(home / USERS) if redis is None else UserRedis(redis, config.name)
+    with closing(shelf):
+        if shelf.loaded() == key:
+            return
+        users = tables.users()
+        # a version that is live, or may be again, reads columns of its own
+        kept = [name for name in shelf.columns() if name in users.column_names]
+        users = users.select(list(dict.fromkeys([user_id, *config.features.columns("user"), *targeted, *kept])))
+        digests = _context_digests(config, prepared)
+        events = _events_by_user(prepared, digests, report)
+        shelf.write(key, users, events, prepared.labels, list(digests), user_id)
 
 
 def load_tail(
@@ -150,17 +157,6 @@ def load_tail(
         LmdbTail.write(home / TAIL, items, config.data.item_id, stored, report)
     else:
         RedisTail.open(redis, config.name, _REDIS_TIMEOUT_S).write(items, config.data.item_id, stored, report)
-
-
-def _stored_columns(path: Path) -> tuple[str, ...]:
-    """Of the store that is about to be replaced; none where there is none, or one that cannot be read."""
-    if not path.exists():
-        return ()
-    try:
-        with UserStore.open(path) as store:
-            return tuple(store.columns)
-    except DataError:
-        return ()
 
 
 def _context_digests(config: Config, prepared: Prepared) -> dict[str, dict[str, Array]]:

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from prerank.errors import Cancelled, DeadlineExceeded, NoRoom, PrerankError, RequestError
+from prerank.errors import Cancelled, DeadlineExceeded, NoRoom, PrerankError, RequestError, StoreFailed
 from prerank.serve.metrics import ServeMetrics
 from prerank.serve.seeing import Seeing
 from prerank.serve.seen import Seen, begin, end
@@ -75,6 +75,8 @@ class Envelope:
         request_id, seen.error = seen.request_id, (kind, message)
         if status == 500:
             _log.error("request failed", request_id=request_id, exc_info=error)
+        elif isinstance(error, StoreFailed):
+            _log.warning("a store failed", request_id=request_id, error=str(error))
         self.metrics.failed(kind)
         headers = error.headers if isinstance(error, Refused) else _NO_HEADERS
         return Response(encode_error(kind, message, request_id), status, headers, "application/json")
@@ -95,6 +97,8 @@ def told(error: Exception) -> tuple[int, str, str]:
             return 504, "DeadlineExceeded", str(error)
         case NoRoom():
             return 507, "NoRoom", str(error)
+        case StoreFailed():  # its text has an address, and is for the log
+            return 503, "StoreFailed", "a store that this needs did not answer; send it again"
         case _:
             return 500, "InternalError", "the server made a mistake; its log has this request_id"
 

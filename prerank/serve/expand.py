@@ -47,7 +47,12 @@ class ExpandTargeting:
                 )
 
     def run(self, values: Values) -> Values:
-        """Look the profile up, and nothing of what the user did."""
+        """Look the profile up if a rule reads any of it, and nothing of what the user did.
+
+        There is no answer without: it would show items to users who may not see them.
+        """
+        if not self.targeting.columns("user"):
+            return {"profile": {}}
         return {"profile": self.users.profile(values["request"].user_id) or {}}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
@@ -112,7 +117,7 @@ class ExpandUser:
         ]
         if record is None or not record.profile:
             notes.append(f"unknown user {request.user_id}: served as a new user")
-            record = self._stranger(record)
+            record = self.stranger(record)
         here = self.transforms.encode_row("context", request.context)
         past = Past(record, self.users.labels, self.items, request.time_ms, self._same(record, request, here))
         if past.num_unknown:
@@ -135,10 +140,10 @@ class ExpandUser:
             if name not in columns:
                 raise RequestError(f"user.{name}: expected one of {columns}{nearest(name, columns)}")
         self.transforms.encode_row("user", profile)
-        known = record if record is not None and record.profile else self._stranger(record)
+        known = record if record is not None and record.profile else self.stranger(record)
         return replace(known, profile={**known.profile, **profile})
 
-    def _stranger(self, record: UserRecord | None) -> UserRecord:
+    def stranger(self, record: UserRecord | None = None) -> UserRecord:
         """A profile of nothing, beside what he did so far, if that is known."""
         profile = dict.fromkeys(self.transforms.schema.columns("user"))
         if record is None:
@@ -163,3 +168,23 @@ class ExpandUser:
             return self.transforms.encode_row("user", record.profile)
         except RequestError as error:  # the store's fault, not the caller's
             raise DataError(f"user store, user {user_id}: {error}; build it from the tables of this version") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandStranger:
+    """The fallback of `expand`, for when the store of users fails: the user as one of whom nothing is known."""
+
+    expand: ExpandUser
+
+    name: ClassVar[str] = "serve_as_new_user"
+    reads: ClassVar[frozenset[str]] = ExpandUser.reads
+    writes: ClassVar[frozenset[str]] = ExpandUser.writes
+
+    def run(self, values: Values) -> Values:
+        """See `ExpandUser.expand`."""
+        features, notes = self.expand.expand(self.expand.stranger(), values["request"])
+        return {"features": features, "user_notes": notes, "record": None}
+
+    def count(self, values: Values, written: Values) -> tuple[int, int]:
+        """One user in, its features out."""
+        return 1, len(written["features"])

@@ -36,6 +36,7 @@ from prerank.serve.expand import ExpandUser
 from prerank.serve.generate import names_of
 from prerank.serve.graph import Deadline, GraphRun
 from prerank.serve.hosts import IndexHosts
+from prerank.serve.lookups import open_tail, open_users
 from prerank.serve.metadata import Described, Descriptions
 from prerank.serve.passage import run_graph
 from prerank.serve.ranking import Ranking
@@ -51,8 +52,7 @@ from prerank.stores.metadata import MetadataTable
 from prerank.stores.reads import FILE as READS
 from prerank.stores.reads import ReadCounts
 from prerank.stores.records import Users
-from prerank.stores.redis_tail import RedisTail
-from prerank.stores.tail import TAIL, LmdbTail, TailStore
+from prerank.stores.tail import TailStore
 from prerank.types import Given, ItemChange, Request, TopK
 
 
@@ -113,11 +113,13 @@ class Funnel:
         workers: int | None = None,
         tail: str | None = None,
         shared: Engine | None = None,
+        users: str | None = None,
         hosts: IndexHosts | None = None,
     ) -> Funnel:
         """`version` of the funnel at `store`, the live one unless named.
 
         `tail` is the url of the Redis that holds the items that are not resident; by default they are in `tail.lmdb`.
+        `users` is that of the Redis that holds users and events; by default they are in `users.lmdb` and `events.lmdb`.
 
         `workers` native threads rank, one a core unless told otherwise; with 0, and where there are no native kernels,
         torch does on the calling thread. With a `shared` engine its threads do, and it stays open. Where there are
@@ -136,23 +138,23 @@ class Funnel:
         if engine is not None:
             bundle.accelerate(engine)
         metadata = MetadataTable.open(path / "metadata.arrow")
-        users = LiveUsers.open(store / "users.lmdb", store / "events.lmdb")
+        known = open_users(store, bundle.config, users)
         opened: list[TailStore | ItemStore | ReadCounts] = []
         try:
             changes = ItemStore.open(store / "items.lmdb")
             opened.append(changes)
-            rest = _tail(store, bundle, tail)
+            rest = None if bundle.scorer.items.slots is None else open_tail(store, bundle.config, tail)
             opened += [] if rest is None else [rest]
             counts = ReadCounts.open(store / READS)
             opened.append(counts)
-            funnel = cls(bundle, users, metadata, engine, changes, rest, counts, hosts)
+            funnel = cls(bundle, known, metadata, engine, changes, rest, counts, hosts)
             funnel._owns_engine = shared is None
             # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
             with suppress(DeadlineExceeded):  # a stage's own deadline is for when it is warm
                 funnel.recommend(Request(user_id=0, k=1, time_ms=0, context=funnel.example_context))
             return funnel
         except BaseException:
-            users.close()
+            known.close()
             for one in opened:
                 one.close()
             raise
@@ -186,8 +188,8 @@ class Funnel:
     def record(self, events: Sequence[LiveEvent]) -> Recorded:
         """Take all of `events` or none; the next request of their users knows of them.
 
-        What is taken is on the disk. Raises RequestError for a field that is wrong, DataError if the store cannot be
-        written.
+        What is taken is on the disk, or in the Redis of the users. Raises RequestError for a field that is wrong,
+        DataError if the store cannot be written.
         """
         check_events(events, self._users.event_names, time.time_ns() // 1_000_000)
         check_contexts(events, self._transforms, self._users.contexts, list(self._targeted))
@@ -208,7 +210,7 @@ class Funnel:
         self._changes.catch_up(item_ids)
 
     def sweep(self) -> int:
-        """Forget the recorded events that the log has by now: how many. For the one process that serves a store."""
+        """Forget the recorded events that the log has by now: how many. See `LiveUsers.sweep` for who may."""
         return self._users.sweep()
 
     @property
@@ -274,17 +276,6 @@ class Funnel:
         notes = [*chain.from_iterable(said), *run.notes, *left_out]
         is_degraded = run.degraded or bool(left_out)
         return Answer(request.request_id, self.version, winners, run.reports, is_degraded, notes)
-
-
-def _tail(store: Path, bundle: Bundle, url: str | None) -> TailStore | None:
-    """Where the items are that are not resident, or None where there are none."""
-    if bundle.scorer.items.slots is None:
-        return None
-    if url is None:
-        return LmdbTail.open(store / TAIL)
-    # longer than a request waits: what comes late is for the next one
-    timeout_s = max(0.1, 4 * bundle.config.inventory.fetch_ms / 1000)
-    return RedisTail.open(url, bundle.config.name, timeout_s)
 
 
 def _items_until(bundle: Bundle) -> int:

@@ -41,7 +41,10 @@ class Stage(Protocol):
         ...
 
     def run(self, values: Values) -> Values:
-        """Do the work. A PrerankError is the request's own answer; any other exception may be met by a fallback."""
+        """Do the work. A PrerankError is the request's own answer; what else is raised may be met by a fallback.
+
+        So may a DataError, for a request is never the cause of what a store has or lacks.
+        """
         ...
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
@@ -106,6 +109,8 @@ class RequestGraph:
 
     `inputs` are given to every run and `outputs` are what it returns. `fallbacks` maps a stage's name to the stage
     that takes its place when it fails, cannot start in time, or is not done in time; a stage without one is required.
+    One of `patient` is replaced where it fails or passes a limit of its own, and else waited for while there is time:
+    at the request's deadline what comes after it could not start either.
     The deadline holds until the value `answer` exists: from then on the request can be answered, so what is left runs
     even if late. `limits` are of stages, by name. A stage with a fallback is left `spare_ms` before the deadline, or a
     tenth of it if that is less, for what takes its place needs time too.
@@ -125,6 +130,7 @@ class RequestGraph:
         outputs: frozenset[str],
         answer: str,
         fallbacks: Mapping[str, Stage],
+        patient: frozenset[str] = frozenset(),
         limits: Mapping[str, Limit] | None = None,
         short: frozenset[str] = frozenset(),
         spare_ms: float = 0.0,
@@ -133,7 +139,7 @@ class RequestGraph:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.inputs, self.outputs, self.answer = inputs, outputs, answer
-        self.fallbacks, self.limits = dict(fallbacks), dict(limits or {})
+        self.fallbacks, self.limits, self.patient = dict(fallbacks), dict(limits or {}), patient
         self.short, self.spare_ms = short, spare_ms
         self.pool, self.around, self.clock = pool, around, clock
         writers = _writers(stages, inputs)
@@ -146,6 +152,8 @@ class RequestGraph:
         self.precedence = {one.name: (one.name not in short, place) for place, one in enumerate(stages)}
         for name in sorted(short - set(self.waits_for)):
             raise GraphError(f"{name!r} is said to be short, and is no stage; stages: {list(self.waits_for)}")
+        for name in sorted(patient - set(self.fallbacks)):
+            raise GraphError(f"{name!r} is patient and has no fallback; fallbacks are for {list(self.fallbacks)}")
         for name, limit in self.limits.items():
             if name not in self.waits_for:
                 raise GraphError(f"a limit is for {name!r}, which is no stage; stages: {list(self.waits_for)}")

@@ -146,6 +146,7 @@ def serve(
     limits: Limits = Limits(),
     workers: int | None = None,
     tail: str | None = None,
+    users: str | None = None,
     token_file: Path | None = None,
     linger_s: float = 0.0,
     grpc_port: int | None = None,
@@ -156,9 +157,9 @@ def serve(
 ) -> None:
     """Serve the live version of the funnel at `store`, and each that goes live later, until a signal ends it.
 
-    Or `version` for good, if it is named. `workers` and `tail` are as `Funnel.open`'s, `token_file` and `allow_hosts`
-    as `Exposure.of`'s, `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if it is said.
-    `otel` sends spans, as `spans_of` has it; `index_hosts` are as `parse_hosts` reads them.
+    Or `version` for good, if it is named. `workers`, `tail` and `users` are as `Funnel.open`'s, `token_file` and
+    `allow_hosts` as `Exposure.of`'s, `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if
+    it is said. `otel` sends spans, as `spans_of` has it; `index_hosts` are as `parse_hosts` reads them.
     Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token. A
     version or store that cannot be loaded is said on stderr in one line, and by /readyz until one can be.
     """
@@ -177,7 +178,7 @@ def serve(
     )
     torch.set_num_threads(1)  # two requests that share cores by spinning cost each other more than they gain
     hosts = None if index_hosts is None else IndexHosts.open(index_hosts, store)
-    watch = VersionWatch.open(store, version, workers, tail, settled=_settle, hosts=hosts)
+    watch = VersionWatch.open(store, version, workers, tail, settled=_settle, users=users, hosts=hosts)
     try:
         if hosts is not None:
             hosts.start()

@@ -29,7 +29,7 @@ ERRORS = {
     413: "The body is too large.",
     422: "A field is wrong; the message names it, what it must be, and what came.",
     500: "The server's own mistake; its log has the request_id.",
-    503: "No version is loaded, the server ends, or too many wait for this one to be in time. Try again later.",
+    503: "No version is loaded, a store does not answer, the server ends, or too many wait. Try again later.",
     504: "The deadline passed before there was an answer.",
 }
 

@@ -1,9 +1,9 @@
 """One request's way through a graph: what starts when, what is waited for and how long, and what takes its place.
 
 The caller's thread runs stages itself while there are any that nothing watches, and otherwise waits. A stage that is
-ready beside others goes to the pool; so does every one that is watched, which is one with a fallback or a deadline of
-its own, for a thread that runs a stage cannot leave it. What is left behind when its time is up, or its client has
-gone, is told so (`kernels.stop`), and native code then ends; what it writes is not looked at.
+ready beside others goes to the pool; so does every one that is watched, which is one with a fallback for when it is
+late or a deadline of its own, for a thread that runs a stage cannot leave it. What is left behind when its time is up,
+or its client has gone, is told so (`kernels.stop`), and native code then ends; what it writes is not looked at.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from prerank.errors import Cancelled, DeadlineExceeded, GraphError, PrerankError
+from prerank.errors import Cancelled, DataError, DeadlineExceeded, GraphError, PrerankError
 from prerank.kernels.stop import Stop, let
 from prerank.serve.graph import Deadline, GraphRun, RequestGraph, Stage, StageReport, Values
 from prerank.serve.seen import current
@@ -183,17 +183,17 @@ class _Passage:
         try:
             if self._was_left(stage):  # while it waited for a thread or its turn
                 return None
-            if reason is not None and has_fallback:
+            if reason is not None and has_fallback and (name not in self.graph.patient or self._is_watched(stage)):
                 return reason
             if reason is not None:
                 raise DeadlineExceeded(f"{name}: {reason}; allow more with deadline_ms")
             self._run(stage, stage)
-        except PrerankError:
-            raise
         except Exception as error:
-            if not has_fallback or self._was_left(stage):
+            is_answer = isinstance(error, PrerankError) and not isinstance(error, DataError)
+            if is_answer or not has_fallback or self._was_left(stage):
                 raise
-            _log.exception("stage failed", stage=name, fallback=self.graph.fallbacks[name].name)
+            told = _log.warning if isinstance(error, PrerankError) else _log.exception
+            told("stage failed", stage=name, fallback=self.graph.fallbacks[name].name, error=str(error))
             return f"it failed ({type(error).__name__})"
         finally:
             if turn is not None:
@@ -229,7 +229,8 @@ class _Passage:
 
     def _is_watched(self, stage: Stage) -> bool:
         limit = self.graph.limits.get(stage.name)
-        return stage.name in self.graph.fallbacks or (limit is not None and limit.deadline_ms is not None)
+        is_replaced = stage.name in self.graph.fallbacks and stage.name not in self.graph.patient
+        return is_replaced or (limit is not None and limit.deadline_ms is not None)
 
     def _until(self, stage: Stage) -> tuple[float | None, str]:
         """When a watched stage is left behind, and why."""

@@ -28,6 +28,8 @@ _MOST_TIMES = 5
 class LoggedUsers:
     """A store of one user, who is another one after each `take`: that of a logged request, as a version reads him."""
 
+    is_near = True
+
     def __init__(self, transforms: Transforms, targeting: Targeting | None) -> None:
         schema = transforms.schema
         targeted = [] if targeting is None else targeting.columns("user")

@@ -19,7 +19,7 @@ from prerank.serve.hosts import IndexHosts
 from prerank.serve.index_host import Found, Held, Search
 from prerank.serve.scatter import Scatter
 from prerank.serve.sync import Part, merge
-from prerank.stores.records import Users
+from prerank.stores.records import UserRecord, Users
 from prerank.types import CandidateSet, Request
 
 _MOST_DEADLINE = 0.5  # of a request's time: the ranker comes after
@@ -40,7 +40,7 @@ class RetrieveFromHosts:
     candidates: str = "candidates"
 
     name: ClassVar[str] = "retrieve"
-    reads: ClassVar[frozenset[str]] = frozenset({"request", "features", "eligible", "num_eligible"})
+    reads: ClassVar[frozenset[str]] = frozenset({"request", "record", "features", "eligible", "num_eligible"})
 
     @property
     def writes(self) -> frozenset[str]:
@@ -90,6 +90,7 @@ class RetrieveFromHosts:
     def _search(self, version: str, held: Held, values: Values, k: int) -> Search | None:
         """The user in one version's space, and what its targeting reads; None where there is no such vector."""
         request: Request = values["request"]
+        record: UserRecord | None = values["record"]
         if version == self.bundle.version:
             models = self.bundle.index.models
             query = self.bundle.towers.user_side(values["features"])[0]
@@ -99,12 +100,12 @@ class RetrieveFromHosts:
                 return None
             try:
                 expand = ExpandUser(self.users, side.transforms, side.items)
-                features, _ = expand.expand(self.users.get(request.user_id), request)
+                features, _ = expand.expand(record, request)
             except PrerankError as error:  # a column or a context field that this version alone reads
                 self.hosts.towers.failed(version, error)
                 return None
             models, query = side.models, side.towers.user_side(features)[0]
-        profile = (self.users.profile(request.user_id) or {}) if held.user else {}
+        profile = {} if record is None else record.profile
         return Search(
             version=version,
             models=models,

@@ -8,7 +8,7 @@ import torch
 
 from prerank.bundle.load import Bundle
 from prerank.config import Serve
-from prerank.serve.expand import ExpandTargeting, ExpandUser
+from prerank.serve.expand import ExpandStranger, ExpandTargeting, ExpandUser
 from prerank.serve.generate import Attribute, Generate, GenerateNothing, Merge, names_of
 from prerank.serve.graph import Limit, RequestGraph, Stage
 from prerank.serve.hosts import IndexHosts
@@ -20,9 +20,10 @@ from prerank.stores.records import Users
 
 _SPARE_MS = 8.0
 """To order candidates by similarity, describe the winners, and send them, on cores that others want too."""
-_SHORT = (ExpandTargeting, ExpandUser, Target, Describe, Attribute)
-"""Where users are in this process's memory: each a few tenths of a millisecond, most of it under Python's lock, which
-threads that want it at once pass to and fro for longer than that."""
+_SHORT = (Target, Describe, Attribute)
+_SHORT_WHERE_NEAR = (*_SHORT, ExpandTargeting, ExpandUser)
+"""Where users are near: each a few tenths of a millisecond, most of it under Python's lock, which threads that want it
+at once pass to and fro for longer than that. Round trips overlap."""
 
 
 def wire(
@@ -41,9 +42,10 @@ def wire(
     targeting, live, keep = scorer.targeting, scorer.live, config.retrieval.keep
     quotas = {name: options.quota for name, options in config.generators.items()}
     found, keep_found = "retrieved" if quotas else "candidates", min(keep, items.num_rows)
+    expand = ExpandUser(users, bundle.transforms, items, targeting)
     stages: list[Stage] = [
         Target(items, targeting, live),
-        ExpandUser(users, bundle.transforms, items, targeting),
+        expand,
         Retrieve(bundle.towers, bundle.index, keep_found, found)
         if hosts is None
         else RetrieveFromHosts(bundle, users, hosts, keep_found, found),
@@ -53,7 +55,10 @@ def wire(
     ]
     if targeting is not None:
         stages.append(ExpandTargeting(users, targeting))
-    fallbacks: dict[str, Stage] = {Rank.name: RankBySimilarity(items, len(scorer.ranker.tasks), scorer.diversity)}
+    fallbacks: dict[str, Stage] = {
+        ExpandUser.name: ExpandStranger(expand),
+        Rank.name: RankBySimilarity(items, len(scorer.ranker.tasks), scorer.diversity),
+    }
     for name, generator in bundle.generators.items():
         stages.append(Generate(generator, name, quotas[name], items, live, keep))
         fallbacks[stages[-1].name] = GenerateNothing(name)
@@ -61,6 +66,7 @@ def wire(
         stages += [Merge(quotas), Attribute(names_of(quotas))]
     if tail is not None:
         stages.append(Locate(tail))
+    short = _SHORT_WHERE_NEAR if users.is_near else _SHORT
     said = {"winners", "described", "user_notes", "retrieve_notes", "rank_notes"}
     if hosts is not None:
         said |= {"left_out"}
@@ -70,9 +76,10 @@ def wire(
         inputs=frozenset({"request"}),
         outputs=frozenset(said | ({"found_by"} if quotas else set())),
         answer="winners",
-        short=frozenset(one.name for one in stages if isinstance(one, _SHORT)),
+        short=frozenset(one.name for one in stages if isinstance(one, short)),
         spare_ms=_SPARE_MS,
         fallbacks=fallbacks,
+        patient=frozenset({ExpandUser.name}),  # a store that is late fails by its own timeout
         limits=_limits(config.serve, tail is not None),
         pool=pool,
         around=torch.inference_mode,

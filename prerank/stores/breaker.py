@@ -7,11 +7,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from prerank.errors import DataError
-
-
-class CircuitOpen(DataError):
-    """The store was not asked: it failed too often just now."""
+from prerank.errors import CircuitOpen
 
 
 class Breaker:

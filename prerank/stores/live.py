@@ -7,17 +7,18 @@ came after it; a live one of the same label and item is ignored, unless the item
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 
 from prerank.schema import IMPRESSION
 from prerank.stores.contexts import UNKNOWN
 from prerank.stores.events import EventStore, LiveEvent
-from prerank.stores.records import EXPOSED, UserRecord
+from prerank.stores.records import EXPOSED, UserRecord, Users
 from prerank.stores.users import UserStore
 from prerank.types import Array, Given
 
@@ -30,11 +31,68 @@ class Appended:
     num_logged: int
 
 
-class LiveUsers:
-    """Both stores, open. Threads may share one. It closes them."""
+class LoadedUsers(Users, Protocol):
+    """What the log knows; `stores.users.UserStore` is one and `stores.redis_users.RedisUsers` another."""
 
-    def __init__(self, users: UserStore, events: EventStore) -> None:
+    @property
+    def until_ms(self) -> int:
+        """The time of its last event: what happened until then, it knows."""
+        ...
+
+    def tidy(self) -> int:
+        """Remove what was left of earlier logs. Until when every log that some process reads knows what happened."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+        ...
+
+
+class LiveEvents(Protocol):
+    """What came since; `stores.events.EventStore` is one and `stores.redis_events.RedisEvents` another."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of events, by place."""
+        ...
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """The context columns, by place."""
+        ...
+
+    def append(self, events: Sequence[LiveEvent]) -> int:
+        """Add all or none. How many were sent before, by their event_id."""
+        ...
+
+    def get(self, user_id: int) -> Array:
+        """The user's rows [E], oldest first, as `stores.event_rows.row_of` has them."""
+        ...
+
+    def sweep(self, until_ms: int) -> int:
+        """Forget what happened until then. How many events that were."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+        ...
+
+
+class LiveUsers:
+    """Both stores, open. Threads may share one. It closes them.
+
+    `both` reads the two at once where that costs less than one after the other.
+    """
+
+    def __init__(
+        self,
+        users: LoadedUsers,
+        events: LiveEvents,
+        both: Callable[[int], tuple[UserRecord | None, Array]] | None = None,
+    ) -> None:
         self._users, self._events = users, events
+        self._both = both or (lambda user_id: (users.get(user_id), events.get(user_id)))
+        self.is_near: bool = users.is_near
         self.columns: tuple[str, ...] = users.columns
         self.labels: tuple[str, ...] = users.labels
         self.contexts: tuple[str, ...] = users.contexts
@@ -61,7 +119,7 @@ class LiveUsers:
             raise
 
     def record(self, events: Sequence[LiveEvent]) -> Appended:
-        """Keep all or none of `events`, whose names are among `event_names`; on the disk when this returns.
+        """Keep all or none of `events`, whose names are among `event_names`; the store has them when this returns.
 
         Of their context the columns `contexts` are kept, each an integer, text, a boolean or None.
         Raises DataError where they cannot be written.
@@ -75,7 +133,7 @@ class LiveUsers:
 
     def get(self, user_id: int) -> UserRecord | None:
         """What is known of the user, or None if nothing. Raises DataError on a damaged record."""
-        record, rows = self._users.get(user_id), self._events.get(user_id)
+        record, rows = self._both(user_id)
         flags = self._flags.take(rows["event"])
         counts = (rows["time_ms"] > self.until_ms) & (flags != 0)
         if record is not None and counts.any():
@@ -99,12 +157,13 @@ class LiveUsers:
     def sweep(self) -> int:
         """Forget the live events that the log has by now, and say how many.
 
-        Not for a process that reads beside a server: that may hold an older log, and would miss them.
+        With files this is not for a process that reads beside a server: that may hold an older log, and would miss
+        them. A Redis knows who holds which.
         """
-        return self._events.sweep(self.until_ms)
+        return self._events.sweep(self._users.tidy())
 
     def close(self) -> None:
-        """Let go of both files; nothing is answered any more."""
+        """Let go of both; nothing is answered any more."""
         self._users.close()
         self._events.close()
 

@@ -45,6 +45,11 @@ class Users(Protocol):
         ...
 
     @property
+    def is_near(self) -> bool:
+        """Whether users are in files of this machine; if not, a look-up is a round trip that others can overlap."""
+        ...
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The labels by bit of `UserRecord.flags`."""
         ...

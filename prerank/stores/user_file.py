@@ -1,4 +1,4 @@
-"""The user store's file: its layout, and how it is written beside and swapped in.
+"""A user's record as bytes, and the user store's file: how it is written beside and swapped in.
 
 The key is the user_id, big-endian with the sign bit flipped, so keys sort as the ids do. The value is two uint32
 (events E, profile bytes), then item_ids, time_ms, known_ms and each context column int64[E], flags uint32[E], all
@@ -84,12 +84,12 @@ def write_users(
     user_id: str,
 ) -> None:
     """See `UserStore.write`."""
-    _check_columns(users, user_id, labels)
+    joined = Joined(users, events, labels, contexts, user_id)
     if path.is_dir():
         raise DataError(f"{path}: expected a file to replace, found a folder; move it away")
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        _build(beside, users, events, labels, contexts, user_id)
+        _build(beside, joined)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -122,41 +122,49 @@ def _is_plain(kind: pa.DataType) -> bool:
     return bool(is_text or is_number or pa.types.is_boolean(kind) or pa.types.is_null(kind))
 
 
-def _build(
-    path: Path,
-    users: pa.Table,
-    events: Iterable[Events],
-    labels: Sequence[str],
-    contexts: Sequence[str],
-    user_id: str,
-) -> None:
-    columns = [name for name in users.column_names if name != user_id]
-    watched = _Watched(events)
+def _build(path: Path, joined: Joined) -> None:
     env = lmdb.open(str(path), subdir=False, lock=False, sync=False, metasync=False, map_size=_FIRST_MAP_BYTES)
     with contextlib.closing(env):
         chunk: list[tuple[bytes, bytes]] = []
-        for pair in _records(users, columns, user_id, watched, contexts):
+        for pair in joined:
             chunk.append(pair)
             if len(chunk) == _USERS_A_COMMIT:
                 _append(env, chunk)
                 chunk = []
         _append(env, chunk)
-        meta = Meta(FORMAT, user_id, columns, list(labels), users.num_rows, watched.until_ms, list(contexts))
         with env.begin(write=True) as transaction:
-            transaction.put(META, msgspec.msgpack.encode(meta))
+            transaction.put(META, joined.meta())
         env.sync(True)
 
 
-class _Watched:
-    """The events as they come, and the time of the last of those that came."""
+class Joined:
+    """The users with their events: key and value of each by ascending id, and of all `meta` when they have come.
 
-    def __init__(self, events: Iterable[Events]) -> None:
-        self._events = events
-        self.until_ms = BEFORE_ALL_MS
+    Raises DataError at construction for a column or labels that cannot be stored, and as they come for what
+    `UserStore.write` says.
+    """
 
-    def __iter__(self) -> Iterator[Events]:
+    def __init__(
+        self, users: pa.Table, events: Iterable[Events], labels: Sequence[str], contexts: Sequence[str], user_id: str
+    ) -> None:
+        _check_columns(users, user_id, labels)
+        self._users, self._events, self._user_id = users, events, user_id
+        self._labels, self._contexts = list(labels), list(contexts)
+        self._columns = [name for name in users.column_names if name != user_id]
+        self._until_ms = BEFORE_ALL_MS
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        return _records(self._users, self._columns, self._user_id, self._watched(), self._contexts)
+
+    def meta(self) -> bytes:
+        """See `Meta`."""
+        columns, num_users = self._columns, self._users.num_rows
+        found = Meta(FORMAT, self._user_id, columns, self._labels, num_users, self._until_ms, self._contexts)
+        return msgspec.msgpack.encode(found)
+
+    def _watched(self) -> Iterator[Events]:
         for one in self._events:
-            self.until_ms = max(self.until_ms, int(one[2].max(initial=BEFORE_ALL_MS)))
+            self._until_ms = max(self._until_ms, int(one[2].max(initial=BEFORE_ALL_MS)))
             yield one
 
 

@@ -10,18 +10,17 @@ from pathlib import Path
 from types import TracebackType
 
 import lmdb
-import msgspec
-import numpy as np
 import pyarrow as pa
 
 from prerank.errors import DataError
 from prerank.stores.environments import SharedEnvironment, share
 from prerank.stores.records import UserRecord as UserRecord
-from prerank.stores.user_file import FORMAT, HEAD, META, PROFILE, Format, Meta, event_bytes, id_of, key_of, write_users
+from prerank.stores.user_file import META, Meta, id_of, key_of, write_users
 from prerank.stores.user_file import Events as Events
+from prerank.stores.user_record import UserRecords, read_meta
 from prerank.types import Given
 
-_AGAIN = "build it again from the tables with `prerank train`"
+_AGAIN = "load it again from the tables with `prerank publish`"
 
 
 class UserStore:
@@ -30,13 +29,13 @@ class UserStore:
     `until_ms` is the time of its last event: what happened until then, it knows.
     """
 
+    is_near = True
+
     def __init__(self, shared: SharedEnvironment, path: Path, meta: Meta) -> None:
         self._shared: SharedEnvironment | None = shared
         self._path = path
         self._num_users = meta.num_users
-        self._profile = msgspec.msgpack.Decoder(PROFILE)
-        self._user_id = meta.user_id
-        self._stored = meta.columns
+        self._records = UserRecords(meta, str(path), _AGAIN)
         self.columns: tuple[str, ...] = (meta.user_id, *meta.columns)
         self.labels: tuple[str, ...] = tuple(meta.labels)
         self.contexts: tuple[str, ...] = tuple(meta.contexts)
@@ -46,7 +45,10 @@ class UserStore:
     def open(cls, path: Path) -> UserStore:
         """The store at `path`, to read. Raises DataError if there is none, or it is damaged or of another format."""
         if not path.is_file():
-            raise DataError(f"{path}: expected a user store (one LMDB file), found none; {_AGAIN}")
+            raise DataError(
+                f"{path}: expected a user store (one LMDB file), found none; {_AGAIN}, or name with --users the Redis "
+                "that has them"
+            )
         try:
             shared = share(path)
         except (lmdb.Error, OSError) as error:
@@ -78,26 +80,11 @@ class UserStore:
 
     def get(self, user_id: int) -> UserRecord | None:
         """The user's record, or None for one the store does not have. Raises DataError on a damaged record."""
-        value = self._value(user_id)
-        if value is None:
-            return None
-        profile = self._decoded(user_id, value)
-        num_events, num_contexts = HEAD.unpack_from(value)[0], len(self.contexts)
-        columns = np.frombuffer(value, "<i8", (3 + num_contexts) * num_events, HEAD.size)
-        columns = columns.reshape(3 + num_contexts, num_events)
-        return UserRecord(
-            profile=profile,
-            item_ids=columns[0],
-            time_ms=columns[1],
-            known_ms=columns[2],
-            flags=np.frombuffer(value, "<u4", num_events, HEAD.size + columns.nbytes),
-            contexts=columns[3:].T,
-        )
+        return self._records.record(user_id, self._value(user_id))
 
     def profile(self, user_id: int) -> Mapping[str, Given] | None:
         """The user's profile alone, or None for one the store does not have. Raises DataError on a damaged record."""
-        value = self._value(user_id)
-        return None if value is None else self._decoded(user_id, value)
+        return self._records.profile(user_id, self._value(user_id))
 
     def _value(self, user_id: int) -> bytes | None:
         try:
@@ -106,17 +93,9 @@ class UserStore:
         except lmdb.Error as error:
             raise DataError(f"{self._path}: the user store is damaged: {error}; {_AGAIN}") from None
 
-    def _decoded(self, user_id: int, value: bytes) -> dict[str, Given]:
-        """The profile of a record, all of whose lengths fit."""
-        num_events, num_bytes = HEAD.unpack_from(value) if len(value) >= HEAD.size else (0, 0)
-        profile_at = HEAD.size + num_events * event_bytes(len(self.contexts))
-        if len(value) != profile_at + num_bytes:
-            raise DataError(f"{self._path}: the record of user {user_id} is damaged; {_AGAIN}")
-        try:
-            profile = dict(zip(self._stored, self._profile.decode(value[profile_at:]), strict=True))
-        except ValueError as error:  # msgspec's DecodeError is one
-            raise DataError(f"{self._path}: the profile of user {user_id} is damaged: {error}; {_AGAIN}") from None
-        return {self._user_id: user_id, **profile}
+    def tidy(self) -> int:
+        """`until_ms`: a file that was replaced goes by itself, and one process serves from it."""
+        return self.until_ms
 
     def user_ids(self) -> Iterator[int]:
         """Every user_id, ascending."""
@@ -157,11 +136,8 @@ def _read_meta(shared: SharedEnvironment, path: Path) -> Meta:
     try:
         with env.begin() as transaction:
             plain = transaction.get(META)
-        if plain is None:
-            raise DataError(f"{path}: an LMDB file, but not a user store: it has no {META.decode()!r}; {_AGAIN}")
-        found_format = msgspec.msgpack.decode(plain, type=Format).format
-        if found_format != FORMAT:
-            raise DataError(f"{path}: expected user store format {FORMAT}, found {found_format}; {_AGAIN}")
-        return msgspec.msgpack.decode(plain, type=Meta)
-    except (lmdb.Error, msgspec.DecodeError) as error:
+    except lmdb.Error as error:
         raise DataError(f"{path}: the user store is damaged: {error}; {_AGAIN}") from None
+    if plain is None:
+        raise DataError(f"{path}: an LMDB file, but not a user store: it has no {META.decode()!r}; {_AGAIN}")
+    return read_meta(plain, str(path), _AGAIN)

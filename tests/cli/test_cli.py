@@ -10,13 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 import prerank
+from prerank.bundle.registry import Registry
 
 
-def run(*arguments: object, code: int = 0) -> str:
+def run(*arguments: object, code: int = 0, env: dict[str, str] | None = None) -> str:
     """`prerank` as a user runs it; what it prints."""
     command = [sys.executable, "-m", "prerank", *map(str, arguments)]
     # on one thread, as the worlds of conftest are: more sum in another order, and golden answers are part of a version
-    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    threads = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=threads)
     told = done.stdout + done.stderr
     assert done.returncode == code, told
@@ -116,3 +117,21 @@ def test_wrong_names_are_told_with_what_there_is(made):
     assert "surface" in run("recommend", *context, "-x", "hour=3", code=1)
     assert "hour" in run("recommend", *context, "-x", "surface=feed", "-x", "hour=late", code=1)
     assert "k: expected 1 to" in run("recommend", *context, "-x", "surface=feed", "-x", "hour=3", "-k", 0, code=1)
+
+
+def test_users_may_be_in_a_redis_and_the_winners_are_the_same(made, redis_url):
+    where, store, version = made
+    run("publish", *where, "--users", redis_url)
+    registry = Registry(store / "market")
+    if registry.live() != version:
+        registry.promote(version, "a test", "")
+    user = pq.read_table(where[3] / "users.parquet")["user_id"][0].as_py()
+    asked = ("recommend", "--store", store, "--user", user, "-k", 3, "-x", "surface=feed", "-x", "hour=20", "--json")
+    answer = json.loads(run(*asked, env={"PRERANK_USERS": redis_url}))
+    assert answer["winners"] == json.loads(run(*asked))["winners"]
+    assert answer["notes"] == []
+    other = redis_url.removesuffix("/0") + "/3"
+    said = run(*asked, "--users", other, code=1)
+    assert f"error: {other}: expected the users of funnel 'market', found none; load them with" in " ".join(
+        said.split()
+    )

@@ -157,9 +157,11 @@ def test_who_the_tables_cannot_know_is_not_compared(rows: list[LoggedRequest], p
     stranger = replace(rows[2], user_id=-5)
     unreadable = replace(rows[3], labels=("other",))
     aside = replace(rows[4], time_ms=rows[4].time_ms - 1)  # where no impression is
-    told = audit_skew([rows[0], late, stranger, unreadable, aside], prepared)
-    assert (told.num_requests, told.num_compared, told.num_joined) == (5, 2, 1)
+    failed = replace(rows[5], record=None, degraded=True)
+    told = audit_skew([rows[0], late, stranger, unreadable, aside, failed], prepared)
+    assert (told.num_requests, told.num_compared, told.num_joined) == (6, 2, 1)
     assert told.skipped == {
+        "the store of users failed, and the answer was a new user's": 1,
         "it is later than the log's last event": 1,
         "the users table does not have the user": 1,
         "no label 'is_click' was logged": 1,

@@ -93,7 +93,7 @@ def test_with_the_token_it_does(tmp_path: Path) -> None:
 
 
 READS = ("/v1/traces", "/v1/trace/r", "/traces", "/trace/r")
-ASKED = {"user_id": 987, "k": 1}
+ASKED = {"user_id": 98_765_432_101, "k": 1}
 
 
 def basic(password: str) -> dict[str, str]:
@@ -121,7 +121,7 @@ def test_where_there_is_a_token_nobody_reads_of_users_without_it(path: str, show
         assert (status, kind) == (401, "Unauthorized")
         assert message.endswith(f"`Basic` and it as the password, got {came}")
         assert "Basic realm=" in response.headers["www-authenticate"], "a browser asks then"
-        assert "987" not in response.text
+        assert "98765432101" not in response.text
 
 
 @pytest.mark.parametrize("path", READS)
@@ -174,7 +174,7 @@ def test_by_a_name_that_is_not_this_machines_nobody_reads_of_users(path: str) ->
             response = client.get(path, headers=headers)
             assert error_of(response)[:2] == (403, "CrossSite")
             assert error_of(response)[2].startswith(says)
-            assert "987" not in response.text
+            assert "98765432101" not in response.text
         link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
         assert client.get(path, headers=link).status_code == 200, "a link to it may stand anywhere"
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 import structlog
@@ -14,13 +15,22 @@ import torch
 from prerank.bundle.load import Bundle, load
 from prerank.bundle.registry import Registry
 from prerank.bundle.scorer import Scorer
-from prerank.errors import BundleError, DataError, DeadlineExceeded, PrerankError, RegistryError, RequestError
+from prerank.errors import (
+    BundleError,
+    DataError,
+    DeadlineExceeded,
+    PrerankError,
+    RegistryError,
+    RequestError,
+    StoreFailed,
+)
 from prerank.index.exact import ExactIndex
 from prerank.serve.answer import Answer
 from prerank.serve.expand import ExpandUser
 from prerank.serve.funnel import Funnel
 from prerank.stores.live import LiveUsers
 from prerank.stores.metadata import MetadataTable
+from prerank.stores.user_file import key_of
 from prerank.stores.users import UserStore
 from prerank.types import CandidateSet, Request, Scalar
 from tests.serve import world
@@ -189,6 +199,34 @@ def test_a_ranker_that_breaks_leaves_retrievals_order(funnel: Funnel, monkeypatc
     assert answer.notes == ["rank: it failed (RuntimeError); rank_by_similarity took its place"]
     assert len(answer.winners) == ALL
     assert logs[0]["stage"] == "rank"
+
+
+def test_a_user_store_that_fails_leaves_a_new_users_answer_and_says_so(
+    funnel: Funnel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_new = funnel.recommend(ask(9)).winners
+
+    def down(*_: object) -> None:
+        raise StoreFailed("redis://10.0.0.7: the user cannot be read: timed out")
+
+    monkeypatch.setattr(LiveUsers, "get", down)
+    answer = funnel.recommend(ask(1))
+    assert answer.winners == as_new
+    assert answer.degraded
+    assert answer.notes == ["expand_user: it failed (StoreFailed); serve_as_new_user took its place"]
+    assert "serve_as_new_user" in [stage.name for stage in answer.stages]
+    with pytest.raises(RequestError, match=r"context\.surface: missing"):
+        funnel.recommend(ask(1, context={"hour": 1}))
+
+
+def test_a_damaged_record_is_one_users_and_degrades_his_answers_alone(store: Path) -> None:
+    with lmdb.open(str(store / "users.lmdb"), subdir=False, lock=False) as env, env.begin(write=True) as turn:
+        turn.put(key_of(1), b"abc")
+    with Funnel.open(store) as funnel:
+        assert funnel.recommend(ask(1)).notes == [
+            "expand_user: it failed (DataError); serve_as_new_user took its place"
+        ]
+        assert not funnel.recommend(ask(2)).degraded
 
 
 def test_time_spent_before_the_funnel_counts(funnel: Funnel) -> None:

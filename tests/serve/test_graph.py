@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import structlog
 
-from prerank.errors import Cancelled, DeadlineExceeded, GraphError, RequestError
+from prerank.errors import Cancelled, DataError, DeadlineExceeded, GraphError, RequestError
 from prerank.kernels.stop import current
 from prerank.serve.graph import Deadline, Limit, RequestGraph, Stage, Values
 from prerank.serve.passage import run_graph
@@ -55,6 +55,7 @@ def graph(
     limits: Mapping[str, Limit] | None = None,
     short: frozenset[str] = frozenset(),
     spare_ms: float = 0.0,
+    patient: str = "",
     **fallbacks: Stage,
 ) -> RequestGraph:
     return RequestGraph(
@@ -63,6 +64,7 @@ def graph(
         outputs=frozenset({"out"}),
         answer="out",
         fallbacks=fallbacks,
+        patient=frozenset(patient.split()),
         clock=clock or Clock(),
         pool=pool,
         limits=limits,
@@ -195,6 +197,19 @@ def test_an_error_that_is_the_requests_own_answer_passes_a_fallback() -> None:
         run_graph(graph(step("a", "request", "out", refuses), a=step("f", "request", "out")), {"request": 0})
 
 
+def test_what_a_store_has_or_lacks_is_no_answer_and_a_fallback_meets_it() -> None:
+    def lacks(_: Values) -> Values:
+        raise DataError("redis://secret: the record is damaged")
+
+    with structlog.testing.capture_logs() as logs:
+        run = run_graph(graph(step("a", "request", "out", lacks), a=step("f", "request", "out")), {"request": "r"})
+    assert run.outputs == {"out": "f(r)"}
+    assert run.notes == ("a: it failed (DataError); f took its place",)
+    assert [(log["log_level"], log["error"]) for log in logs] == [("warning", "redis://secret: the record is damaged")]
+    with pytest.raises(DataError, match="the record is damaged"):
+        run_graph(graph(step("a", "request", "out", lacks)), {"request": 0})
+
+
 def slow_find(clock: Clock, seconds: float) -> Step:
     def find(_: Values) -> Values:
         clock.now += seconds
@@ -218,6 +233,33 @@ def test_a_stage_that_cannot_start_in_time_is_replaced_by_its_fallback() -> None
     run = run_graph(wired, {"request": 0}, Deadline(0.0, 50.0))
     assert run.outputs == {"out": "f(found)"}
     assert run.notes == ("rank: the deadline of 50 ms passed before it could start; f took its place",)
+
+
+def test_a_patient_stage_is_replaced_where_it_fails_and_not_where_it_is_late(pool: Executor) -> None:
+    """Its fallback would be for nothing: what comes after it could not start in time either."""
+    clock = Clock()
+
+    def wired(rank: Step, pool: Executor | None = None) -> RequestGraph:
+        fallback = step("f", "found", "out")
+        return graph(slow_find(clock, 1.0), rank, rank=fallback, clock=clock, patient="rank", pool=pool)
+
+    with pytest.raises(DeadlineExceeded, match="rank: the deadline of 50 ms passed before it could start"):
+        run_graph(wired(step("rank", "found", "out")), {"request": 0}, Deadline(0.0, 50.0))
+    for threads in (None, pool):
+        run = run_graph(wired(step("rank", "found", "out", fails), threads), {"request": 0})
+        assert run.notes == ("rank: it failed (ValueError); f took its place",)
+    own = graph(
+        sleeping("rank", "request", "out", 1.0),
+        rank=step("f", "request", "out"),
+        clock=time.perf_counter,
+        patient="rank",
+        pool=pool,
+        limits={"rank": Limit(deadline_ms=20.0)},
+    )
+    run = run_graph(own, {"request": 0})
+    assert run.notes == ("rank: it was not done in its 20 ms; f took its place",)
+    with pytest.raises(GraphError, match=r"'a' is patient and has no fallback; fallbacks are for \[\]"):
+        graph(step("a", "request", "out"), patient="a")
 
 
 def test_once_an_answer_exists_what_is_left_runs_even_if_late() -> None:

@@ -14,11 +14,12 @@ import pytest
 
 from prerank.bundle.load import load
 from prerank.bundle.registry import Registry
-from prerank.errors import BundleError, DataError, RequestError, SchemaMismatch
+from prerank.errors import BundleError, DataError, RequestError, SchemaMismatch, StoreFailed
 from prerank.serve.answer import Answer
 from prerank.serve.funnel import Funnel
 from prerank.serve.http import create_app
 from prerank.stores.events import LiveEvent
+from prerank.stores.live import LiveUsers
 from prerank.stores.users import UserStore
 from prerank.types import Given, Request
 from tests.bundle.world import sign_again
@@ -171,6 +172,28 @@ def test_a_profile_of_another_type_is_the_stores_error(store: Path) -> None:
     UserStore.write(store / "users.lmdb", wrong, world.events(), labels=["is_click", "is_like"])
     with Funnel.open(store) as funnel, pytest.raises(DataError, match=r"user store: groups: expected .* got 1\.5"):
         funnel.recommend(ask(1, 1))
+
+
+def test_without_a_profile_nobody_is_shown_what_he_may_not_see(
+    funnel: Funnel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that fails is an error where a rule reads the profile, and where none does a degraded answer."""
+
+    def down(*_: object) -> None:
+        raise StoreFailed("redis://10.0.0.7: the user cannot be read: timed out")
+
+    alone = {name: RULES[name] for name in ("placement", "hours")}
+    publish_live(tmp_path / "tiny", world.config(targeting=alone), lists())
+    with Funnel.open(tmp_path / "tiny") as other:
+        monkeypatch.setattr(LiveUsers, "get", down)
+        monkeypatch.setattr(LiveUsers, "profile", down)
+        with pytest.raises(StoreFailed):
+            funnel.recommend(ask(1, 1))
+        with Client(create_app(funnel)) as client:
+            refused = client.post("/v1/recommend", json={"user_id": 1, "k": 1, "context": dict(ask(1, 1).context)})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "StoreFailed")
+        assert "10.0.0.7" not in refused.text
+        assert other.recommend(ask(1, 1)).degraded
 
 
 @pytest.mark.parametrize("table", [None, lists().slice(1)])

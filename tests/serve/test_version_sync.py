@@ -212,7 +212,8 @@ class Rollouts(RuleBasedStateMachine):
             features, _ = ExpandUser(made.users, bundle.transforms, bundle.scorer.items).expand(
                 made.users.get(user), request
             )
-            values = {"request": request, "features": features, "eligible": None, "num_eligible": 1}
+            values = {"request": request, "record": made.users.get(user), "features": features}
+            values |= {"eligible": None, "num_eligible": 1}
             for _ in range(1 + again):
                 written = stage.run(values)
                 self.check(request, bundle, written["candidates"], written["left_out"])

@@ -3,7 +3,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from prerank.stores.breaker import Breaker, CircuitOpen
+from prerank.errors import CircuitOpen
+from prerank.stores.breaker import Breaker
 from prerank.stores.redis_tail import RedisTail
 from tests.stores.redis_server import redis_server
 

@@ -10,7 +10,8 @@ from prerank.stores.contexts import UNKNOWN, digest
 from prerank.stores.events import EventStore, LiveEvent
 from prerank.stores.live import Appended, LiveUsers
 from prerank.stores.records import BEFORE_ALL_MS, EXPOSED, UserRecord
-from prerank.stores.users import UserStore
+from tests.stores.places import Files, Place
+from tests.stores.places import place as place
 from tests.stores.test_users import event as logged
 
 CLICK, BUY, SHOWN = 1, 2, int(EXPOSED)
@@ -18,25 +19,27 @@ UNTIL = 100
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def home(place: Place) -> Place:
     """User 7 was shown item 1 at 50, clicked at 60, and item 2 at 90, bought at 140; the log's last is at 100."""
     seven = logged(7, (1, 50, SHOWN | CLICK), (2, 90, SHOWN | BUY))
     seven[3][:] = [60, 140]
-    write(tmp_path, [seven, logged(8, (5, UNTIL, SHOWN))])
-    return tmp_path
+    write(place, [seven, logged(8, (5, UNTIL, SHOWN))])
+    return place
 
 
-def write(home: Path, events: list, labels: tuple[str, ...] = ("click", "buy"), contexts: tuple[str, ...] = ()) -> None:
+def write(
+    home: Place, events: list, labels: tuple[str, ...] = ("click", "buy"), contexts: tuple[str, ...] = ()
+) -> None:
     table = pa.table({"user_id": [7, 8, 9]})
-    UserStore.write(home / "users.lmdb", table, events, labels=labels, contexts=contexts)
+    home.write(table, events, labels=labels, contexts=contexts)
 
 
-def opened(home: Path) -> LiveUsers:
-    return LiveUsers.open(home / "users.lmdb", home / "events.lmdb")
+def opened(home: Place) -> LiveUsers:
+    return home.live()
 
 
 @pytest.fixture
-def users(home: Path) -> Iterator[LiveUsers]:
+def users(home: Place) -> Iterator[LiveUsers]:
     with opened(home) as users:
         yield users
 
@@ -94,7 +97,7 @@ def test_a_label_of_an_exposure_since_then_counts_beside_the_logs(users: LiveUse
     assert rows(users.get(7)) == [*LOGGED, (2, 130, 130, SHOWN), (2, 141, 141, BUY)]
 
 
-def test_what_a_newer_log_has_does_not_count_twice_and_is_swept(home: Path, users: LiveUsers) -> None:
+def test_what_a_newer_log_has_does_not_count_twice_and_is_swept(home: Place, users: LiveUsers) -> None:
     users.record(
         [LiveEvent(7, 3, "impression", 120), LiveEvent(7, 3, "click", 130), LiveEvent(7, 4, "impression", 150)]
     )
@@ -106,12 +109,13 @@ def test_what_a_newer_log_has_does_not_count_twice_and_is_swept(home: Path, user
     in_log = [*LOGGED, (3, 120, 130, SHOWN | CLICK)]
     assert rows(later.get(7)) == [*in_log, (4, 150, 150, SHOWN)]
     assert rows(users.get(7)) == [*LOGGED, (3, 120, 120, SHOWN), (3, 130, 130, CLICK), (4, 150, 150, SHOWN)]
+    users.close()
     assert later.sweep() == 1  # the click is later than the log's last exposure, and stays until the next
     assert rows(later.get(7)) == [*in_log, (4, 150, 150, SHOWN)]
     later.close()
 
 
-def test_live_events_mean_the_same_under_a_log_with_other_labels(home: Path, users: LiveUsers) -> None:
+def test_live_events_mean_the_same_under_a_log_with_other_labels(home: Place, users: LiveUsers) -> None:
     users.record([LiveEvent(9, 1, "buy", 120), LiveEvent(9, 2, "click", 130), LiveEvent(9, 3, "impression", 140)])
     write(home, [logged(8, (5, UNTIL, SHOWN))], labels=("like", "buy"))
     other = opened(home)
@@ -122,7 +126,7 @@ def test_live_events_mean_the_same_under_a_log_with_other_labels(home: Path, use
     assert rows(users.get(9)) == [(1, 120, 120, BUY), (2, 130, 130, CLICK), (3, 140, 140, SHOWN)]
 
 
-def test_a_live_events_context_follows_the_logs_in_the_order_of_its_columns(home: Path) -> None:
+def test_a_live_events_context_follows_the_logs_in_the_order_of_its_columns(home: Place) -> None:
     """Whatever the columns of the log before were."""
     surfaces, tabs = np.array([digest("feed")]), np.array([digest(3)])
     write(home, [(*logged(7, (1, 50, SHOWN)), tabs)], contexts=("tab",))
@@ -150,27 +154,32 @@ def contexts(record: UserRecord | None) -> list[list[int]]:
     return found
 
 
-def test_a_log_without_events_leaves_everything_to_the_live_ones(tmp_path: Path) -> None:
-    write(tmp_path, [])
-    with opened(tmp_path) as users:
+def test_a_log_without_events_leaves_everything_to_the_live_ones(place: Place) -> None:
+    write(place, [])
+    with opened(place) as users:
         assert users.until_ms == BEFORE_ALL_MS
         users.record([LiveEvent(7, 1, "impression", 0)])
         assert rows(users.get(7)) == [(1, 0, 0, SHOWN)]
         assert users.sweep() == 0
 
 
-def test_a_store_of_events_that_cannot_be_opened_leaves_nothing_open(home: Path) -> None:
-    (home / "events.lmdb").write_bytes(b"hello")
+def test_a_store_of_events_that_cannot_be_opened_leaves_nothing_open(tmp_path: Path) -> None:
+    home = Files(tmp_path)
+    write(home, [])
+    home.events_path.write_bytes(b"hello")
     with pytest.raises(DataError, match=r"events\.lmdb: expected a store of events"):
         opened(home)
-    (home / "events.lmdb").unlink()
+    home.events_path.unlink()
     opened(home).close()
 
 
-def test_events_are_kept_in_a_file_of_their_own(home: Path, users: LiveUsers) -> None:
-    before = (home / "users.lmdb").read_bytes()
-    users.record([LiveEvent(7, 3, "impression", 120)])
-    assert (home / "users.lmdb").read_bytes() == before
-    events = EventStore.open(home / "events.lmdb", [])
+def test_events_are_kept_in_a_file_of_their_own(tmp_path: Path) -> None:
+    home = Files(tmp_path)
+    write(home, [])
+    before = home.users_path.read_bytes()
+    with opened(home) as users:
+        users.record([LiveEvent(7, 3, "impression", 120)])
+        assert home.users_path.read_bytes() == before
+    events = EventStore.open(home.events_path, [])
     assert len(events.get(7)) == 1
     events.close()
