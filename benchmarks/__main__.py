@@ -21,6 +21,7 @@ QUESTIONS = (
     "scorer_cpu",
     "market_serving",
     "serving_parts",
+    "rollout",
     "inventory",
     "request_path",
     "request_load",

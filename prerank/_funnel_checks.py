@@ -56,6 +56,9 @@ def check_names(config: Config, problems: Problems) -> None:
     for name in config.metadata.deferred:
         if name in config.metadata.columns:
             problems.add("metadata.deferred", f"expected columns that do not come with answers, got {name!r}")
+    by, shown = config.retrieval.index.by, [*config.metadata.columns, *config.metadata.deferred]
+    if by and config.metadata.columns:
+        problems.known("retrieval.index.by", by, shown, "a column of [metadata]")
     _check_generators(config, problems)
     _check_domain(config, problems)
     _check_segments(config, problems)
@@ -218,7 +221,7 @@ _POSITIVE = {
         *("dim", "width", "experts", "cross_layers", "low_rank", "heads"),
         *("batch", "epochs", "keep", "learning_rate"),
     ),
-    "serve": ("deadline_ms", "max_k"),
+    "serve": ("deadline_ms", "max_k", "hosts_ms", "towers"),
 }
 
 

@@ -137,11 +137,15 @@ class IndexConfig:
     "bfloat16" takes half of the bytes of "float32", "int8", with a scale a row, about a quarter; similarities are those
     of what is stored. "exact" looks at every eligible item; "hnsw", which needs prerank[hnsw], searches a graph where
     that is measured, when a version is published, to be faster and to find on average at least `floor` of the best.
+
+    Where index hosts have a shard each, items that share a value of the column `by`, one that answers may show, are in
+    one shard; without it their item_id says in which.
     """
 
     kind: Literal["exact", "hnsw"] = "exact"
     storage: Literal["float32", "bfloat16", "int8"] = "float32"
     floor: float = 0.98
+    by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,10 +334,16 @@ class StageLimit:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Promises to callers: the default deadline and the most winners one request may ask for; limits of `stages`."""
+    """Promises to callers: the default deadline and the most winners one request may ask for; limits of `stages`.
+
+    Where the index is on hosts of its own, a request waits `hosts_ms` milliseconds for them, and the user towers of
+    `towers` versions stay loaded, for hosts that have another version than the one that serves.
+    """
 
     deadline_ms: float = 1000.0
     max_k: int = 1000
+    hosts_ms: float = 50.0
+    towers: int = 3
     stages: Mapping[str, StageLimit] = field(default_factory=dict)
 
 

@@ -75,35 +75,35 @@ def load(path: Path) -> Bundle:
     parts of different features, weights of another shape, or a golden request answered otherwise.
     """
     said = verify(path)
-    config = _config(path / manifest.CONFIG)
-    transforms = _transforms(path, config, said)
+    config = config_of(path / manifest.CONFIG)
+    transforms = transforms_of(path, config, said)
     sizes = transforms.sizes()
-    with _NothingDrawn():
+    with NothingDrawn():
         towers, ranker = build_towers(config, sizes), build_ranker(config, sizes)
-    _fill(towers, read_tensors(path / manifest.RETRIEVAL)[0], path / manifest.RETRIEVAL)
+    fill(towers, read_tensors(path / manifest.RETRIEVAL)[0], path / manifest.RETRIEVAL)
     assert isinstance(ranker, nn.Module)
 
     where = path / manifest.SCORER
     tensors = read_tensors(where)[0]
-    _fill(ranker, _below(tensors, _RANKER), where)
-    items = ItemTable.from_state(_below(tensors, _ITEMS))
+    fill(ranker, below(tensors, _RANKER), where)
+    items = ItemTable.from_state(below(tensors, _ITEMS))
     fault = items.first_fault(config.features, sizes)
     if fault:
         raise BundleError(f"{where}: {fault}")
     utility = Utility.build(ranker.tasks, config.utility)
-    _fill(utility, _below(tensors, _UTILITY), where)
+    fill(utility, below(tensors, _UTILITY), where)
     rules = build_rules(ranker.tasks, config.rules, items.num_rows)
     for name in RULES:  # one that is not asked for has no weights either
-        _fill(rules.get(name, nn.Module()), _below(tensors, f"{name}."), where)
+        fill(rules.get(name, nn.Module()), below(tensors, f"{name}."), where)
     item_side = _item_side(tensors, ranker, items, where)
-    targeting = _targeting(path, config, said, _below(tensors, _TARGETING), items.num_rows)
+    targeting = targeting_of(path, config, said, below(tensors, _TARGETING), items.num_rows)
     try:
-        diversity = _diversity(path, config, said, _below(tensors, _DIVERSITY))
+        diversity = _diversity(path, config, said, below(tensors, _DIVERSITY))
         scorer = Scorer(items, ranker, utility, item_side, diversity, rules, targeting).eval()
     except (BundleError, SchemaMismatch) as error:
         raise BundleError(f"{where}: {error}") from None
 
-    index = _index(path, config, said)
+    index = index_of(path, config, said)
     _check_metadata(path / manifest.METADATA, config, items.num_published)
     difference = _golden(path / manifest.GOLDEN, config).first_difference(towers, index, scorer)
     if difference:
@@ -112,7 +112,7 @@ def load(path: Path) -> Bundle:
     return Bundle(str(said["version"]), path, config, transforms, towers, index, scorer, said, generators)
 
 
-class _NothingDrawn(TorchFunctionMode):
+class NothingDrawn(TorchFunctionMode):
     """Models are built for their shapes alone: the weights are the file's, not drawn and thrown away.
 
     Memory that is never written to costs nothing. The meta device would do the same, but building on it imports the
@@ -131,14 +131,16 @@ class _NothingDrawn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _config(where: Path) -> Config:
+def config_of(where: Path) -> Config:
+    """A version's configuration. Raises BundleError for one that this prerank does not read."""
     try:
         return parse_config(tomllib.loads(where.read_text(encoding="utf-8")), str(where))
     except (ConfigError, ValueError) as error:
         raise BundleError(f"{where}: not a configuration this prerank reads: {error}") from None
 
 
-def _transforms(path: Path, config: Config, said: Mapping[str, object]) -> Transforms:
+def transforms_of(path: Path, config: Config, said: Mapping[str, object]) -> Transforms:
+    """The fitted transforms. Raises BundleError unless they are of the features of the configuration and manifest."""
     where = path / manifest.TRANSFORMS
     try:
         transforms = Transforms.from_json(where.read_text(encoding="utf-8"))
@@ -152,11 +154,12 @@ def _transforms(path: Path, config: Config, said: Mapping[str, object]) -> Trans
     return transforms
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one part, by their names in it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
     """Make `tensors` the module's own weights, uncopied, if they are exactly those it has places for."""
     wanted = module.state_dict()
     for name in [*wanted, *(name for name in tensors if name not in wanted)]:
@@ -173,7 +176,7 @@ def _said(tensor: Tensor | None) -> str:
 
 def _item_side(tensors: Mapping[str, Tensor], ranker: Ranker, items: ItemTable, where: Path) -> dict[str, Tensor]:
     """What was stored of each item, if it has the names, types and widths the ranker makes."""
-    found = _below(tensors, _ITEM_SIDE)
+    found = below(tensors, _ITEM_SIDE)
     with torch.inference_mode():
         like = ranker.item_side({name: column[:1] for name, column in items.features().items()})
     for name in [*like, *(name for name in found if name not in like)]:
@@ -217,7 +220,7 @@ def _groups(where: Path, rules: Sequence[str]) -> dict[str, pa.Array]:
     return {name: table.column(name).chunk(0).flatten() for name in rules}
 
 
-def _targeting(
+def targeting_of(
     path: Path, config: Config, said: Mapping[str, object], tensors: Mapping[str, Tensor], num_items: int
 ) -> Targeting | None:
     """The rules with their values and bitmaps, or None where the configuration has none, and the version too."""
@@ -255,7 +258,8 @@ def _generators(path: Path, config: Config, said: Mapping[str, object], num_rows
         raise BundleError(f"{where}: {error}") from None
 
 
-def _index(path: Path, config: Config, said: Mapping[str, object]) -> Index:
+def index_of(path: Path, config: Config, said: Mapping[str, object]) -> Index:
+    """The index. Raises BundleError for one whose vectors are of other towers than the manifest lists."""
     index = INDEXES[config.retrieval.index.kind].load(path / manifest.INDEX)
     towers = manifest.files_of(path, said)[manifest.RETRIEVAL].model_id
     if index.models != {"retrieval": towers}:

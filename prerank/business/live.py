@@ -73,6 +73,11 @@ class LiveItems(nn.Module):
             self.on[left] = False
             self.on[taken] = on
 
+    @property
+    def num_on(self) -> int:
+        """How many items are on."""
+        return self._num_on
+
     def value(self, name: str) -> Tensor:
         """float32 [C]."""
         return self.get_buffer(f"value_{name}")

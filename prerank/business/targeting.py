@@ -24,7 +24,7 @@ from prerank.config import MOST_TARGETED, TargetingRule
 from prerank.errors import BundleError, DataError, RequestError
 from prerank.kernels.eligible import WORD, eligible_rows, num_words
 from prerank.schema import Owner
-from prerank.types import Given
+from prerank.types import Array, Given
 
 _EXPECTS = "text, a whole number, true or false, or a list of these, or null where it is not known"
 
@@ -86,6 +86,16 @@ class Targeting(nn.Module):
             bitmaps.append(pack_lists(rule, lengths, distinct, codes))
         room = num_words(num_items + slack) - num_words(num_items)
         return cls(rules, values, pad(torch.cat(bitmaps), (0, room)), num_items + slack)
+
+    def part(self, rows: Array) -> Targeting:
+        """The same rules of rows int64 [n], ascending, alone: row n of it is rows[n] of this one."""
+        words = num_words(len(rows))
+        bitmaps = np.zeros((len(self.bitmaps), words * WORD // 8), np.uint8)
+        for n, whole in enumerate(self.bitmaps.numpy().view(np.uint8)):  # one at a time: a bit is a byte meanwhile
+            own = np.packbits(np.unpackbits(whole, bitorder="little")[rows], bitorder="little")
+            bitmaps[n, : len(own)] = own
+        rules = {name: fitted.rule for name, fitted in self._rules.items()}
+        return Targeting(rules, self.to_plain(), torch.from_numpy(bitmaps.view(np.int64)), len(rows))
 
     def read(self, columns: Mapping[str, pa.ChunkedArray]) -> Listed:
         """What n items list under each rule, to be `put`. Raises DataError as `fit`."""

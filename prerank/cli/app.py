@@ -16,7 +16,7 @@ from prerank import __version__
 from prerank.bundle.load import load
 from prerank.bundle.manifest import CONFIG, METADATA
 from prerank.bundle.registry import Registry
-from prerank.cli import render, requests
+from prerank.cli import index_host, render, requests
 from prerank.cli.demo import demo as run_demo
 from prerank.cli.doctor import examine
 from prerank.cli.progress import progress
@@ -283,6 +283,10 @@ def serve(
     ] = 0.0,
     traces: Annotated[int, typer.Option(min=0, help="How many of the latest requests are kept for /traces.")] = 256,
     lines: Annotated[float, typer.Option(min=0, max=1, help="The share of requests that get a line on stderr.")] = 0.0,
+    index_hosts: Annotated[
+        str | None,
+        typer.Option(help="Index hosts: 0=host:port|host:port,1=... or a file with a shard a line; none by default."),
+    ] = None,
     otel: Annotated[
         bool | None,
         typer.Option(help="Send OpenTelemetry spans; by default where OTEL_EXPORTER_OTLP_ENDPOINT is set."),
@@ -321,6 +325,7 @@ def serve(
         linger_s=linger_s,
         grpc_port=grpc_port,
         sight=sight,
+        index_hosts=index_hosts,
         otel=otel,
         allow_hosts=allow_host,
     )
@@ -513,3 +518,6 @@ def _field(said: str) -> tuple[str, Given]:
     except ValueError:
         plain = value
     return name, plain if isinstance(plain, str | int | float | bool | list) else value
+
+
+index_host.register(app, out, _found)

@@ -64,6 +64,11 @@ class Transforms:
                 fitted[owner, name] = one
         return cls(schema, fitted)
 
+    def lasting(self) -> Transforms:
+        """Of `FeatureSchema.lasting` alone, which is what the towers read."""
+        schema = self.schema.lasting()
+        return Transforms(schema, {key: one for key, one in self._fitted.items() if key[1] in schema.of(key[0])})
+
     def encode(self, owner: Owner, columns: pa.Table | pa.RecordBatch) -> dict[str, Array]:
         """Every feature of one owner but histories, leading shape [rows]; `types.Features` says each dtype.
 

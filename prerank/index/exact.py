@@ -62,6 +62,13 @@ class ExactIndex(nn.Module):
         self.register_buffer("vectors", self.vectors.clone())
         self.register_buffer("scales", None if self.scales is None else self.scales.clone())
 
+    def part(self, rows: Tensor) -> Self:
+        """These rows int64 [n] alone, copied, as an index of their own: its row n is rows[n] of this one."""
+        part = type(self)(torch.empty(0, 0))
+        part._keep(self.vectors[rows], None if self.scales is None else self.scales[rows])
+        part.models, part.threads = self.models, self.threads
+        return part
+
     def save(self, path: Path, models: Mapping[str, str]) -> None:
         """Write one safetensors file; `models` is the version of each model the vectors were made with, by name."""
         write_tensors(path, self.to_tensors(), {"index": "exact", "storage": self.storage, "models": dict(models)})

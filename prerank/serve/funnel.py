@@ -35,6 +35,7 @@ from prerank.serve.changes import Changed, Changes
 from prerank.serve.expand import ExpandUser
 from prerank.serve.generate import names_of
 from prerank.serve.graph import Deadline, GraphRun
+from prerank.serve.hosts import IndexHosts
 from prerank.serve.lookups import open_tail, open_users
 from prerank.serve.metadata import Described, Descriptions
 from prerank.serve.passage import run_graph
@@ -67,6 +68,7 @@ class Funnel:
         changes: ItemStore | None = None,
         tail: TailStore | None = None,
         counts: ReadCounts | None = None,
+        hosts: IndexHosts | None = None,
     ) -> None:
         items, config = bundle.scorer.items, bundle.config
         if metadata.columns and metadata.num_rows != items.num_published:
@@ -98,8 +100,10 @@ class Funnel:
         self._pool = ThreadPoolExecutor(_STAGES_AT_ONCE, thread_name_prefix="stage")
         self._descriptions = Descriptions(config.metadata, metadata, items, bundle.version, counts)
         self._counts = counts
+        if hosts is not None:
+            hosts.towers.most = config.serve.towers
         self._bundle = bundle
-        self._graph = wire(bundle, users, self._descriptions, self.tail, self._pool)
+        self._graph = wire(bundle, users, self._descriptions, self.tail, self._pool, hosts)
 
     @classmethod
     def open(
@@ -110,6 +114,7 @@ class Funnel:
         tail: str | None = None,
         shared: Engine | None = None,
         users: str | None = None,
+        hosts: IndexHosts | None = None,
     ) -> Funnel:
         """`version` of the funnel at `store`, the live one unless named.
 
@@ -117,7 +122,8 @@ class Funnel:
         `users` is that of the Redis that holds users and events; by default they are in `users.lmdb` and `events.lmdb`.
 
         `workers` native threads rank, one a core unless told otherwise; with 0, and where there are no native kernels,
-        torch does on the calling thread. With a `shared` engine its threads do, and it stays open.
+        torch does on the calling thread. With a `shared` engine its threads do, and it stays open. Where there are
+        index `hosts`, which stay open too, they are asked in place of the version's own index.
         Raises RegistryError if there is no such version, BundleError for one that is damaged, DataError for a user
         store that is. Nothing half-loaded is ever returned. What happens meanwhile is kept in the store's
         `events.lmdb` and `items.lmdb`, which are made if they are not there.
@@ -141,7 +147,7 @@ class Funnel:
             opened += [] if rest is None else [rest]
             counts = ReadCounts.open(store / READS)
             opened.append(counts)
-            funnel = cls(bundle, known, metadata, engine, changes, rest, counts)
+            funnel = cls(bundle, known, metadata, engine, changes, rest, counts, hosts)
             funnel._owns_engine = shared is None
             # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
             with suppress(DeadlineExceeded):  # a stage's own deadline is for when it is warm
@@ -266,8 +272,10 @@ class Funnel:
         probs = rows_of(self._tasks, [_finite(of_task) for of_task in top.probs[0, :num].T])
         winners = list(map(Winner, item_ids, _finite(top.utility[0, :num]), probs, described, found_by))
         said = [run.outputs[notes] for notes in ("user_notes", "retrieve_notes", "rank_notes")]
-        notes = [*chain.from_iterable(said), *run.notes]
-        return Answer(request.request_id, self.version, winners, run.reports, run.degraded, notes)
+        left_out = run.outputs.get("left_out", ())
+        notes = [*chain.from_iterable(said), *run.notes, *left_out]
+        is_degraded = run.degraded or bool(left_out)
+        return Answer(request.request_id, self.version, winners, run.reports, is_degraded, notes)
 
 
 def _items_until(bundle: Bundle) -> int:

@@ -45,19 +45,23 @@ class Generate:
         """See `Generator.find`."""
         rows = self.generator.find(values["features"], self.quota, self.items.rows_of)
         rows = rows[self.live.on[rows]]
-        eligible: Tensor | None = values["eligible"]
-        if eligible is not None and eligible.dtype == torch.bool:
-            rows = rows[eligible[rows]]
-        elif eligible is not None and len(eligible):
-            at = torch.searchsorted(eligible, rows).clamp_max(len(eligible) - 1)
-            rows = rows[eligible[at] == rows]
-        elif eligible is not None:
-            rows = rows[:0]
+        rows = rows[are_eligible(rows, values["eligible"])]
         return {f"found_{self.label}": rows[: self.quota + self.keep]}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """One user in, rows out."""
         return 1, len(written[f"found_{self.label}"])
+
+
+def are_eligible(rows: Tensor, eligible: Tensor | None) -> Tensor:
+    """bool [n] of rows int64 [n], by what `Target` wrote."""
+    if eligible is None:
+        return torch.ones(len(rows), dtype=torch.bool)
+    if eligible.dtype == torch.bool:
+        return eligible[rows]
+    if not len(eligible):
+        return torch.zeros(len(rows), dtype=torch.bool)
+    return eligible[torch.searchsorted(eligible, rows).clamp_max(len(eligible) - 1)] == rows
 
 
 @dataclass(frozen=True, slots=True)

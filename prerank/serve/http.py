@@ -35,6 +35,7 @@ from prerank.serve.ending import MOST_S, EndingServer
 from prerank.serve.envelope import Envelope, Refused, read_body, refused_by_routing
 from prerank.serve.exposure import LOCAL, Exposure
 from prerank.serve.graph import Deadline
+from prerank.serve.hosts import IndexHosts
 from prerank.serve.live_version import LiveVersion
 from prerank.serve.metrics import CONTENT_TYPE, ServeMetrics
 from prerank.serve.open_inference import OpenInference
@@ -87,14 +88,18 @@ def create_app(
     door: Door | None = None,
     grpc: tuple[str, int] | None = None,
     sight: Sight = AS_USUAL,
+    hosts: IndexHosts | None = None,
 ) -> Starlette:
     """The application around `funnel`, or, given the error that kept it from loading, one that says it is not ready.
 
     A `LiveVersion` may become another version, or ready, at any time. When `door` is closed it takes nothing new. The
-    Open Inference Protocol is spoken over gRPC too as long as it lives, at the host and port `grpc` if said.
+    Open Inference Protocol is spoken over gRPC too as long as it lives, at the host and port `grpc` if said. What it
+    asks `hosts` is among the metrics.
     Raises ConfigError where that cannot be.
     """
     server = _Server(funnel, limits, exposure, door or Door(), Seeing(sight))
+    if hosts is not None:
+        server.metrics.asks(hosts)
     beside = None if grpc is None else server.grpc(*grpc)
 
     @contextlib.asynccontextmanager
@@ -148,12 +153,13 @@ def serve(
     sight: Sight = AS_USUAL,
     otel: bool | None = None,
     allow_hosts: Sequence[str] = (),
+    index_hosts: str | None = None,
 ) -> None:
     """Serve the live version of the funnel at `store`, and each that goes live later, until a signal ends it.
 
     Or `version` for good, if it is named. `workers`, `tail` and `users` are as `Funnel.open`'s, `token_file` and
     `allow_hosts` as `Exposure.of`'s, `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if
-    it is said. `otel` sends spans, as `spans_of` has it.
+    it is said. `otel` sends spans, as `spans_of` has it; `index_hosts` are as `parse_hosts` reads them.
     Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token. A
     version or store that cannot be loaded is said on stderr in one line, and by /readyz until one can be.
     """
@@ -171,8 +177,11 @@ def serve(
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     torch.set_num_threads(1)  # two requests that share cores by spinning cost each other more than they gain
-    watch = VersionWatch.open(store, version, workers, tail, settled=_settle, users=users)
+    hosts = None if index_hosts is None else IndexHosts.open(index_hosts, store)
+    watch = VersionWatch.open(store, version, workers, tail, settled=_settle, users=users, hosts=hosts)
     try:
+        if hosts is not None:
+            hosts.start()
         if watch.live.error is not None:
             print(_why_not_ready(watch.live.error), file=sys.stderr, flush=True)
         gc.collect()
@@ -180,12 +189,14 @@ def serve(
         if version is None:
             watch.start()
         grpc = None if grpc_port is None else (host, grpc_port)
-        app = create_app(watch.live, limits, exposure, door, grpc, sight)
+        app = create_app(watch.live, limits, exposure, door, grpc, sight, hosts)
         config = uvicorn.Config(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=int(MOST_S))
         with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when all is done
             EndingServer(config, door, linger_s).run()
     finally:
         watch.close()
+        if hosts is not None:
+            hosts.close()
 
 
 def _settle() -> None:

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from prerank.serve.answer import Answer
 from prerank.serve.changes import Changed
+from prerank.serve.hosts import IndexHosts
 from prerank.serve.live_version import LiveVersion
 from prerank.serve.record import Recorded
 from prerank.serve.request_log import RequestLog
@@ -65,6 +66,35 @@ class _Serving(Collector):
             for outcome, number in funnel.tail_counts.items():
                 family.add_metric([outcome], number)
         yield family
+
+
+class _Hosts(Collector):
+    """The index hosts, as they count themselves."""
+
+    def __init__(self, hosts: IndexHosts) -> None:
+        self._hosts = hosts
+
+    def collect(self) -> Iterator[Metric]:
+        """As prometheus_client asks for it."""
+        asked = CounterMetricFamily(
+            "prerank_index_shards", "What came of asking a shard's hosts.", labels=["shard", "outcome"]
+        )
+        for (number, outcome), times in self._hosts.counts().items():
+            asked.add_metric([str(number), outcome], times)
+        yield asked
+        holds = GaugeMetricFamily("prerank_index_host_version", "1 for what a host holds.", labels=["host", "version"])
+        for name, versions in self._hosts.holdings().items():
+            for version in versions:
+                holds.add_metric([name, version], 1)
+        yield holds
+        towers = GaugeMetricFamily("prerank_user_tower", "1 for a user tower that is loaded.", labels=["version"])
+        for version in self._hosts.towers.loaded:
+            towers.add_metric([version], 1)
+        yield towers
+        about = "Candidates of index hosts that the serving version does not have."
+        yield CounterMetricFamily("prerank_index_unknown_items", about, self._hosts.num_dropped)
+        about = "Requests whose shards were asked in several versions, each by a user vector of its own."
+        yield CounterMetricFamily("prerank_index_several_versions", about, self._hosts.num_of_several)
 
 
 class _Sent(Collector):
@@ -175,6 +205,10 @@ class ServeMetrics:
     def serves(self, live: LiveVersion) -> None:
         """Say of `live`, whenever somebody scrapes, which version serves, and what it counts itself."""
         self._registry.register(_Serving(live))
+
+    def asks(self, hosts: IndexHosts) -> None:
+        """Say of `hosts`, whenever somebody scrapes, what they hold and what came of asking them."""
+        self._registry.register(_Hosts(hosts))
 
     def sends(self, spans: Spans) -> None:
         """Say, whenever somebody scrapes, what came of `spans`."""

@@ -22,6 +22,7 @@ from prerank.bundle.registry import Registry
 from prerank.errors import DeadlineExceeded, PrerankError, RegistryError, RequestError
 from prerank.kernels.engine import Engine
 from prerank.serve.funnel import Funnel, engine_of
+from prerank.serve.hosts import IndexHosts
 from prerank.serve.live_version import Held, LiveVersion
 from prerank.types import Request
 
@@ -51,10 +52,11 @@ class VersionWatch:
         poll_s: float = POLL_S,
         leave_s: float = LEAVE_S,
         users: str | None = None,
+        hosts: IndexHosts | None = None,
     ) -> None:
         self.live = live
         self._store, self._registry, self._engine = store, Registry(store), engine
-        self._tail, self._users = tail, users
+        self._tail, self._users, self._hosts = tail, users, hosts
         self._settled, self._poll_s, self._leave_s = settled, poll_s, leave_s
         self._leaving: list[Held] = []
         self._gave_up: tuple[str, float] | None = None
@@ -72,8 +74,9 @@ class VersionWatch:
         poll_s: float = POLL_S,
         leave_s: float = LEAVE_S,
         users: str | None = None,
+        hosts: IndexHosts | None = None,
     ) -> VersionWatch:
-        """`version` of `store`, the live one unless named; `workers`, `tail` and `users` are as `Funnel.open`'s.
+        """`version` of `store`, the live one unless named; `workers`, `tail`, `users`, `hosts` are as `Funnel.open`'s.
 
         One that cannot be loaded is `live.error`. Raises RegistryError where none is live and none is named.
         """
@@ -82,7 +85,7 @@ class VersionWatch:
             raise RegistryError(f"{store}: no version is live; promote one, or name one with --version")
         engine = engine_of(workers)
         try:
-            first = _opened(store, chosen, engine, tail, users)
+            first = _opened(store, chosen, engine, tail, users, hosts)
             try:
                 first.sweep()
             except BaseException:
@@ -91,7 +94,7 @@ class VersionWatch:
             live = LiveVersion(first)
         except PrerankError as error:
             live = LiveVersion(error)
-        watch = cls(store, live, engine, tail, settled, poll_s, leave_s, users)
+        watch = cls(store, live, engine, tail, settled, poll_s, leave_s, users, hosts)
         if live.error is not None:
             watch._gave_up = chosen, time.monotonic() + AGAIN_S
         return watch
@@ -144,7 +147,7 @@ class VersionWatch:
         start = time.perf_counter()
         self.live.note_changes()
         try:
-            following = _opened(self._store, wanted, self._engine, self._tail, self._users)
+            following = _opened(self._store, wanted, self._engine, self._tail, self._users, self._hosts)
         except Exception as error:
             return self._failed(wanted, error)
         try:
@@ -206,8 +209,15 @@ class VersionWatch:
         return False
 
 
-def _opened(store: Path, version: str, engine: Engine | None, tail: str | None, users: str | None) -> Funnel:
-    return Funnel.open(store, version, 0 if engine is None else None, tail, engine, users)
+def _opened(
+    store: Path,
+    version: str,
+    engine: Engine | None,
+    tail: str | None,
+    users: str | None,
+    hosts: IndexHosts | None,
+) -> Funnel:
+    return Funnel.open(store, version, 0 if engine is None else None, tail, engine, users, hosts)
 
 
 def _warm(funnel: Funnel, requests: Iterable[Request]) -> None:

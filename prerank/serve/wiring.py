@@ -11,7 +11,9 @@ from prerank.config import Serve
 from prerank.serve.expand import ExpandStranger, ExpandTargeting, ExpandUser
 from prerank.serve.generate import Attribute, Generate, GenerateNothing, Merge, names_of
 from prerank.serve.graph import Limit, RequestGraph, Stage
+from prerank.serve.hosts import IndexHosts
 from prerank.serve.metadata import Descriptions
+from prerank.serve.retrieve_hosts import RetrieveFromHosts
 from prerank.serve.stages import Describe, PrepareUser, Rank, RankBySimilarity, Retrieve, Target
 from prerank.serve.tail import Locate, Tail
 from prerank.stores.records import Users
@@ -24,19 +26,29 @@ _SHORT_WHERE_NEAR = (*_SHORT, ExpandTargeting, ExpandUser)
 at once pass to and fro for longer than that. Round trips overlap."""
 
 
-def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | None, pool: Executor) -> RequestGraph:
-    """The graph from a `request` to `winners`, what is said of them, and who found them.
+def wire(
+    bundle: Bundle,
+    users: Users,
+    described: Descriptions,
+    tail: Tail | None,
+    pool: Executor,
+    hosts: IndexHosts | None = None,
+) -> RequestGraph:
+    """The graph from a `request` to `winners`, what is said of them, and who found them; by `hosts` if there are any.
 
     Raises SchemaMismatch where `users` lack what this version reads.
     """
     config, scorer, items = bundle.config, bundle.scorer, bundle.scorer.items
     targeting, live, keep = scorer.targeting, scorer.live, config.retrieval.keep
     quotas = {name: options.quota for name, options in config.generators.items()}
+    found, keep_found = "retrieved" if quotas else "candidates", min(keep, items.num_rows)
     expand = ExpandUser(users, bundle.transforms, items, targeting)
     stages: list[Stage] = [
         Target(items, targeting, live),
         expand,
-        Retrieve(bundle.towers, bundle.index, min(keep, items.num_rows), "retrieved" if quotas else "candidates"),
+        Retrieve(bundle.towers, bundle.index, keep_found, found)
+        if hosts is None
+        else RetrieveFromHosts(bundle, users, hosts, keep_found, found),
         PrepareUser(scorer),
         Rank(scorer, "candidates" if tail is None else "located"),
         Describe(described),
@@ -56,6 +68,8 @@ def wire(bundle: Bundle, users: Users, described: Descriptions, tail: Tail | Non
         stages.append(Locate(tail))
     short = _SHORT_WHERE_NEAR if users.is_near else _SHORT
     said = {"winners", "described", "user_notes", "retrieve_notes", "rank_notes"}
+    if hosts is not None:
+        said |= {"left_out"}
     said |= {"record", "features", "candidates"}  # what the log of requests keeps
     return RequestGraph(
         stages,

@@ -256,3 +256,20 @@ def test_its_bitmaps_are_its_state_and_large_ones_are_right_however_many_items_a
     asked = [3, 17]
     expected = [n for n, row in enumerate(lists) if not row or {*asked} & {*row}]
     assert torch.equal(targeting.rows({"country": asked}, {}, 0), torch.tensor(expected))
+
+
+def test_a_part_of_the_rows_is_targeted_as_they_are_in_the_whole():
+    rng = np.random.default_rng(3)
+    rules = {
+        "country": TargetingRule(item="countries", user="country"),
+        "not": TargetingRule(item="blocked", user="country", excludes=True),
+    }
+    lists = [[f"c{one}" for one in range(7) if rng.random() < 0.3] for _ in range(1000)]
+    columns = {name: pa.chunked_array([pa.array(lists[::step])]) for name, step in (("countries", 1), ("blocked", -1))}
+    whole = Targeting.fit(rules, columns, 1000, slack=37)
+    rows = np.flatnonzero(rng.random(1000) < 0.4)
+    part = whole.part(rows)
+    assert part.num_items == len(rows)
+    for country in ("c0", "c6", "none", None):
+        expected = [row for row in whole.rows({"country": country}, {}, 0).tolist() if row in set(rows.tolist())]
+        assert rows[part.rows({"country": country}, {}, 0).numpy()].tolist() == expected

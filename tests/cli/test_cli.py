@@ -36,7 +36,19 @@ def made(world, trained, published, tmp_path_factory):
 
 def test_help_names_every_verb():
     told = run("--help")
-    for verb in ("market", "check", "train", "evaluate", "publish", "promote", "rollback", "versions", "show", "serve"):
+    for verb in (
+        "market",
+        "check",
+        "train",
+        "evaluate",
+        "publish",
+        "promote",
+        "rollback",
+        "versions",
+        "show",
+        "serve",
+        "index-host",
+    ):
         assert verb in told
 
 

@@ -99,6 +99,20 @@ def test_an_index_is_exact_over_what_it_stores(storage):
     assert torch.allclose(found.similarity.double(), similarity.topk(50).values, rtol=1e-5)
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_part_finds_what_the_whole_does_among_its_rows(storage):
+    vectors, query = small_numbers(NUM_ITEMS, 8, seed=1), small_numbers(3, 8, seed=2)
+    whole, rows = ExactIndex(vectors, storage), torch.arange(1, NUM_ITEMS, 3)
+    whole.models = {"retrieval": "one"}
+    part = whole.part(rows)
+    found, expected = part.search(query, 5, None), whole.search(query, 5, rows)
+    assert torch.equal(rows[found.rows], expected.rows)
+    assert torch.equal(found.similarity, expected.similarity)
+    assert (part.models, part.storage) == (whole.models, storage)
+    part.put(torch.tensor([0]), None)
+    assert torch.equal(whole.search(query, 5, rows).rows, expected.rows), "it is a copy"
+
+
 @pytest.mark.parametrize(("storage", "most"), [("float32", 0.0), ("bfloat16", 2**-8), ("int8", 0.5001 / 127)])
 def test_what_is_stored_is_rounded_by_no_more_than_its_storage(storage, most):
     vectors = torch.randn(200, 33, generator=torch.Generator().manual_seed(1)) * torch.logspace(-40, 30, 200)[:, None]

@@ -15,10 +15,13 @@ import pytest
 
 from prerank.bundle.executor import NativeRanker
 from prerank.bundle.registry import Registry
+from prerank.bundle.shard import Place
 from prerank.errors import BundleError, RegistryError
 from prerank.kernels.native import level
 from prerank.serve.funnel import Funnel
 from prerank.serve.http import _why_not_ready, create_app, serve
+from prerank.serve.index_flight import FlightServer
+from prerank.serve.index_host import IndexHost
 from prerank.serve.watch import VersionWatch
 from prerank.stores.events import EventStore, LiveEvent
 from prerank.stores.live import LiveUsers
@@ -101,6 +104,30 @@ def test_the_server_starts_answers_and_ends_on_a_signal(published: Path) -> None
     assert process.returncode in (0, -signal.SIGTERM)
     assert "Traceback" not in said
     assert address in said
+
+
+def test_the_server_asks_index_hosts_and_ends_on_a_signal(tmp_path: Path) -> None:
+    patient = publish_live(tmp_path / "tiny", world.config(serve={"hosts_ms": 20_000.0}))
+    host = IndexHost(patient, Place(0, 1))
+    host.follow()
+    flight = FlightServer(host)
+    try:
+        with (
+            started(patient) as (_, without),
+            started(patient, more=f"index_hosts='0=127.0.0.1:{flight.port}'") as (process, address),
+        ):
+            body = BODY | {"deadline_ms": 60_000}
+            expected, got = (httpx.post(f"{one}/v1/recommend", json=body).json() for one in (without, address))
+            assert got["winners"] == expected["winners"]
+            assert not got["degraded"]
+            text = httpx.get(f"{address}/metrics").text
+            assert 'prerank_index_shards_total{outcome="answered",shard="0"}' in text
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=30)
+        assert process.returncode in (0, -signal.SIGTERM)
+        assert "Traceback" not in said
+    finally:
+        flight.shutdown()
 
 
 def test_a_server_that_runs_follows_a_promote_and_a_rollback(store: Path) -> None:

@@ -1,0 +1,117 @@
+"""The commands of index hosts: one shard in a process of its own, and what all of them hold."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from prerank.bundle.shard import Place
+from prerank.errors import ConfigError, PrerankError
+from prerank.serve.exposure import TOKEN_VARIABLE
+
+_HELP = {
+    "shard": "Which shard, from 0.",
+    "of": "How many shards there are.",
+    "most": "How many versions are held at once; two while one takes the other's place.",
+    "follow": "Hold whatever version is live; without it, what `load` says alone.",
+    "token": "A file with the token that load and unload need; or set PRERANK_ADMIN_TOKEN.",
+}
+
+
+def register(app: typer.Typer, out: Console, found: Callable[[Path, str], Path]) -> None:
+    """Add `prerank index-host` and `prerank index-hosts` to `app`; `found` finds the funnel of a store."""
+
+    @app.command(name="index-hosts")
+    def index_hosts(
+        hosts: Annotated[str, typer.Argument(help="0=host:port|host:port,1=... or a file with a shard a line.")],
+        load: Annotated[str, typer.Option(help="A version that they are to hold too.")] = "",
+        unload: Annotated[str, typer.Option(help="A version that they are to hold no more.")] = "",
+        shard: Annotated[int | None, typer.Option(min=0, help="Of this shard alone.")] = None,
+        timeout_s: Annotated[float, typer.Option(min=0.1, help="How long to wait for each.")] = 60.0,
+    ) -> None:
+        """List what index hosts hold, after they loaded a version or let one go.
+
+        One after another, so that a roll-out stops at the first that cannot; exit code 1 if one does not answer.
+        """
+        if not _tell(hosts, load, unload, shard, timeout_s, out):
+            raise typer.Exit(1)
+
+    @app.command(name="index-host")
+    def index_host(
+        shard: Annotated[int, typer.Option(min=0, help=_HELP["shard"])],
+        of: Annotated[int, typer.Option(min=1, help=_HELP["of"])],
+        store: Annotated[Path, typer.Option("--store", "-s", help="Where versions are kept.")] = Path("store"),
+        funnel: Annotated[str, typer.Option("--funnel", "-f", help="Which funnel of the store.")] = "",
+        host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+        port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 is any.")] = 8815,
+        versions: Annotated[int, typer.Option(min=1, help=_HELP["most"])] = 2,
+        follow: Annotated[bool, typer.Option(help=_HELP["follow"])] = True,
+        threads: Annotated[int, typer.Option(min=1, help="How many threads a search may use.")] = 1,
+        admin_token_file: Annotated[Path | None, typer.Option(help=_HELP["token"])] = None,
+    ) -> None:
+        """Serve one shard of the index over Arrow Flight.
+
+        It holds the live version and each that is promoted later; `prerank serve --index-hosts` asks it.
+        """
+        from prerank.serve.index_flight import serve_index_host  # Flight is only needed here
+
+        place = Place(shard, of)
+        structlog.configure(
+            processors=[
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                structlog.processors.format_exc_info,
+                structlog.processors.JSONRenderer(),
+            ],
+            wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        )
+        serve_index_host(
+            found(store, funnel),
+            place,
+            host=host,
+            port=port,
+            most=versions,
+            follow=follow,
+            token_file=admin_token_file,
+            threads=threads,
+        )
+
+
+def _tell(said: str, load: str, unload: str, shard: int | None, timeout_s: float, out: Console) -> bool:
+    """Whether all did as they were told; those after one that did not are told nothing, and asked what they hold."""
+    from prerank.serve.hosts import parse_hosts
+    from prerank.serve.index_flight import FlightHost  # Flight is only needed here
+
+    shards = parse_hosts(said)
+    if shard is not None and shard >= len(shards):
+        raise ConfigError(f"--shard {shard}: expected a shard from 0 to {len(shards) - 1}")
+    table, is_well = Table("host", "shard", "holds", "models"), True
+    for number, replicas in enumerate(shards):
+        for address in replicas if shard in (None, number) else []:
+            host = FlightHost(address, os.environ.get(TOKEN_VARIABLE))
+            try:
+                if is_well and load:
+                    host.load(load, timeout_s)
+                if is_well and unload:
+                    host.unload(unload, timeout_s)
+                holding = host.holding(timeout_s)
+                models = [", ".join(f"{k} {v}" for k, v in one.models.items()) for one in holding.versions.values()]
+                place = f"{holding.number} of {holding.of}"
+                table.add_row(address, place, "\n".join(holding.versions) or "nothing", "\n".join(models))
+            except PrerankError as error:
+                is_well = False
+                table.add_row(address, str(number), f"error: {error}", "")
+            finally:
+                host.close()
+    out.print(table)
+    return is_well
