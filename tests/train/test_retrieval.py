@@ -10,7 +10,8 @@ from prerank.config import Popularity
 from prerank.models.towers import build_towers
 from prerank.train.checkpoint import CHECKPOINT
 from prerank.train.examples import UserExamples, item_tensors
-from prerank.train.retrieval import Groups, ItemPopularity, train_retrieval
+from prerank.train.losses import sampled_softmax_loss
+from prerank.train.retrieval import WARM_UP, Groups, ItemPopularity, train_retrieval
 from prerank.types import day_number
 
 
@@ -140,3 +141,25 @@ def test_all_items_drawn_is_the_full_softmax_of_the_same_seed(world, trained, tm
         config = replace(world.config, retrieval=replace(world.config.retrieval, **options))
         _, records[name] = train_retrieval(trained.prepared, config, tmp_path / name, "id")
     assert records["drawn"][0]["loss"] == pytest.approx(records["softmax"][0]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"uniform_negatives": 50}, MIXED])
+def test_columns_over_their_probability_count_every_item_once_on_average(
+    world, trained, tmp_path, monkeypatch, options
+):
+    """The sum of 1 / q over a step's columns has the number of items as its mean, whatever made them columns."""
+    counts, num_columns = [], []
+
+    def seen(logits, columns, log_q, positives, excluded):
+        counts.append(float((-log_q).exp().sum()))
+        num_columns.append(len(columns))
+        return sampled_softmax_loss(logits, columns, log_q, positives, excluded)
+
+    monkeypatch.setattr("prerank.train.retrieval.sampled_softmax_loss", seen)
+    sampled = replace(world.config.retrieval, **{"loss": "sampled_softmax", **options}, batch=32)
+    train_retrieval(trained.prepared, replace(world.config, retrieval=sampled), tmp_path, "id")
+    after = round(WARM_UP * len(counts)) + options.get("cached_batches", 0)
+    assert np.mean(counts[after:-1]) == pytest.approx(len(trained.prepared.item_ids), rel=0.05)
+    if "cached_batches" in options:
+        before = int(after - options["cached_batches"])
+        assert np.mean(num_columns[after:-1]) > 1.5 * np.mean(num_columns[:before])
