@@ -48,7 +48,7 @@ AT = KS.index(100)
 
 def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
     config = smaller(load_config(FUNNEL)) if options.quick else load_config(FUNNEL)
-    said: dict[str, object] = {"funnel": config.to_dict(), "changes": CHANGES, "seeds": {FULL: SEEDS, CORRECTED: SEEDS}}
+    said: dict[str, object] = {"funnel": config.to_dict(), "changes": CHANGES}
     if options.data is None:
         why = "no folder of KuaiRand-Pure; name one by --data or PRERANK_DATA"
         return Measured([Row.skipped("negatives of a sampled softmax", why)], said)
@@ -59,9 +59,10 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
         prepared = prepare(config, open_tables(config, options.data, work), work)
         found = {}
         for name in names:
-            for seed in seeds_of(name, quick=options.quick):
+            for seed in seeds_of(name, options):
                 changed = replace(changed_by(config, name), seed=seed)
                 found[name, seed] = _recall(changed, prepared, work / f"{name}, {seed}")
+    said["seeds"] = {name: [seed for one, seed in found if one == name] for name in names}
     return Measured(list(rows(found, is_whole=not options.quick)), said)
 
 
@@ -71,9 +72,9 @@ def changed_by(config: Config, name: str) -> Config:
     return replace(config, retrieval=replace(sampled, **CHANGES[name]))  # type: ignore[arg-type]
 
 
-def seeds_of(name: str, quick: bool) -> tuple[int, ...]:
-    """The seeds a change is trained with: three where a bar is asked of it."""
-    return SEEDS if name in (FULL, CORRECTED) and not quick else (SEED,)
+def seeds_of(name: str, options: Options) -> tuple[int, ...]:
+    """The seeds a change is trained with: three where a bar is asked of it, unless others are named."""
+    return options.seeds or (SEEDS if name in (FULL, CORRECTED) and not options.quick else (SEED,))
 
 
 def _recall(config: Config, prepared: Prepared, folder: Path) -> dict[Part, Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +20,7 @@ class Options:
     """How much to measure, and the folder of KuaiRand-Pure where there is one.
 
     `work` is a folder where what was trained is kept, so that a run that was cut short goes on; `only` names what to
-    train, all where it is empty.
+    train and `seeds` with which, all and the question's own where they are empty.
     """
 
     quick: bool = False
@@ -28,6 +28,7 @@ class Options:
     data: Path | None = None
     work: Path | None = None
     only: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,11 @@ def run(
     if trainings:
         parser.add_argument("--work", type=Path, help="keep what was trained there; the same command goes on from it")
         parser.add_argument("--only", nargs="+", default=(), choices=trainings, help="these alone; writes no file")
+        parser.add_argument("--seeds", nargs="+", type=int, default=(), help="instead of three where there is a bar")
     given = parser.parse_args()
-    work, only = (given.work, tuple(given.only)) if trainings else (None, ())
-    options = Options(given.quick, ablations and given.ablate, data_folder(given.data), work, only)
+    options = Options(given.quick, ablations and given.ablate, data_folder(given.data))
+    if trainings:
+        options = replace(options, work=given.work, only=tuple(given.only), seeds=tuple(given.seeds))
     machine.say(f"{question}: measuring the machine's ceilings")
     ceilings = machine.ceilings()
     measured = measure(options, ceilings)
