@@ -13,6 +13,7 @@ QUESTIONS = (
     "market",
     "data",
     "retrieval_quality",
+    "retrieval_negatives",
     "retrieval_scan",
     "retrieval",
     "ranking_quality",

@@ -36,6 +36,7 @@ TABLES = {
         r"training.*|[^,]+, test, recall@\d+|two towers, test, recall@100: (deviation|standard error).*",
     ),
     "retrieval_ablation": ("retrieval_quality", "ablation, .*"),
+    "retrieval_negatives": ("retrieval_negatives", "[^:]+|log-Q.*: less full softmax"),
     "market_sizes": ("market", "generate .*"),
     "market_oracles": ("market", "(AUC|log loss), knows .*"),
     "market_ranks": ("market", "best rank error .*"),

@@ -54,7 +54,7 @@ def _usearch(items: Tensor, by_product: bool, threads: int) -> Search:
     index.add(np.arange(len(numbers)), numbers, threads=threads)
 
     def search(user: Array, k: int, width: int) -> Array:
-        index.expansion_search = width  # type: ignore[misc]  # it has a setter
+        index.expansion_search = width
         one = user if by_product else _longer(user)
         rows: Array = index.search(one[0], k, threads=1).keys.astype(np.int64)
         return rows

@@ -39,8 +39,7 @@ DRAWS = 1000
 def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
     config = load_config(FUNNEL)
     if options.quick:
-        smaller = replace(_relevant_only(config.retrieval), epochs=QUICK_EPOCHS, group=QUICK_GROUP)
-        config = replace(config, retrieval=smaller)
+        config = smaller(config)
     seeds = QUICK_SEEDS if options.quick else SEEDS
     said: dict[str, object] = {"funnel": config.to_dict(), "seeds": list(seeds), "ablate": options.ablate}
     if options.data is None:
@@ -57,6 +56,11 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
             rows += _ablation_rows(replace(config, seed=seeds[0]), tables, work, trained[0])
     # a smaller training is not what the bar is asked of
     return Measured([replace(row, bar=None, holds=None) if options.quick else row for row in rows], said)
+
+
+def smaller(config: Config) -> Config:
+    """The same with a training of seconds."""
+    return replace(config, retrieval=replace(_relevant_only(config.retrieval), epochs=QUICK_EPOCHS, group=QUICK_GROUP))
 
 
 def _main_rows(config: Config, prepared: Prepared, trained: Sequence[_Trained]) -> list[Row]:

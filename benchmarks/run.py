@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,11 +17,18 @@ KUAIRAND = machine.REPOSITORY.parent / "shared" / "data" / "kuairand_pure"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How much to measure, and the folder of KuaiRand-Pure where there is one."""
+    """How much to measure, and the folder of KuaiRand-Pure where there is one.
+
+    `work` is a folder where what was trained is kept, so that a run that was cut short goes on; `only` names what to
+    train and `seeds` with which, all and the question's own where they are empty.
+    """
 
     quick: bool = False
     ablate: bool = False
     data: Path | None = None
+    work: Path | None = None
+    only: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +53,21 @@ def arguments(description: str) -> ArgumentParser:
     return parser
 
 
-def run(question: str, description: str, measure: Measure, *, ablations: bool = False) -> None:
+def run(
+    question: str, description: str, measure: Measure, *, ablations: bool = False, trainings: Sequence[str] = ()
+) -> None:
     """The whole command of one question; the last line printed is the result as one line of JSON."""
     parser = arguments(description.partition("\n")[0])
     if ablations:
         parser.add_argument("--ablate", action="store_true", help="also one changed option at a time, one seed each")
+    if trainings:
+        parser.add_argument("--work", type=Path, help="keep what was trained there; the same command goes on from it")
+        parser.add_argument("--only", nargs="+", default=(), choices=trainings, help="these alone; writes no file")
+        parser.add_argument("--seeds", nargs="+", type=int, default=(), help="instead of three where there is a bar")
     given = parser.parse_args()
     options = Options(given.quick, ablations and given.ablate, data_folder(given.data))
+    if trainings:
+        options = replace(options, work=given.work, only=tuple(given.only), seeds=tuple(given.seeds))
     machine.say(f"{question}: measuring the machine's ceilings")
     ceilings = machine.ceilings()
     measured = measure(options, ceilings)
@@ -67,7 +82,7 @@ def run(question: str, description: str, measure: Measure, *, ablations: bool = 
         rows=tuple(measured.rows),
     )
     print(table(result.rows))
-    if given.results or not options.quick:
+    if given.results or not (options.quick or options.only):
         machine.say(f"written: {result.write(given.results or RESULTS).name}")
     print(result.to_json())
 

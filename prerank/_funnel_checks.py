@@ -59,6 +59,7 @@ def check_names(config: Config, problems: Problems) -> None:
     by, shown = config.retrieval.index.by, [*config.metadata.columns, *config.metadata.deferred]
     if by and config.metadata.columns:
         problems.known("retrieval.index.by", by, shown, "a column of [metadata]")
+    _check_negatives(config, problems)
     _check_generators(config, problems)
     _check_domain(config, problems)
     _check_segments(config, problems)
@@ -110,6 +111,17 @@ def _numbers(options: Mapping[str, object], where: str) -> Iterator[tuple[str, f
             yield from _numbers(value, f"{where}.{name}")
         elif isinstance(value, float):
             yield f"{where}.{name}", value
+
+
+def _check_negatives(config: Config, problems: Problems) -> None:
+    retrieval = config.retrieval
+    for name in ("uniform_negatives", "cached_batches"):
+        number = getattr(retrieval, name)
+        if number < 0:
+            problems.add(f"retrieval.{name}", f"expected 0 or more, got {number}")
+        elif number and retrieval.loss != "sampled_softmax":
+            said = f'expected none with loss = "{retrieval.loss}", only "sampled_softmax" has them; got {number}'
+            problems.add(f"retrieval.{name}", said)
 
 
 _ASKS = {"top": "by", "same": "history", "list": "items"}

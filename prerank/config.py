@@ -154,6 +154,11 @@ class Retrieval:
 
     `targets` weighs the events that are positives; `relevant` is the label that recall is measured on. An example is
     a user at a moment with the next events of that day as positives, at most `group` of them.
+
+    "softmax" has the whole catalogue as negatives. "sampled_softmax" has what the batch's other examples want, as many
+    as `uniform_negatives` drawn from the catalogue, and the items of the `cached_batches` batches before, as their
+    vectors were then; it corrects for how probable each of them was. "in_batch_softmax" has the batch's and corrects
+    nothing, so what is popular comes out too low: it is there to be compared with.
     """
 
     relevant: str
@@ -163,7 +168,9 @@ class Retrieval:
     dropout: float = 0.1
     normalise: bool = False
     temperature: float = 1.0
-    loss: Literal["softmax", "sampled_softmax"] = "softmax"
+    loss: Literal["softmax", "sampled_softmax", "in_batch_softmax"] = "softmax"
+    uniform_negatives: int = 0
+    cached_batches: int = 0
     popularity: Popularity = field(default_factory=Popularity)
     group: int = 16
     epochs: int = 4

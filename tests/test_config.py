@@ -97,6 +97,17 @@ def _drop_none(plain):
         (('relevant = "is_click"', 'relevant = "is_click"\ndim = 0'), "retrieval.dim: expected more than 0, got 0"),
         (('relevant = "is_click"', 'relevant = "is_click"\ndropout = 1'), "retrieval.dropout: expected at least 0"),
         (('relevant = "is_click"', 'relevant = "is_click"\nloss = "sofmax"'), 'did you mean "softmax"?'),
+        *(
+            (('relevant = "is_click"', f'relevant = "is_click"\nloss = "{loss}"\n{key} = 8'),
+             f'retrieval.{key}: expected none with loss = "{loss}", only "sampled_softmax" has them; got 8')
+            for key in ("uniform_negatives", "cached_batches")
+            for loss in ("softmax", "in_batch_softmax")
+        ),
+        *(
+            (('relevant = "is_click"', f'relevant = "is_click"\nloss = "sampled_softmax"\n{key} = -1'),
+             f"retrieval.{key}: expected 0 or more, got -1")
+            for key in ("uniform_negatives", "cached_batches")
+        ),
         (('of = "item_id"', 'of = "bid"'), "features.user.clicks.of = 'bid': expected a category of [features.item]"),
         (('of = "item_id"', 'of = "item_id", length = 0'), "features.user.clicks.length = 0: expected at least 1"),
         (('item_id = { kind = "category" }', 'item_id = 3'), "features.item.item_id: expected { kind = ... }"),

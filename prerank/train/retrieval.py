@@ -17,7 +17,8 @@ from prerank.models.towers import TwoTower, build_towers
 from prerank.train.examples import UserExamples, item_tensors
 from prerank.train.items import Calendar
 from prerank.train.loop import run
-from prerank.train.losses import Positives, StreamingFrequency, sampled_softmax_loss, softmax_loss
+from prerank.train.losses import Positives, sampled_softmax_loss, softmax_loss
+from prerank.train.negatives import Presence, VectorCache, examples_with, uniform_items
 from prerank.train.optimisers import lookup_tables
 from prerank.train.plan import Plan
 from prerank.train.prepare import Prepared
@@ -25,6 +26,8 @@ from prerank.types import Array, Features, Report, day_number, silent
 
 EXCLUDED = 50
 """How many of a user's own latest relevant items are kept out of its negatives."""
+WARM_UP = 0.25
+"""The share of all steps before vectors of earlier batches are negatives: the first of the usual four epochs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,7 @@ def train_retrieval(
     groups = Groups.build(prepared, config)
     plan = Plan.of(config.retrieval, identity, len(groups), config.seed)
     examples = _Examples(prepared, config, groups)
-    loss = _Loss(towers, prepared, config, examples.popularity)
+    loss = _Loss(towers, prepared, config, examples, plan)
     records = run(
         towers,
         plan,
@@ -133,8 +136,8 @@ def train_retrieval(
         loss,
         folder,
         lookup_tables=lookup_tables(towers, config.features),
-        extra_state=loss.frequency.state,
-        load_extra=loss.frequency.load_state,
+        extra_state=loss.cache.state,
+        load_extra=loss.cache.load_state,
         after_epoch=lambda _: after_epoch(towers),
         report=report,
         what="train two towers",
@@ -144,23 +147,33 @@ def train_retrieval(
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Groups gathered: user features [B, ...], rows of the popularity table int64 [B], what was wanted and what not."""
+    """Groups gathered: user features [B, ...], rows of the popularity table int64 [B], what was wanted and what not.
+
+    `drawn` int64 [N] are the items that are negatives whether or not anybody wanted them.
+    """
 
     user: Features
     day: Tensor
     positives: Positives
     excluded: Tensor
+    drawn: Tensor
 
 
 class _Examples:
     """Gathers batches of groups."""
 
     def __init__(self, prepared: Prepared, config: Config, groups: Groups) -> None:
-        self.groups, self.log = groups, prepared.events
+        self.groups, self.log, self.num_items = groups, prepared.events, len(prepared.item_ids)
+        self.uniform = config.retrieval.uniform_negatives
         self.users = UserExamples(prepared, config.features)
         self.popularity = ItemPopularity(prepared, config)
         own = np.flatnonzero(prepared.happened(config.retrieval.relevant))
         self.own = Timeline.build(len(prepared.user_ids), *(self.log[c][own] for c in ("user", "time_ms", "item")))
+
+    def holding(self) -> Array:
+        """In how many examples each item is wanted, int64 [I]."""
+        example = np.repeat(np.arange(len(self.groups)), self.groups.end - self.groups.start)
+        return examples_with(self.log["item"][self.groups.events], example, self.num_items)
 
     def batch(self, chosen: Array, draw: np.random.Generator) -> _Batch:
         first = self.groups.events[self.groups.start[chosen]]
@@ -168,36 +181,46 @@ class _Examples:
         excluded = self.own.before(user, moment, EXCLUDED).astype(np.int64)
         day = self.popularity.place(self.log["day"][first])
         positives = self.groups.positives(chosen, self.log["item"])
-        return _Batch(self.users.at(first), day, positives, torch.from_numpy(excluded))
+        drawn = uniform_items(self.num_items, self.uniform, draw)
+        return _Batch(self.users.at(first), day, positives, torch.from_numpy(excluded), drawn)
 
 
 class _Loss:
     """The loss of a batch of groups, by full or sampled softmax."""
 
-    def __init__(self, towers: TwoTower, prepared: Prepared, config: Config, popularity: ItemPopularity) -> None:
-        self.towers, self.popularity = towers, popularity
-        self.sampled = config.retrieval.loss == "sampled_softmax"
+    def __init__(self, towers: TwoTower, prepared: Prepared, config: Config, examples: _Examples, plan: Plan) -> None:
+        self.towers, self.kind = towers, config.retrieval.loss
+        self.popularity = examples.popularity.table
         self.items = item_tensors(prepared)
-        self.frequency = StreamingFrequency(buckets=4 * len(prepared.item_ids) + 1, seed=config.seed)
+        self.presence = Presence(examples.holding(), plan.num_examples, config.retrieval.uniform_negatives)
+        warm_up = round(WARM_UP * plan.epochs * plan.steps_per_epoch)
+        self.cache = VectorCache(config.retrieval.cached_batches, towers.width - 1, warm_up)
 
     def __call__(self, batch: _Batch) -> Tensor:
         user_BD = self.towers.user_vectors(batch.user)
-        if not self.sampled:
-            return softmax_loss(self._logits(user_BD, batch.day, None), batch.positives, batch.excluded)
-        columns = torch.unique(batch.positives.item)
-        # here and not where batches are made: its state is the training's, and a checkpoint holds it as of this step
-        self.frequency.update(columns)
-        log_q = self.frequency.log_probability(columns)
-        logits = self._logits(user_BD, batch.day, columns)
+        if self.kind == "softmax":
+            logits = self._logits(user_BD, batch.day, self.towers.item_vectors(self.items), self.popularity)
+            return softmax_loss(logits, batch.positives, batch.excluded)
+        fresh = torch.unique(torch.cat([batch.positives.item, batch.drawn]))
+        fresh_CD = self.towers.item_vectors({name: column[fresh] for name, column in self.items.items()})
+        earlier, earlier_CD = self.cache.beside(fresh)
+        columns, order = torch.cat([fresh, earlier]).sort()
+        item_CD = torch.cat([fresh_CD, earlier_CD])[order]
+        logits = self._logits(user_BD, batch.day, item_CD, self.popularity[:, columns])
+        log_q = self._log_q(columns, len(batch.day))
+        # here and not where batches are made: what is held is the training's, and a checkpoint has it as of this step
+        self.cache.add(fresh, fresh_CD)
         return sampled_softmax_loss(logits, columns, log_q, batch.positives, batch.excluded)
 
-    def _logits(self, user_BD: Tensor, day: Tensor, columns: Tensor | None) -> Tensor:
-        """Similarity float32 with every item, or those of `columns`, popularity of each example's own day included."""
-        items = self.items if columns is None else {name: column[columns] for name, column in self.items.items()}
-        table = self.popularity.table if columns is None else self.popularity.table[:, columns]
-        item_ID = self.towers.item_vectors(items)
-        bias_IC = self.towers.popularity_bias(table).T
-        # [u, one-hot day] . [v, bias of each day]: one product instead of a gathered [B, I] of biases
-        day_BC = torch.nn.functional.one_hot(day, bias_IC.shape[1]).to(user_BD.dtype)
-        logits = torch.cat([user_BD, day_BC], dim=1) @ torch.cat([item_ID, bias_IC], dim=1).T
+    def _log_q(self, columns: Tensor, batch: int) -> Tensor:
+        if self.kind == "in_batch_softmax":
+            return torch.zeros(len(columns))
+        return self.presence.log_probability(columns, batch, self.cache.filled)
+
+    def _logits(self, user_BD: Tensor, day: Tensor, item_CD: Tensor, popularity: Tensor) -> Tensor:
+        """Similarity float32 [B, C] with items, the popularity [days, C, S] of each example's own day included."""
+        bias_CT = self.towers.popularity_bias(popularity).T
+        # [u, one-hot day] . [v, bias of each day]: one product instead of a gathered [B, C] of biases
+        day_BT = torch.nn.functional.one_hot(day, bias_CT.shape[1]).to(user_BD.dtype)
+        logits = torch.cat([user_BD, day_BT], dim=1) @ torch.cat([item_CD, bias_CT], dim=1).T
         return logits.float()

@@ -1,16 +1,18 @@
 """One schema for all results, and no number in the docs that was not measured."""
 
 import json
+import tomllib
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import readme, retrieval_quality
+from benchmarks import readme, retrieval_negatives, retrieval_quality
 from benchmarks.result import KEYS, RESULTS, Hardware, Result, Row, read_results, shown, table
 from benchmarks.run import Options, data_folder
-from prerank.config import load_config
+from prerank.bundle.toml import to_toml
+from prerank.config import load_config, parse_config
 
 ROWS = (
     Row.timed("rank 10K: warm", [3.0, 1.0, 2.0], 10_000, against="naive", ratio=0.25),
@@ -197,6 +199,30 @@ def test_every_ablation_changes_one_thing():
     for name, changed in retrieval_quality.ablations(config).items():
         other = changed.to_dict()
         assert [key for key in plain if plain[key] != other[key]] in (["retrieval"], ["features"]), name
+
+
+def test_every_change_of_the_negatives_is_of_the_retrieval_alone_and_can_be_asked_for():
+    config = load_config(retrieval_quality.FUNNEL)
+    plain = config.to_dict()
+    for name in retrieval_negatives.CHANGES:
+        changed = retrieval_negatives.changed_by(config, name).to_dict()
+        assert [key for key in plain if plain[key] != changed[key]] in ([], ["retrieval"]), name
+        assert parse_config(tomllib.loads(to_toml(changed)), where=name).to_dict() == changed
+    assert retrieval_negatives.changed_by(config, retrieval_negatives.FULL) == config
+
+
+def test_negatives_are_compared_with_the_full_softmax_of_the_same_seeds():
+    full, corrected = retrieval_negatives.FULL, retrieval_negatives.CORRECTED
+    by_seed = {(full, 7): 0.5, (full, 8): 0.9, (corrected, 7): 0.4, (corrected, 8): 0.9, ("no log-Q", 7): 0.25}
+    found = {key: {"validate": np.full(10, value), "test": np.full(10, value)} for key, value in by_seed.items()}
+    said = {row.name: row for row in retrieval_negatives.rows(found, is_whole=True)}
+    assert said["no log-Q, test, 1 seed"].ratio == 0.5
+    assert said["no log-Q, test, 1 seed: less full softmax"].value == pytest.approx(-0.25)
+    below = said["log-Q, test, 2 seeds: less full softmax"]
+    assert (below.value, below.bar, below.holds) == (pytest.approx(-0.05), -0.02, False)
+    assert said["log-Q, validate, 2 seeds: less full softmax"].bar is None
+    alone = retrieval_negatives.rows({("no log-Q", 7): found["no log-Q", 7]}, is_whole=True)
+    assert [row.ratio for row in alone] == [None, None]
 
 
 def test_an_ablation_is_measured_against_the_whole_recipe(monkeypatch, tmp_path):

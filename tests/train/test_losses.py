@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from prerank.train.losses import Positives, StreamingFrequency, sampled_softmax_loss, softmax_loss
+from prerank.train.losses import Positives, sampled_softmax_loss, softmax_loss
 
 NOBODY = torch.full((1, 1), -1)
 
@@ -27,21 +27,20 @@ def a_world(num_users: int = 6, num_items: int = 30) -> np.ndarray:
 
 
 def learn_logits(world: np.ndarray, sign: float) -> np.ndarray:
-    """Free logits [users, items] fitted with in-batch negatives and `logit - sign * log q`; q streams."""
+    """Free logits [users, items] fitted with in-batch negatives and `logit - sign * log q`."""
     num_users, num_items = world.shape
     draw = torch.Generator().manual_seed(1)
     table = torch.zeros(num_users, num_items, requires_grad=True)
     optimiser = torch.optim.Adam([table], lr=0.05)
-    frequency = StreamingFrequency(buckets=4099, rate=0.02, start=10.0)
     probs = torch.tensor(world)
     batch = 64
+    in_batch = 1 - (1 - probs.mean(0)) ** batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 2500)
     for _ in range(2500):
         users = torch.randint(num_users, (batch,), generator=draw)
         items = torch.multinomial(probs[users], 1, generator=draw).squeeze(1)
-        frequency.update(items)
         columns = items.unique()
-        log_q = sign * frequency.log_probability(columns)
+        log_q = sign * in_batch[columns].log()
         loss = sampled_softmax_loss(table[users][:, columns], columns, log_q, one_each(items), none_excluded(batch))
         optimiser.zero_grad()
         loss.backward()
@@ -113,43 +112,3 @@ def test_several_positives_of_one_example_share_its_softmax_by_weight():
     log_probs = torch.log_softmax(logits, 1)
     expected = -(log_probs[0, 0] + 0.5 * log_probs[0, 2] + 2 * log_probs[1, 1]) / 3.5
     assert softmax_loss(logits, positives, none_excluded(2)).item() == pytest.approx(expected.item())
-
-
-def test_streaming_frequency_finds_the_true_probability_of_being_in_a_batch():
-    draw = torch.Generator().manual_seed(0)
-    probs = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.01])
-    frequency = StreamingFrequency(buckets=1009, rate=0.01)
-    batch = 8
-    for _ in range(4000):
-        frequency.update(torch.multinomial(probs, batch, replacement=True, generator=draw))
-    in_batch = 1 - (1 - probs.numpy()) ** batch
-    estimate = frequency.log_probability(torch.arange(5)).exp().numpy()
-    np.testing.assert_allclose(estimate, in_batch, rtol=0.35)
-
-
-def test_more_hashes_never_make_an_item_look_more_frequent():
-    one = StreamingFrequency(buckets=7, hashes=1, seed=3)
-    many = StreamingFrequency(buckets=7, hashes=4, seed=3)
-    many.multiplier[0] = one.multiplier[0]
-    draw = torch.Generator().manual_seed(4)
-    for _ in range(300):
-        items = torch.randint(50, (5,), generator=draw)
-        one.update(items)
-        many.update(items)
-    everything = torch.arange(50)
-    assert (many.log_probability(everything) <= one.log_probability(everything) + 1e-6).all()
-
-
-def test_streaming_frequency_goes_on_exactly_from_its_state():
-    draw = torch.Generator().manual_seed(5)
-    batches = [torch.randint(40, (6,), generator=draw) for _ in range(20)]
-    straight, first, second = (StreamingFrequency(buckets=101) for _ in range(3))
-    for b in batches:
-        straight.update(b)
-    for b in batches[:10]:
-        first.update(b)
-    second.load_state(first.state())
-    for b in batches[10:]:
-        second.update(b)
-    assert torch.equal(straight.interval, second.interval)
-    assert torch.equal(straight.last_seen, second.last_seen)

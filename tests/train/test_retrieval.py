@@ -10,7 +10,8 @@ from prerank.config import Popularity
 from prerank.models.towers import build_towers
 from prerank.train.checkpoint import CHECKPOINT
 from prerank.train.examples import UserExamples, item_tensors
-from prerank.train.retrieval import Groups, ItemPopularity, train_retrieval
+from prerank.train.losses import sampled_softmax_loss
+from prerank.train.retrieval import WARM_UP, Groups, ItemPopularity, train_retrieval
 from prerank.types import day_number
 
 
@@ -72,9 +73,14 @@ def test_popularity_of_a_day_counts_earlier_days_only(world, trained):
     assert (on_second[on_first == 0] > 0).any()
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
-def test_towers_of_one_seed_are_the_same_also_when_training_was_stopped(world, trained, tmp_path, loss):
-    config = replace(world.config, retrieval=replace(world.config.retrieval, loss=loss, epochs=2))
+MIXED = {"loss": "sampled_softmax", "uniform_negatives": 50, "cached_batches": 3}
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss": "softmax"}, {"loss": "sampled_softmax"}, {"loss": "in_batch_softmax"}, MIXED]
+)
+def test_towers_of_one_seed_are_the_same_also_when_training_was_stopped(world, trained, tmp_path, options):
+    config = replace(world.config, retrieval=replace(world.config.retrieval, **options, epochs=2))
     straight, records = train_retrieval(trained.prepared, config, tmp_path / "straight", "id")
 
     class Stopped(Exception):
@@ -106,3 +112,54 @@ def test_similarity_is_a_plain_dot_product_with_everything_folded_in(world, trai
     assert (user_BD[:, -1] == 1).all()
     assert (item_ID[:, -1] == 0).all()
     assert user_BD.shape[1] == item_ID.shape[1] == towers.width
+
+
+def test_each_kind_of_negatives_trains_other_towers(world, trained, tmp_path):
+    """An option that changed nothing would be a name only."""
+    found = {}
+    for name, options in {
+        "softmax": {"loss": "softmax"},
+        "none": {"loss": "in_batch_softmax"},
+        "batch": {"loss": "sampled_softmax"},
+        "uniform": {"loss": "sampled_softmax", "uniform_negatives": 50},
+        "cached": {"loss": "sampled_softmax", "cached_batches": 3},
+        "both": MIXED,
+    }.items():
+        config = replace(world.config, retrieval=replace(world.config.retrieval, **options))
+        towers, _ = train_retrieval(trained.prepared, config, tmp_path / name, "id")
+        found[name] = towers.user_tower.scale.tolist()
+    assert len({tuple(scale) for scale in found.values()}) == len(found), found
+
+
+def test_all_items_drawn_is_the_full_softmax_of_the_same_seed(world, trained, tmp_path):
+    """Dropout is drawn an item, and the order of items is the same, so are the weights but for rounding."""
+    records = {}
+    for name, options in {
+        "softmax": {"loss": "softmax"},
+        "drawn": {"loss": "sampled_softmax", "uniform_negatives": len(trained.prepared.item_ids)},
+    }.items():
+        config = replace(world.config, retrieval=replace(world.config.retrieval, **options))
+        _, records[name] = train_retrieval(trained.prepared, config, tmp_path / name, "id")
+    assert records["drawn"][0]["loss"] == pytest.approx(records["softmax"][0]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"uniform_negatives": 50}, MIXED])
+def test_columns_over_their_probability_count_every_item_once_on_average(
+    world, trained, tmp_path, monkeypatch, options
+):
+    """The sum of 1 / q over a step's columns has the number of items as its mean, whatever made them columns."""
+    counts, num_columns = [], []
+
+    def seen(logits, columns, log_q, positives, excluded):
+        counts.append(float((-log_q).exp().sum()))
+        num_columns.append(len(columns))
+        return sampled_softmax_loss(logits, columns, log_q, positives, excluded)
+
+    monkeypatch.setattr("prerank.train.retrieval.sampled_softmax_loss", seen)
+    sampled = replace(world.config.retrieval, **{"loss": "sampled_softmax", **options}, batch=32)
+    train_retrieval(trained.prepared, replace(world.config, retrieval=sampled), tmp_path, "id")
+    after = round(WARM_UP * len(counts)) + options.get("cached_batches", 0)
+    assert np.mean(counts[after:-1]) == pytest.approx(len(trained.prepared.item_ids), rel=0.05)
+    if "cached_batches" in options:
+        before = int(after - options["cached_batches"])
+        assert np.mean(num_columns[after:-1]) > 1.5 * np.mean(num_columns[:before])
