@@ -131,14 +131,18 @@ class Registry:
             raise RegistryError(f"{self.store}: expected one of the versions {self.names()}, got {version!r}")
         return path
 
-    def promote(self, version: str, by: str, why: str) -> None:
-        """Make `version` live.
+    def check(self, version: str) -> None:
+        """Whether `version` may be made live; nothing moves.
 
         Raises GateFailed unless it was validated and every gate of its configuration holds, BundleError if a file is
-        not as published, RegistryError if there is no such version or it is live already.
+        not as published, RegistryError if there is no such version.
         """
         self._check_gates(version)
         verify(self.path(version))
+
+    def promote(self, version: str, by: str, why: str) -> None:
+        """Make `version` live. Raises as `check`, and RegistryError if it is live already."""
+        self.check(version)
         reach("promote-verified")
         with locked(self.store):
             self._move(version, "promote", by, why)

@@ -89,16 +89,14 @@ def register(app: typer.Typer, out: Console, found: Callable[[Path, str], Path])
 
 def _tell(said: str, load: str, unload: str, shard: int | None, timeout_s: float, out: Console) -> bool:
     """Whether all did as they were told; those after one that did not are told nothing, and asked what they hold."""
-    from prerank.serve.hosts import parse_hosts
-    from prerank.serve.index_flight import FlightHost  # Flight is only needed here
+    from prerank.serve.index_flight import open_hosts  # Flight is only needed here
 
-    shards = parse_hosts(said)
+    shards = open_hosts(said, os.environ.get(TOKEN_VARIABLE))
     if shard is not None and shard >= len(shards):
         raise ConfigError(f"--shard {shard}: expected a shard from 0 to {len(shards) - 1}")
     table, is_well = Table("host", "shard", "holds", "models"), True
     for number, replicas in enumerate(shards):
-        for address in replicas if shard in (None, number) else []:
-            host = FlightHost(address, os.environ.get(TOKEN_VARIABLE))
+        for host in replicas if shard in (None, number) else []:
             try:
                 if is_well and load:
                     host.load(load, timeout_s)
@@ -107,10 +105,10 @@ def _tell(said: str, load: str, unload: str, shard: int | None, timeout_s: float
                 holding = host.holding(timeout_s)
                 models = [", ".join(f"{k} {v}" for k, v in one.models.items()) for one in holding.versions.values()]
                 place = f"{holding.number} of {holding.of}"
-                table.add_row(address, place, "\n".join(holding.versions) or "nothing", "\n".join(models))
+                table.add_row(host.address, place, "\n".join(holding.versions) or "nothing", "\n".join(models))
             except PrerankError as error:
                 is_well = False
-                table.add_row(address, str(number), f"error: {error}", "")
+                table.add_row(host.address, str(number), f"error: {error}", "")
             finally:
                 host.close()
     out.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import time
@@ -23,14 +24,18 @@ from prerank.config import Config, load_config
 from prerank.errors import AlreadyRunning, ConfigError, PrerankError
 from prerank.lifecycle.retrain import Asked, Retrained
 from prerank.lifecycle.retrain import retrain as retrain_once
+from prerank.lifecycle.rollout import Rollout, SinglePointer
 from prerank.lifecycle.runs import FILE, Run, Step, opened, running
+from prerank.lifecycle.shard_rollout import ShardByShard
 from prerank.lifecycle.watching import Limits, Watch, metrics_of
+from prerank.serve.exposure import TOKEN_VARIABLE
 
 CODES = {"promoted": 0, "failed": 1, "abandoned": 1, "refused": 3, "rolled back": 4}
 """The exit code of each outcome; 75 (EX_TEMPFAIL of sysexits.h) where another process retrains."""
 BUSY = 75
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _MOST_RUNS = 20
+_HOSTS = "Load it on these first, shard by shard: 0=host:port|host:port,1=... or a file with a shard a line."
 
 
 def seconds(said: str) -> float:
@@ -53,6 +58,8 @@ def register(app: typer.Typer, out: Console, err: Console) -> None:
         day: Annotated[str, typer.Option(help="The newest day, such as 2026-01-13; by default the log's.")] = "",
         fresh: Annotated[bool, typer.Option("--fresh", help="Train from nothing, not from the live weights.")] = False,
         again: Annotated[bool, typer.Option("--again", help="Also where the same was done before.")] = False,
+        index_hosts: Annotated[str, typer.Option(help=_HOSTS)] = "",
+        pause: Annotated[str, typer.Option(help="How long to wait after each shard, before the next.")] = "10s",
         watch_url: Annotated[str, typer.Option(help="A server that follows the store: http://127.0.0.1:8000.")] = "",
         watch: Annotated[str, typer.Option(help="How long its metrics are watched.")] = "5m",
         most_errors: Annotated[float, typer.Option(min=0, max=1, help="Roll back above this share of 5xx.")] = 0.01,
@@ -72,10 +79,11 @@ def register(app: typer.Typer, out: Console, err: Console) -> None:
         watched = _watch(funnel, watch_url, seconds(watch), most_errors, most_degraded, most_p99_ms)
         home = store / funnel.name
         asked = Asked(funnel, data, home, day, fresh, again, watched, tail, teacher)
+        rollout = _rollout(home, index_hosts, seconds(pause))
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         while True:
             began = time.monotonic()
-            code = _once(asked, out, err)
+            code = _once(asked, rollout, out, err)
             if not every:
                 raise typer.Exit(code)
             time.sleep(max(began + period_s - time.monotonic(), 0.0))
@@ -114,10 +122,20 @@ def register(app: typer.Typer, out: Console, err: Console) -> None:
         out.print(Group(_periods(Registry(home).history()), *([_nothing(nothing)] if nothing else [])))
 
 
-def _once(asked: Asked, out: Console, err: Console) -> int:
+def _rollout(home: Path, hosts: str, pause_s: float) -> Rollout:
+    """Shard by shard where there are index hosts."""
+    registry = Registry(home)
+    if not hosts:
+        return SinglePointer(registry)
+    from prerank.serve.index_flight import open_hosts  # Flight is only needed here
+
+    return ShardByShard(registry, open_hosts(hosts, os.environ.get(TOKEN_VARIABLE)), pause_s)
+
+
+def _once(asked: Asked, rollout: Rollout, out: Console, err: Console) -> int:
     try:
         with progress(err) as report:
-            done = retrain_once(asked, report=report)
+            done = retrain_once(asked, rollout, report)
     except AlreadyRunning as error:
         _error(err, error)
         return BUSY

@@ -135,6 +135,7 @@ class _Retraining:
     def _all(self, run: Run, config: Config, tables: Tables) -> Run:
         if self.asked.watch is not None:
             self.asked.watch.metrics()  # what cannot be watched later is not begun
+        self.rollout.ready()
         with self.runs.step(run, "check"):
             _checked(config, tables)
         trained = self._trained(run, config, tables)

@@ -13,6 +13,9 @@ class Rollout(Protocol):
     Both may be called again after a crash, whatever was done before it: what is live already stays so.
     """
 
+    def ready(self) -> None:
+        """Raises where it is known already that nothing could be rolled out, before anything is trained."""
+
     def roll_out(self, version: str, by: str, why: str) -> None:
         """Let `version` serve. Raises GateFailed unless its gates hold, and what keeps it from serving."""
 
@@ -25,6 +28,9 @@ class SinglePointer:
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
+
+    def ready(self) -> None:
+        """It always is."""
 
     def roll_out(self, version: str, by: str, why: str) -> None:
         """Move the pointer; see `Registry.promote`."""

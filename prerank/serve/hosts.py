@@ -136,13 +136,13 @@ class IndexHosts:
     @classmethod
     def open(cls, said: str, store: Path) -> IndexHosts:
         """Of a list as `parse_hosts` reads it, for the funnel in `store`; looked at once. Raises ConfigError."""
-        from prerank.serve.index_flight import FlightHost  # Flight is only needed here
+        from prerank.serve.index_flight import open_hosts  # Flight is only needed here
 
-        addresses = parse_hosts(said)
+        shards = open_hosts(said)
         hosts = cls(
             [
-                [Replica(one, number, len(addresses), FlightHost(one)) for one in replicas]
-                for number, replicas in enumerate(addresses)
+                [Replica(one.address, number, len(shards), one) for one in replicas]
+                for number, replicas in enumerate(shards)
             ],
             UserTowers(store),
         )

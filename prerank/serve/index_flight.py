@@ -26,6 +26,7 @@ from prerank.bundle.shard import Place
 from prerank.errors import ConfigError, PrerankError, RequestError
 from prerank.serve.envelope import Refused
 from prerank.serve.exposure import LOCAL, Exposure
+from prerank.serve.hosts import parse_hosts
 from prerank.serve.index_host import Found, Holding, HostFailed, IndexHost, NotHeld, Search, follow_live, hold_live
 from prerank.serve.index_messages import (
     CHANGE,
@@ -123,7 +124,7 @@ class FlightHost:
     """The index host at "host:port". Threads may share one; `token` is what `load` and `unload` show."""
 
     def __init__(self, address: str, token: str | None = None) -> None:
-        self._address, self._authorization = address, "" if token is None else f"Bearer {token}"
+        self.address, self._authorization = address, "" if token is None else f"Bearer {token}"
         self._client = flight.FlightClient(f"grpc://{address}", generic_options=_OPTIONS)
 
     def holding(self, timeout_s: float | None = None) -> Holding:
@@ -149,7 +150,7 @@ class FlightHost:
         wanted = [*_SCHEMA.names, *search.values]
         is_ours = table.column_names == wanted and table.schema.types[:2] == _SCHEMA.types
         if not is_ours or not {b"version", b"num_eligible"} <= set(said):
-            raise HostFailed(f"{self._address}: expected candidates as {wanted}, got {table.schema}")
+            raise HostFailed(f"{self.address}: expected candidates as {wanted}, got {table.schema}")
         item_ids, similarity, *rest = (torch.from_numpy(np.array(column.to_numpy())) for column in table.columns)
         values = dict(zip(search.values, rest, strict=True))
         return Found(said[b"version"].decode(), item_ids, similarity, int(said[b"num_eligible"]), values)
@@ -165,11 +166,11 @@ class FlightHost:
         except (flight.FlightError, pa.ArrowException, OSError) as error:
             raise self._understood(error) from None
         except (msgspec.DecodeError, IndexError) as error:
-            raise HostFailed(f"{self._address}: answered {verb} with something else: {error}") from None
+            raise HostFailed(f"{self.address}: answered {verb} with something else: {error}") from None
 
     def _understood(self, error: Exception) -> PrerankError:
         why = str(error).partition(". Detail: ")[0].partition(". gRPC client")[0]
-        said = f"{self._address}: {why}"
+        said = f"{self.address}: {why}"
         extra = getattr(error, "extra_info", b"")
         if not extra:
             return HostFailed(said)
@@ -184,6 +185,11 @@ class FlightHost:
 
 def _within(timeout_s: float | None) -> flight.FlightCallOptions:
     return flight.FlightCallOptions(timeout=timeout_s)
+
+
+def open_hosts(said: str, token: str | None = None) -> list[list[FlightHost]]:
+    """The replicas of each shard, of a list as `parse_hosts` reads it; none is asked yet. Raises ConfigError."""
+    return [[FlightHost(one, token) for one in replicas] for replicas in parse_hosts(said)]
 
 
 def serve_index_host(
