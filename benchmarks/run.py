@@ -69,12 +69,12 @@ def run(
     if trainings:
         options = replace(options, work=given.work, only=tuple(given.only), seeds=tuple(given.seeds))
     machine.say(f"{question}: measuring the machine's ceilings")
-    ceilings = machine.ceilings()
+    ceilings, commit = machine.ceilings(), machine.commit()  # of what is measured, whatever is committed meanwhile
     measured = measure(options, ceilings)
     result = Result(
         question=question,
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        commit=machine.commit(),
+        commit=commit,
         hardware=machine.hardware(),
         versions=machine.versions(),
         config={"quick": options.quick, **measured.config},
