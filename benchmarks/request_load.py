@@ -72,7 +72,7 @@ def _overload(port: int, pid: int, capacity: float, seconds: float) -> Iterator[
     yield Row.timed(f"{name}: let in", accepted)
     yield Row.timed(f"{name}: refused", refused)
     yield Row.of(f"{name}: answered a second", len(accepted) / seconds, "requests")
-    yield Row.of(f"{name}: refused", _share(over, 503), "share")
+    yield Row.of(f"{name}: share refused", _share(over, 503), "share")
     others = len(over.ms) - len(accepted) - len(refused)
     yield _bar(f"{name}: neither answered nor refused", others, "requests", 0)
     kept = float(np.mean([ms <= DEADLINE_MS for ms in accepted])) if accepted else 0.0
