@@ -108,7 +108,7 @@ def _growth(held: Held, seconds: float) -> float:
 
 
 def _recovered_s(after: Loaded, usual_ms: float) -> float:
-    """From when the overload ended until no request is slower than nine in ten were before, or is refused."""
+    """From when the overload ended until no request is refused, or takes twice as long as nine in ten did before."""
     slow = [
         due + ms / 1000
         for due, ms, status in zip(after.due_s, after.ms, after.status, strict=True)
