@@ -6,7 +6,6 @@ Torch is imported only where it is used: a child process whose memory is measure
 from __future__ import annotations
 
 import multiprocessing
-import os
 import platform
 import subprocess
 import sys
@@ -14,11 +13,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVarTuple
 
 from benchmarks.result import Hardware
+from prerank._machine import memory_gib, num_cores, processor, version_of
 
 REPOSITORY = Path(__file__).parents[1]
 _PACKAGES = (
@@ -30,20 +29,12 @@ Args = TypeVarTuple("Args")
 
 def hardware() -> Hardware:
     """This machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return Hardware(_cpu(), cores, round(memory, 1))
+    return Hardware(processor(), num_cores(), round(memory_gib(), 1))
 
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {"python": platform.python_version(), **{package: version_of(package) for package in _PACKAGES}}
 
 
 def commit() -> str:
@@ -122,31 +113,22 @@ def _spend(work: Callable[..., int], args: tuple[object, ...], repeats: int) -> 
         started = time.perf_counter()
         made = work(*args)
         times.append(time.perf_counter() - started)
-    return Spent(tuple(times), _memory("VmHWM"), start, made)
+    return Spent(tuple(times), memory_of("VmHWM"), start, made)
 
 
 def resident_bytes() -> int:
     """What this process holds now."""
-    return _memory("VmRSS")
+    return memory_of("VmRSS")
 
 
-def _memory(field: str) -> int:
-    """Bytes this process holds (VmRSS) or held at most (VmHWM).
+def memory_of(field: str, pid: int | str = "self") -> int:
+    """Bytes that a process, by default this one, holds (VmRSS; RssAnon: of its own) or held at most (VmHWM).
 
     Linux alone: getrusage would count what the parent held when it started this process.
     """
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _git(*words: str) -> str:

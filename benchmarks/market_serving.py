@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 
 import pyarrow.parquet as pq
 
-from benchmarks.machine import REPOSITORY, in_own_process, say
+from benchmarks.machine import REPOSITORY, in_own_process, memory_of, say
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
-from benchmarks.server import peak_gib, server
+from benchmarks.server import server
 from prerank.bundle.registry import Registry
 from prerank.config import Config, parse_config
 from prerank.data.logs import open_tables
@@ -65,7 +65,7 @@ def _serving(root: Path, num_ads: int, publish_s: float, publish_gib: float) -> 
         ready_s = time.perf_counter() - started
         say(f"market_serving: {len(requests)} requests over HTTP")
         times, answers = _ask(port, requests)
-        server_gib = peak_gib(pid)
+        server_gib = memory_of("VmHWM", pid) / 2**30
     total = Row.of("publish and start serving", publish_s + ready_s, "s", num_ads)
     memory = Row.of("publish and serve: largest process", max(publish_gib, server_gib), "GiB", num_ads)
     yield Row.of("start serving, until ready", ready_s, "s", num_ads)

@@ -74,17 +74,17 @@ def _overload(port: int, pid: int, capacity: float, seconds: float) -> Iterator[
     yield Row.of(f"{name}: answered a second", len(accepted) / seconds, "requests")
     yield Row.of(f"{name}: share refused", _share(over, 503), "share")
     others = len(over.ms) - len(accepted) - len(refused)
-    yield _bar(f"{name}: neither answered nor refused", others, "requests", 0)
+    yield Row.at_most(f"{name}: neither answered nor refused", others, "requests", 0)
     kept = float(np.mean([ms <= DEADLINE_MS for ms in accepted])) if accepted else 0.0
     yield replace(Row.of(f"{name}: let in and within the deadline", kept, "share"), bar=0.99, holds=kept >= 0.99)
     yield Row.of(f"{name}: degraded of those let in", sum(over.degraded) / max(1, len(accepted)), "share")
-    yield _bar(f"{name}: refused in, p50", float(np.median(refused or [np.inf])), "ms", REFUSED_BAR_MS)
-    yield _bar(f"{name}: refused in, p99", float(np.percentile(refused or [np.inf], 99)), "ms", REFUSED_BAR_MS)
-    yield _bar(f"{name}: memory, last fifth over first", _growth(held, seconds), "times", MEMORY_BAR)
+    yield Row.at_most(f"{name}: refused in, p50", float(np.median(refused or [np.inf])), "ms", REFUSED_BAR_MS)
+    yield Row.at_most(f"{name}: refused in, p99", float(np.percentile(refused or [np.inf], 99)), "ms", REFUSED_BAR_MS)
+    yield Row.at_most(f"{name}: memory, last fifth over first", _growth(held, seconds), "times", MEMORY_BAR)
     yield Row.timed("before overload", before.times())
     yield Row.timed("after overload, from its first second on", after.times(start=RECOVERY_BAR_S))
     usual = float(np.percentile(before.times(), 90))
-    yield _bar("after overload: seconds until as before", _recovered_s(after, usual), "s", RECOVERY_BAR_S)
+    yield Row.at_most("after overload: seconds until as before", _recovered_s(after, usual), "s", RECOVERY_BAR_S)
 
 
 def _plan(port: int, seconds: float, clients: int = 0, rate: float = 0.0, seed: int = 0) -> Plan:
@@ -115,10 +115,6 @@ def _recovered_s(after: Loaded, usual_ms: float) -> float:
         if status != 200 or ms > 2 * usual_ms
     ]
     return max(slow, default=0.0)
-
-
-def _bar(name: str, value: float, unit: str, bar: float) -> Row:
-    return replace(Row.of(name, value, unit), bar=bar, holds=value <= bar)
 
 
 def main() -> None:

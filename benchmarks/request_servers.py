@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import numpy as np
 
 from benchmarks.machine import REPOSITORY, say, times_ms
 from benchmarks.result import Row
+from benchmarks.server import free_port, is_ready
 from benchmarks.serving_world import ask
 
 CALLS, QUICK_CALLS = 3_000, 60
@@ -137,9 +137,7 @@ def server_rows(is_quick: bool) -> Iterator[Row]:
 @contextmanager
 def _server(code: str, path: Path) -> Iterator[int]:
     path.write_text(code, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, str(path), str(port)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
@@ -148,7 +146,7 @@ def _server(code: str, path: Path) -> Iterator[int]:
     )
     try:
         deadline = time.monotonic() + _READY_S
-        while not _is_ready(port):
+        while not is_ready(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"it did not start (exit status {process.poll()})")
             time.sleep(0.05)
@@ -159,12 +157,3 @@ def _server(code: str, path: Path) -> Iterator[int]:
             process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-def _is_ready(port: int) -> bool:
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
-        try:
-            connection.request("GET", "/readyz")
-            return connection.getresponse().status == 200
-        except OSError:
-            return False

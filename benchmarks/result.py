@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,11 @@ class Row:
         """The row of one number, kept to six significant digits."""
         rounded = None if ratio is None else _short(ratio)
         return cls(name, n, value=_short(value), unit=unit, against=against, ratio=rounded)
+
+    @classmethod
+    def at_most(cls, name: str, value: float, unit: str, bar: float) -> Row:
+        """The row of one number that `bar` is the most of."""
+        return replace(cls.of(name, value, unit), bar=bar, holds=value <= bar)
 
     @classmethod
     def skipped(cls, name: str, why: str) -> Row:

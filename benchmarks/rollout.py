@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from benchmarks.result import Row
 from benchmarks.rollout_wire import wire_rows
 from benchmarks.rollout_world import KEEP, MOST, SEED, World
 from benchmarks.run import Measured, Options, run
+from benchmarks.server import ask, free_port, is_ready
 from prerank.bundle.registry import Registry
 from prerank.serve.index_flight import FlightHost
 
@@ -82,8 +82,8 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
 
 
 def _rolled(world: World, sizes: Sizes) -> Iterator[Row]:
-    ports = [[_free_port() for _ in range(REPLICAS)] for _ in range(sizes.shards)]
-    port, processes = _free_port(), dict[int, subprocess.Popen[bytes]]()
+    ports = [[free_port() for _ in range(REPLICAS)] for _ in range(sizes.shards)]
+    port, processes = free_port(), dict[int, subprocess.Popen[bytes]]()
     try:
         for shard, own in enumerate(ports):
             for one in own:
@@ -92,7 +92,7 @@ def _rolled(world: World, sizes: Sizes) -> Iterator[Row]:
             _hold(one, world.versions[0])
         listed = ",".join(f"{n}=" + "|".join(f"127.0.0.1:{one}" for one in own) for n, own in enumerate(ports))
         processes[port] = _process("serve", world, "--port", port, "--index-hosts", listed, "--traces", 0)
-        _until(lambda: _is_ready(port), "the server is ready")
+        _until(lambda: is_ready(port), "the server is ready")
         yield from _rows(world, sizes, ports, port, processes)
     finally:
         for process in processes.values():
@@ -206,12 +206,6 @@ class _Load:
         phase.num_mixed += bool(self._world.num_of_no_version(user, winners, self._sizes.shards))
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def _host(world: World, shard: int, of: int, port: int) -> subprocess.Popen[bytes]:
     return _process("index-host", world, "--shard", shard, "--of", of, "--port", port, "--versions", 1, "--no-follow")
 
@@ -243,23 +237,12 @@ def _until(is_so: Callable[[], bool], what: str) -> None:
     raise RuntimeError(f"not after two minutes: {what}; {why}")
 
 
-def _get(port: int, path: str) -> tuple[int, bytes]:
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read()
-
-
-def _is_ready(port: int) -> bool:
-    return _get(port, "/readyz")[0] == 200
-
-
 def _version(port: int) -> str:
-    return str(json.loads(_get(port, "/readyz")[1])["version"])
+    return str(json.loads(ask(port, "/readyz")[1])["version"])
 
 
 def _metric(port: int, name: str) -> float:
-    lines = _get(port, "/metrics")[1].decode().splitlines()
+    lines = ask(port, "/metrics")[1].decode().splitlines()
     return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -18,15 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from benchmarks.machine import memory_of
+
 _READY_S = 120.0
 
 
 @contextmanager
 def server(store: Path, *words: str) -> Iterator[tuple[int, int]]:
     """`prerank serve` with these `words` too, once it is ready: its port and its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "prerank", "serve", "--store", str(store), "--port", str(port), *words]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
@@ -36,7 +35,7 @@ def server(store: Path, *words: str) -> Iterator[tuple[int, int]]:
 def _running(process: subprocess.Popen[bytes], port: int, said: IO[bytes]) -> Iterator[tuple[int, int]]:
     try:
         deadline = time.monotonic() + _READY_S
-        while not _is_ready(port):
+        while not is_ready(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 said.seek(0)
                 why = said.read().decode(errors="replace").strip()
@@ -46,21 +45,6 @@ def _running(process: subprocess.Popen[bytes], port: int, said: IO[bytes]) -> It
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=30)
-
-
-def resident_mib(pid: int) -> float:
-    """What a process holds in memory now."""
-    return _field_mib(pid, "VmRSS")
-
-
-def peak_gib(pid: int) -> float:
-    """The most it ever held."""
-    return _field_mib(pid, "VmHWM") / 1024
-
-
-def own_mib(pid: int) -> float:
-    """What is in memory for this process alone: pages of files that are mapped are the system's."""
-    return _field_mib(pid, "RssAnon")
 
 
 @dataclass(slots=True)
@@ -85,7 +69,7 @@ def watched(pid: int, every_s: float = 0.25) -> Iterator[Held]:
     def look() -> None:
         while not done.wait(every_s):
             held.seconds.append(time.monotonic() - start)
-            held.mib.append(own_mib(pid))
+            held.mib.append(memory_of("RssAnon", pid) / 2**20)  # pages of files that are mapped are the system's
             held.files.append(len(os.listdir(f"/proc/{pid}/fd")))
 
     thread = threading.Thread(target=look)
@@ -115,15 +99,16 @@ def cli(words: Sequence[str]) -> None:
         raise RuntimeError(f"prerank {' '.join(words)}: {done.stderr.strip()}")
 
 
-def _is_ready(port: int) -> bool:
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def is_ready(port: int) -> bool:
+    """Whether the server there says so; not, where none listens."""
     try:
         return ask(port, "/readyz")[0] == 200
     except OSError:
         return False
-
-
-def _field_mib(pid: int, name: str) -> float:
-    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    found = re.search(rf"{name}:\s+(\d+) kB", status)
-    assert found
-    return int(found[1]) / 1024

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,14 +59,14 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
 def _requests(loaded: Loaded, others: _Others) -> Iterator[Row]:
     counts = loaded.counts()
     yield Row.timed("request", loaded.times(), len(loaded.ms))
-    yield _bar("requests that were not answered", len(loaded.ms) - counts.get(200, 0), "requests", 0)
+    yield Row.at_most("requests that were not answered", len(loaded.ms) - counts.get(200, 0), "requests", 0)
     yield Row.of("requests answered degraded", sum(loaded.degraded), "requests")
     yield Row.of("versions that answered", len(set(loaded.version) - {""}), "versions")
     for what in sorted(others.done):
         yield Row.of(f"other calls: {what}", others.done[what], "calls")
     for why, number in sorted(others.failed.items()):
         say(f"soak: {number} times {why}")
-    yield _bar("other calls that failed", sum(others.failed.values()), "calls", 0)
+    yield Row.at_most("other calls that failed", sum(others.failed.values()), "calls", 0)
 
 
 def _growth(held: Held, seconds: float) -> Iterator[Row]:
@@ -76,9 +75,9 @@ def _growth(held: Held, seconds: float) -> Iterator[Row]:
     yield Row.of("memory of its own, first third after the warm-up", before, "MiB")
     yield Row.of("memory of its own, last quarter", after, "MiB")
     yield Row.of("memory of its own, most", max(held.mib), "MiB")
-    yield _bar("memory of its own, last over first", after / before, "times", GROWTH_BAR)
+    yield Row.at_most("memory of its own, last over first", after / before, "times", GROWTH_BAR)
     yield Row.of("open files, first third after the warm-up", float(np.median(first[1])), "files")
-    yield _bar("open files, last less first", float(np.median(last[1]) - np.median(first[1])), "files", 0)
+    yield Row.at_most("open files, last less first", float(np.median(last[1]) - np.median(first[1])), "files", 0)
 
 
 class _Others:
@@ -176,10 +175,6 @@ class _Running:
 def _bodies() -> tuple[str, ...]:
     one = {"k": K, "time_ms": T0_MS, "context": {"surface": "a"}}
     return tuple(json.dumps({"user_id": user, **one}) for user in range(NUM_USERS))
-
-
-def _bar(name: str, value: float, unit: str, bar: float) -> Row:
-    return replace(Row.of(name, value, unit), bar=bar, holds=value <= bar)
 
 
 def main() -> None:

@@ -13,9 +13,10 @@ import typer
 from prerank import __version__
 from prerank.bundle.load import load
 from prerank.bundle.registry import Registry
-from prerank.cli import index_host, render, requests
+from prerank.cli import render, requests
 from prerank.cli.demo import demo as run_demo
 from prerank.cli.doctor import examine
+from prerank.cli.index_host import hosts_app
 from prerank.cli.options import (
     CONFIG,
     DATA,
@@ -37,7 +38,7 @@ from prerank.cli.options import (
     resolved,
 )
 from prerank.cli.progress import progress
-from prerank.cli.retrain import register as register_retrain
+from prerank.cli.retrain import retraining
 from prerank.cli.serving import serving
 from prerank.config import load_config
 from prerank.data.check import check as check_tables
@@ -214,7 +215,7 @@ def rollback(
     out.print(f"{registry.live()} is live")
 
 
-register_retrain(app, out, err)
+app.add_typer(retraining)
 
 
 @app.command()
@@ -292,4 +293,4 @@ def _write_report(trained: Trained, folder: Path, segment: str | None) -> Path:
 
 
 app.add_typer(serving)
-index_host.register(app, out, found_in)
+app.add_typer(hosts_app)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from prerank import __version__
+from prerank._machine import memory_gib, num_cores, processor, version_of
 from prerank.kernels import native
 from prerank.kernels.ceilings import ceilings
 
@@ -54,9 +53,9 @@ def examine(is_measured: bool = True) -> Findings:
 def _machine() -> dict[str, str]:
     return {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        "processor": _processor(),
-        "cores": str(_cores()),
-        "memory": f"{_memory_gib():.1f} GiB",
+        "processor": processor(),
+        "cores": str(num_cores()),
+        "memory": f"{memory_gib():.1f} GiB",
     }
 
 
@@ -68,8 +67,8 @@ def _software() -> dict[str, str]:
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "native kernels": level,
     }
-    found |= {name: _version(name) for name in LIBRARIES}
-    return found | {f"extra {extra}": _version(library) for extra, library in EXTRAS.items()}
+    found |= {name: version_of(name) for name in LIBRARIES}
+    return found | {f"extra {extra}": version_of(library) for extra, library in EXTRAS.items()}
 
 
 def _device() -> dict[str, str]:
@@ -92,38 +91,16 @@ def _faults() -> Iterator[Fault]:
         yield Fault(f"no native kernels ({native.fault()})", "torch ranks, several times slower")
     elif native.level() == "portable":
         yield Fault("this processor has no AVX2", "torch ranks, several times slower")
-    if _memory_gib() < _LEAST_GIB:
-        yield Fault(f"{_memory_gib():.1f} GiB of memory", f"a million items want about {_LEAST_GIB:g} GiB")
+    if memory_gib() < _LEAST_GIB:
+        yield Fault(f"{memory_gib():.1f} GiB of memory", f"a million items want about {_LEAST_GIB:g} GiB")
     policy = os.environ.get("OMP_WAIT_POLICY", "").upper()
     if policy == "ACTIVE":
         yield Fault("OMP_WAIT_POLICY is ACTIVE", "unset it: threads that spin take the cores from those that rank")
     if torch.cuda.is_available():
-        if _version("triton") == "not installed":
+        if version_of("triton") == "not installed":
             yield Fault("a CUDA device and no triton", "pip install triton, of the version this torch names", True)
         for number in range(torch.cuda.device_count()):
             if torch.cuda.get_device_capability(number) < (8, 0):
                 yield Fault(f"device {number} is older than sm_80", "its bfloat16 is slow; rank on the processor")
     elif Path("/proc/driver/nvidia/version").exists() and not torch.version.cuda:
         yield Fault("an NVIDIA driver, and a torch built without CUDA", "docs/install.md says which torch to install")
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def _memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import structlog
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from prerank.bundle.shard import Place
+from prerank.cli.options import STORE, FunnelName, StoreFolder, found_in, out
 from prerank.errors import ConfigError, PrerankError
-from prerank.serve.exposure import TOKEN_VARIABLE
+from prerank.serve.log_lines import log_to_stderr
 
 _HELP = {
     "shard": "Which shard, from 0.",
@@ -27,69 +23,62 @@ _HELP = {
 }
 
 
-def register(app: typer.Typer, out: Console, found: Callable[[Path, str], Path]) -> None:
-    """Add `prerank index-host` and `prerank index-hosts` to `app`; `found` finds the funnel of a store."""
-
-    @app.command(name="index-hosts")
-    def index_hosts(
-        hosts: Annotated[str, typer.Argument(help="0=host:port|host:port,1=... or a file with a shard a line.")],
-        load: Annotated[str, typer.Option(help="A version that they are to hold too.")] = "",
-        unload: Annotated[str, typer.Option(help="A version that they are to hold no more.")] = "",
-        shard: Annotated[int | None, typer.Option(min=0, help="Of this shard alone.")] = None,
-        timeout_s: Annotated[float, typer.Option(min=0.1, help="How long to wait for each.")] = 60.0,
-    ) -> None:
-        """List what index hosts hold, after they loaded a version or let one go.
-
-        One after another, so that a roll-out stops at the first that cannot; exit code 1 if one does not answer.
-        """
-        if not _tell(hosts, load, unload, shard, timeout_s, out):
-            raise typer.Exit(1)
-
-    @app.command(name="index-host")
-    def index_host(
-        shard: Annotated[int, typer.Option(min=0, help=_HELP["shard"])],
-        of: Annotated[int, typer.Option(min=1, help=_HELP["of"])],
-        store: Annotated[Path, typer.Option("--store", "-s", help="Where versions are kept.")] = Path("store"),
-        funnel: Annotated[str, typer.Option("--funnel", "-f", help="Which funnel of the store.")] = "",
-        host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-        port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 is any.")] = 8815,
-        versions: Annotated[int, typer.Option(min=1, help=_HELP["most"])] = 2,
-        follow: Annotated[bool, typer.Option(help=_HELP["follow"])] = True,
-        threads: Annotated[int, typer.Option(min=1, help="How many threads a search may use.")] = 1,
-        admin_token_file: Annotated[Path | None, typer.Option(help=_HELP["token"])] = None,
-    ) -> None:
-        """Serve one shard of the index over Arrow Flight.
-
-        It holds the live version and each that is promoted later; `prerank serve --index-hosts` asks it.
-        """
-        from prerank.serve.index_flight import serve_index_host  # Flight is only needed here
-
-        place = Place(shard, of)
-        structlog.configure(
-            processors=[
-                structlog.processors.add_log_level,
-                structlog.processors.TimeStamper(fmt="iso", utc=True),
-                structlog.processors.format_exc_info,
-                structlog.processors.JSONRenderer(),
-            ],
-            wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        )
-        serve_index_host(
-            found(store, funnel),
-            place,
-            host=host,
-            port=port,
-            most=versions,
-            follow=follow,
-            token_file=admin_token_file,
-            threads=threads,
-        )
+hosts_app = typer.Typer()
 
 
-def _tell(said: str, load: str, unload: str, shard: int | None, timeout_s: float, out: Console) -> bool:
+@hosts_app.command(name="index-hosts")
+def index_hosts(
+    hosts: Annotated[str, typer.Argument(help="0=host:port|host:port,1=... or a file with a shard a line.")],
+    load: Annotated[str, typer.Option(help="A version that they are to hold too.")] = "",
+    unload: Annotated[str, typer.Option(help="A version that they are to hold no more.")] = "",
+    shard: Annotated[int | None, typer.Option(min=0, help="Of this shard alone.")] = None,
+    timeout_s: Annotated[float, typer.Option(min=0.1, help="How long to wait for each.")] = 60.0,
+) -> None:
+    """List what index hosts hold, after they loaded a version or let one go.
+
+    One after another, so that a roll-out stops at the first that cannot; exit code 1 if one does not answer.
+    """
+    if not _tell(hosts, load, unload, shard, timeout_s):
+        raise typer.Exit(1)
+
+
+@hosts_app.command(name="index-host")
+def index_host(
+    shard: Annotated[int, typer.Option(min=0, help=_HELP["shard"])],
+    of: Annotated[int, typer.Option(min=1, help=_HELP["of"])],
+    store: StoreFolder = STORE,
+    funnel: FunnelName = "",
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 is any.")] = 8815,
+    versions: Annotated[int, typer.Option(min=1, help=_HELP["most"])] = 2,
+    follow: Annotated[bool, typer.Option(help=_HELP["follow"])] = True,
+    threads: Annotated[int, typer.Option(min=1, help="How many threads a search may use.")] = 1,
+    admin_token_file: Annotated[Path | None, typer.Option(help=_HELP["token"])] = None,
+) -> None:
+    """Serve one shard of the index over Arrow Flight.
+
+    It holds the live version and each that is promoted later; `prerank serve --index-hosts` asks it.
+    """
+    from prerank.serve.index_flight import serve_index_host  # Flight is only needed here
+
+    place = Place(shard, of)
+    log_to_stderr()
+    serve_index_host(
+        found_in(store, funnel),
+        place,
+        host=host,
+        port=port,
+        most=versions,
+        follow=follow,
+        token_file=admin_token_file,
+        threads=threads,
+    )
+
+
+def _tell(said: str, load: str, unload: str, shard: int | None, timeout_s: float) -> bool:
     """Whether all did as they were told; those after one that did not are told nothing, and asked what they hold."""
-    from prerank.serve.index_flight import open_hosts  # Flight is only needed here
+    from prerank.serve.exposure import TOKEN_VARIABLE  # Flight and the HTTP stack are only needed here
+    from prerank.serve.index_flight import open_hosts
 
     shards = open_hosts(said, os.environ.get(TOKEN_VARIABLE))
     if shard is not None and shard >= len(shards):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -47,13 +48,18 @@ def home_of(store: Path, name: str) -> Path:
     return store / name
 
 
-def found_in(store: Path, funnel: str) -> Path:
-    """The one funnel of the store, or the one named. Raises ConfigError where that is not to be found."""
-    names = sorted(p.parent.name for p in store.glob("*/versions")) if store.is_dir() else []
+def found_in(
+    store: Path, funnel: str, marks: Sequence[str] = ("versions",), none: str = "has no published funnel yet"
+) -> Path:
+    """The one funnel of the store, or the one named: a folder that has one of `marks` in it.
+
+    Raises ConfigError where that is not to be found; `none` says so of a store without any.
+    """
+    names = sorted({found.parent.name for mark in marks for found in store.glob(f"*/{mark}")})
     if funnel and funnel not in names:
         raise ConfigError(f"{store}: no funnel {funnel!r} there; it has {', '.join(names) or 'none'}")
     if not funnel and len(names) != 1:
-        what = f"has several ({', '.join(names)}); name one with --funnel" if names else "has no published funnel yet"
+        what = f"has several ({', '.join(names)}); name one with --funnel" if names else none
         raise ConfigError(f"{store}: the store {what}")
     return store / (funnel or names[0])
 

@@ -19,6 +19,20 @@ from rich.table import Table
 from rich.text import Text
 
 from prerank.bundle.registry import Event, Registry
+from prerank.cli.options import (
+    CONFIG,
+    DATA,
+    STORE,
+    ConfigPath,
+    DataFolder,
+    FunnelName,
+    StoreFolder,
+    TailUrl,
+    Teacher,
+    err,
+    found_in,
+    out,
+)
 from prerank.cli.progress import progress
 from prerank.config import Config, load_config
 from prerank.errors import AlreadyRunning, ConfigError, PrerankError
@@ -28,13 +42,14 @@ from prerank.lifecycle.rollout import Rollout, SinglePointer
 from prerank.lifecycle.runs import FILE, Run, Step, opened, running
 from prerank.lifecycle.shard_rollout import ShardByShard
 from prerank.lifecycle.watching import Limits, Watch, metrics_of
-from prerank.serve.exposure import TOKEN_VARIABLE
 
 CODES = {"promoted": 0, "failed": 1, "abandoned": 1, "refused": 3, "rolled back": 4}
 """The exit code of each outcome; 75 (EX_TEMPFAIL of sysexits.h) where another process retrains."""
 BUSY = 75
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _MOST_RUNS = 20
+_MARKS = ("versions", FILE)
+"""What a funnel's folder has: a version, or that a retrain has begun."""
 _HOSTS = "Load it on these first, shard by shard: 0=host:port|host:port,1=... or a file with a shard a line."
 
 
@@ -46,80 +61,82 @@ def seconds(said: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
-def register(app: typer.Typer, out: Console, err: Console) -> None:
-    """Add the three commands to `app`."""
+retraining = typer.Typer()
 
-    @app.command()
-    def retrain(
-        config: Annotated[Path, typer.Option("--config", "-c", help="The funnel file.")] = Path("funnel.toml"),
-        data: Annotated[Path, typer.Option("--data", "-d", help="The folder that [data] is relative to.")] = Path(),
-        store: Annotated[Path, typer.Option("--store", "-s", help="Where versions and work are kept.")] = Path("store"),
-        every: Annotated[str, typer.Option(help="Again and again, each so long after the last began: 6h, 1d.")] = "",
-        day: Annotated[str, typer.Option(help="The newest day, such as 2026-01-13; by default the log's.")] = "",
-        fresh: Annotated[bool, typer.Option("--fresh", help="Train from nothing, not from the live weights.")] = False,
-        again: Annotated[bool, typer.Option("--again", help="Also where the same was done before.")] = False,
-        index_hosts: Annotated[str, typer.Option(help=_HOSTS)] = "",
-        pause: Annotated[str, typer.Option(help="How long to wait after each shard, before the next.")] = "10s",
-        watch_url: Annotated[str, typer.Option(help="A server that follows the store: http://127.0.0.1:8000.")] = "",
-        watch: Annotated[str, typer.Option(help="How long its metrics are watched.")] = "5m",
-        most_errors: Annotated[float, typer.Option(min=0, max=1, help="Roll back above this share of 5xx.")] = 0.01,
-        most_degraded: Annotated[float, typer.Option(min=0, max=1, help="... of degraded answers.")] = 0.05,
-        most_p99_ms: Annotated[
-            float | None, typer.Option(min=0, help="... where p99 is above; by default [serve].deadline_ms.")
-        ] = None,
-        tail: Annotated[str | None, typer.Option("--tail", help="redis://... of the items not in memory.")] = None,
-        teacher: Annotated[Path | None, typer.Option("--teacher", "-t", help="A teacher.safetensors to take.")] = None,
-    ) -> None:
-        """Train for the newest day, validate beside the live version, roll out, watch, and roll back what breaks.
 
-        One that was stopped is taken up. Exit code 0: live, or nothing is new; 3: the gate refused it; 4: rolled back;
-        75: another process retrains; 1: an error.
-        """
-        funnel, period_s = load_config(config), seconds(every) if every else 0.0
-        watched = _watch(funnel, watch_url, seconds(watch), most_errors, most_degraded, most_p99_ms)
-        home = store / funnel.name
-        asked = Asked(funnel, data, home, day, fresh, again, watched, tail, teacher)
-        rollout = _rollout(home, index_hosts, seconds(pause))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        while True:
-            began = time.monotonic()
-            code = _once(asked, rollout, out, err)
-            if not every:
-                raise typer.Exit(code)
-            time.sleep(max(began + period_s - time.monotonic(), 0.0))
+@retraining.command()
+def retrain(
+    config: ConfigPath = CONFIG,
+    data: DataFolder = DATA,
+    store: StoreFolder = STORE,
+    every: Annotated[str, typer.Option(help="Again and again, each so long after the last began: 6h, 1d.")] = "",
+    day: Annotated[str, typer.Option(help="The newest day, such as 2026-01-13; by default the log's.")] = "",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train from nothing, not from the live weights.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also where the same was done before.")] = False,
+    index_hosts: Annotated[str, typer.Option(help=_HOSTS)] = "",
+    pause: Annotated[str, typer.Option(help="How long to wait after each shard, before the next.")] = "10s",
+    watch_url: Annotated[str, typer.Option(help="A server that follows the store: http://127.0.0.1:8000.")] = "",
+    watch: Annotated[str, typer.Option(help="How long its metrics are watched.")] = "5m",
+    most_errors: Annotated[float, typer.Option(min=0, max=1, help="Roll back above this share of 5xx.")] = 0.01,
+    most_degraded: Annotated[float, typer.Option(min=0, max=1, help="... of degraded answers.")] = 0.05,
+    most_p99_ms: Annotated[
+        float | None, typer.Option(min=0, help="... where p99 is above; by default [serve].deadline_ms.")
+    ] = None,
+    tail: TailUrl = None,
+    teacher: Teacher = None,
+) -> None:
+    """Train for the newest day, validate beside the live version, roll out, watch, and roll back what breaks.
 
-    @app.command()
-    def status(
-        store: Annotated[Path, typer.Option("--store", "-s", help="Where versions and work are kept.")] = Path("store"),
-        funnel: Annotated[str, typer.Option("--funnel", "-f", help="Which funnel of the store.")] = "",
-        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    ) -> None:
-        """Tell what is live, where a retrain is, and how the last one ended.
+    One that was stopped is taken up. Exit code 0: live, or nothing is new; 3: the gate refused it; 4: rolled back;
+    75: another process retrains; 1: an error.
+    """
+    funnel, period_s = load_config(config), seconds(every) if every else 0.0
+    watched = _watch(funnel, watch_url, seconds(watch), most_errors, most_degraded, most_p99_ms)
+    home = store / funnel.name
+    asked = Asked(funnel, data, home, day, fresh, again, watched, tail, teacher)
+    rollout = _rollout(home, index_hosts, seconds(pause))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    while True:
+        began = time.monotonic()
+        code = _once(asked, rollout, out, err)
+        if not every:
+            raise typer.Exit(code)
+        time.sleep(max(began + period_s - time.monotonic(), 0.0))
 
-        Exit code 0 where the last one was promoted or goes on, else that of its outcome; see `prerank retrain`.
-        """
-        home = _found(store, funnel)
-        live, pid = Registry(home).live(), running(home)
-        with opened(home) as runs:
-            last = runs.latest()
-            steps = runs.steps(last[0]) if last else []
-        if as_json:
-            told = {"live": live, "running": pid, "run": asdict(last[0]) if last else None}
-            print(json.dumps({**told, "steps": [asdict(step) for step in steps]}, indent=1))
-        else:
-            out.print(_status(live, pid, last[0] if last else None, steps))
-        raise typer.Exit(CODES.get(last[0].outcome, 0) if last else 0)
 
-    @app.command()
-    def history(
-        store: Annotated[Path, typer.Option("--store", "-s", help="Where versions and work are kept.")] = Path("store"),
-        funnel: Annotated[str, typer.Option("--funnel", "-f", help="Which funnel of the store.")] = "",
-    ) -> None:
-        """Tell which version was live from when to when and why, and which retrains came to nothing."""
-        home = _found(store, funnel)
-        with opened(home) as runs:
-            nothing = [run for run in runs.latest(_MOST_RUNS) if run.outcome not in ("", "promoted")]
-        out.print(Group(_periods(Registry(home).history()), *([_nothing(nothing)] if nothing else [])))
+@retraining.command()
+def status(
+    store: StoreFolder = STORE,
+    funnel: FunnelName = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what is live, where a retrain is, and how the last one ended.
+
+    Exit code 0 where the last one was promoted or goes on, else that of its outcome; see `prerank retrain`.
+    """
+    home = found_in(store, funnel, _MARKS, "has no funnel yet")
+    live, pid = Registry(home).live(), running(home)
+    with opened(home) as runs:
+        last = runs.latest()
+        steps = runs.steps(last[0]) if last else []
+    if as_json:
+        told = {"live": live, "running": pid, "run": asdict(last[0]) if last else None}
+        print(json.dumps({**told, "steps": [asdict(step) for step in steps]}, indent=1))
+    else:
+        out.print(_status(live, pid, last[0] if last else None, steps))
+    raise typer.Exit(CODES.get(last[0].outcome, 0) if last else 0)
+
+
+@retraining.command()
+def history(
+    store: StoreFolder = STORE,
+    funnel: FunnelName = "",
+) -> None:
+    """Tell which version was live from when to when and why, and which retrains came to nothing."""
+    home = found_in(store, funnel, _MARKS, "has no funnel yet")
+    with opened(home) as runs:
+        nothing = [run for run in runs.latest(_MOST_RUNS) if run.outcome not in ("", "promoted")]
+    out.print(Group(_periods(Registry(home).history()), *([_nothing(nothing)] if nothing else [])))
 
 
 def _rollout(home: Path, hosts: str, pause_s: float) -> Rollout:
@@ -127,7 +144,8 @@ def _rollout(home: Path, hosts: str, pause_s: float) -> Rollout:
     registry = Registry(home)
     if not hosts:
         return SinglePointer(registry)
-    from prerank.serve.index_flight import open_hosts  # Flight is only needed here
+    from prerank.serve.exposure import TOKEN_VARIABLE  # Flight and the HTTP stack are only needed here
+    from prerank.serve.index_flight import open_hosts
 
     return ShardByShard(registry, open_hosts(hosts, os.environ.get(TOKEN_VARIABLE)), pause_s)
 
@@ -173,18 +191,6 @@ def _watch(
         return None
     limits = Limits(errors, degraded, config.serve.deadline_ms if p99_ms is None else p99_ms)
     return Watch(metrics_of(url), for_s, limits)
-
-
-def _found(store: Path, funnel: str) -> Path:
-    """The funnel's folder: one that has a version, or that a retrain has begun."""
-    marks = ("versions", FILE)
-    names = sorted(p.name for p in store.glob("*") if any((p / mark).exists() for mark in marks))
-    if funnel and funnel not in names:
-        raise ConfigError(f"{store}: no funnel {funnel!r} there; it has {', '.join(names) or 'none'}")
-    if not funnel and len(names) != 1:
-        what = f"has several ({', '.join(names)}); name one with --funnel" if names else "has no funnel yet"
-        raise ConfigError(f"{store}: the store {what}")
-    return store / (funnel or names[0])
 
 
 def _status(live: str | None, pid: str, run: Run | None, steps: list[Step]) -> RenderableType:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import gc
-import logging
 import sys
 import threading
 import time
@@ -18,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import structlog
 import torch
 import uvicorn
 from starlette.applications import Starlette
@@ -37,6 +35,7 @@ from prerank.serve.exposure import LOCAL, Exposure
 from prerank.serve.graph import Deadline
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.live_version import LiveVersion
+from prerank.serve.log_lines import log_to_stderr
 from prerank.serve.metrics import CONTENT_TYPE, ServeMetrics
 from prerank.serve.open_inference import OpenInference
 from prerank.serve.open_inference_http import routes as open_inference_routes
@@ -165,17 +164,7 @@ def serve(
     """
     exposure, door = Exposure.of(host, token_file, allow_hosts=allow_hosts), Door()
     sight = replace(sight, spans=spans_of(otel))
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    log_to_stderr()
     torch.set_num_threads(1)  # two requests that share cores by spinning cost each other more than they gain
     hosts = None if index_hosts is None else IndexHosts.open(index_hosts, store)
     watch = VersionWatch.open(store, version, workers, tail, settled=_settle, users=users, hosts=hosts)

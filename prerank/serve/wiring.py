@@ -22,8 +22,8 @@ _SPARE_MS = 8.0
 """To order candidates by similarity, describe the winners, and send them, on cores that others want too."""
 _SHORT = (Target, Describe, Attribute)
 _SHORT_WHERE_NEAR = (*_SHORT, ExpandTargeting, ExpandUser)
-"""Where users are near: each is over soon, most of it under Python's lock, which threads that want it at once pass to and
-fro for longer than that. Round trips overlap."""
+"""Where users are near: each is over soon, most of it under Python's lock, which threads that want it at once pass to
+and fro for longer than that. Round trips overlap."""
 
 
 def wire(

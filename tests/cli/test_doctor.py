@@ -38,7 +38,7 @@ def test_what_is_amiss_comes_with_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
     native.library.cache_clear()
     monkeypatch.setenv(native.OFF, "1")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    monkeypatch.setattr(doctor, "_memory_gib", lambda: 1.5)
+    monkeypatch.setattr(doctor, "memory_gib", lambda: 1.5)
     try:
         code, said = run("--no-measure")
     finally:
@@ -56,7 +56,7 @@ def test_a_device_that_cannot_be_used_is_an_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: made)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**31))
-    monkeypatch.setattr(doctor, "_version", lambda library: "not installed" if library == "triton" else "1.0")
+    monkeypatch.setattr(doctor, "version_of", lambda library: "not installed" if library == "triton" else "1.0")
     code, said = run("--no-measure", "--json")
     found = json.loads(said)
     assert code == 1
