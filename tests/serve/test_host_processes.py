@@ -58,6 +58,7 @@ def processes(published: tuple[Path, list[str]]) -> Iterator[list[HostProcess]]:
                 host.end(kill=True)
 
 
+@pytest.mark.slow  # in one process tests/serve/test_version_sync.py holds the same
 def test_a_roll_out_under_load_with_a_host_killed_in_the_middle_fails_and_mixes_nothing(
     published: tuple[Path, list[str]], processes: list[HostProcess]
 ) -> None:
