@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from prerank.errors import BundleError, ConfigError
+from prerank.kernels.pages import in_large_pages
 from prerank.types import Array
 
 LINKS = 16
@@ -145,7 +146,9 @@ class Graph:
         faiss.copy_array_to_vector(links.ranges.numpy().ravel(), storage.sq.trained)
         for memory, tensor in ((storage.codes, links.codes), (index.hnsw.neighbors, links.neighbors)):
             memory.resize(tensor.numel())
-            _array(faiss, memory)[:] = tensor.numpy().ravel()
+            numbers = _array(faiss, memory)
+            numbers[:] = tensor.numpy().ravel()
+            in_large_pages(numbers.ctypes.data, numbers.nbytes)  # a search jumps about in them
         levels = links.levels.numpy()
         faiss.copy_array_to_vector(levels.astype(np.int32), index.hnsw.levels)
         faiss.copy_array_to_vector(_starts(levels).astype(np.uint64), index.hnsw.offsets)
