@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prerank.kernels import native
 from prerank.kernels.layout import NOT_KEPT, TILE, Layout, lay_out, padded
+from prerank.kernels.pages import in_large_pages
 from prerank.kernels.program import (
     Dot,
     Gather,
@@ -206,6 +207,7 @@ class NativeProgram:
     def _table(self, tensor: Tensor, is_full: bool) -> _Table:
         if tensor.dtype == torch.float32 and not is_full:
             source, tensor = tensor, tensor.bfloat16()
+            in_large_pages(tensor.data_ptr(), tensor.nbytes)
             self._copies.append((source, tensor))
         assert tensor.is_contiguous()
         assert tensor.device.type == "cpu"
