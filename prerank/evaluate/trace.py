@@ -81,8 +81,8 @@ def _on_host(
             if around:
                 around[-1].self_us -= us
                 event.stage, event.kernel = around[-1].stage, around[-1].kernel
-                if around[-1].work != Work():  # the same product under another name
-                    event.work = Work()
+                if event.work != Work():  # around it is the same product under another name, if it is one
+                    around[-1].work = Work()
             if is_range and event.name in stages:
                 event.stage, event.kernel = event.name, ""
             elif (is_range and event.name in kernels) or event.work != Work():
