@@ -37,6 +37,7 @@ from prerank.cli.options import (
     out,
     resolved,
 )
+from prerank.cli.profile import profiling
 from prerank.cli.progress import progress
 from prerank.cli.retrain import retraining
 from prerank.cli.serving import serving
@@ -293,4 +294,5 @@ def _write_report(trained: Trained, folder: Path, segment: str | None) -> Path:
 
 
 app.add_typer(serving)
+app.add_typer(profiling)
 app.add_typer(hosts_app)

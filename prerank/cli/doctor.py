@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from prerank.kernels.ceilings import ceilings
 LIBRARIES = ("numpy", "pyarrow", "safetensors", "lmdb", "msgspec", "starlette", "uvicorn", "triton")
 EXTRAS: Mapping[str, str] = {"redis": "redis", "grpc": "grpcio", "hnsw": "faiss-cpu", "otel": "opentelemetry-sdk"}
 """By the name of the extra, the library that it brings first."""
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Where the driver tells of itself."""
 _LEAST_GIB = 4.0
 
 
@@ -75,7 +78,7 @@ def _device() -> dict[str, str]:
     if not torch.cuda.is_available():
         built = torch.version.cuda
         return {"cuda": "no device" if built else "this torch is built without CUDA"}
-    found = {"cuda": str(torch.version.cuda)}
+    found = {"driver": _driver(), "cuda": str(torch.version.cuda), "triton": version_of("triton")}
     for number in range(torch.cuda.device_count()):
         said = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
@@ -84,6 +87,14 @@ def _device() -> dict[str, str]:
             f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         )
     return found
+
+
+def _driver() -> str:
+    """Its version, as the kernel's module says."""
+    said = DRIVER.read_text(encoding="utf-8") if DRIVER.is_file() else ""
+    # NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.133.20  Sun ..., or ... Open Kernel Module for x86_64  570...
+    found = re.search(r"Kernel Module\s.*?(\d+\.\d+(?:\.\d+)?)", said)
+    return found[1] if found else "not told"
 
 
 def _faults() -> Iterator[Fault]:
@@ -102,5 +113,5 @@ def _faults() -> Iterator[Fault]:
         for number in range(torch.cuda.device_count()):
             if torch.cuda.get_device_capability(number) < (8, 0):
                 yield Fault(f"device {number} is older than sm_80", "its bfloat16 is slow; rank on the processor")
-    elif Path("/proc/driver/nvidia/version").exists() and not torch.version.cuda:
+    elif DRIVER.exists() and not torch.version.cuda:
         yield Fault("an NVIDIA driver, and a torch built without CUDA", "docs/install.md says which torch to install")

@@ -10,7 +10,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from prerank.kernels import native, triton
+from prerank.kernels import native, ranges, triton
+from prerank.kernels.work import Work
 
 WORD = 64
 """Rows in one word of a bitmap."""
@@ -94,27 +95,28 @@ def natively(
     instructions = ctypes.c_int64(best if level is None else native.LEVELS.index(level))
     assert instructions.value <= best
     words = torch.empty(width, dtype=torch.int64)
-    library.prerank_eligible_words.restype = ctypes.c_int64
-    found = library.prerank_eligible_words(
-        native.pointer(bitmaps, torch.int64, len(bitmaps), width),
-        ctypes.c_int64(width),
-        ctypes.c_int64(num_items),
-        native.pointer(chosen, torch.int32, len(chosen)),
-        native.pointer(starts, torch.int64, count + 1),
-        native.pointer(inverted, torch.bool, count),
-        ctypes.c_int64(count),
-        native.pointer(words, torch.int64, width),
-        instructions,
-    )
-    rows = torch.empty(found, dtype=torch.int64)
-    library.prerank_rows_of_words.restype = None
-    library.prerank_rows_of_words(
-        native.pointer(words, torch.int64, width),
-        ctypes.c_int64(width),
-        native.pointer(rows, torch.int64, found),
-        ctypes.c_int64(found),
-        instructions,
-    )
+    with ranges.kernel("native eligible", lambda: Work(num_bytes=(len(chosen) * width + found) * 8)):
+        library.prerank_eligible_words.restype = ctypes.c_int64
+        found = library.prerank_eligible_words(
+            native.pointer(bitmaps, torch.int64, len(bitmaps), width),
+            ctypes.c_int64(width),
+            ctypes.c_int64(num_items),
+            native.pointer(chosen, torch.int32, len(chosen)),
+            native.pointer(starts, torch.int64, count + 1),
+            native.pointer(inverted, torch.bool, count),
+            ctypes.c_int64(count),
+            native.pointer(words, torch.int64, width),
+            instructions,
+        )
+        rows = torch.empty(found, dtype=torch.int64)
+        library.prerank_rows_of_words.restype = None
+        library.prerank_rows_of_words(
+            native.pointer(words, torch.int64, width),
+            ctypes.c_int64(width),
+            native.pointer(rows, torch.int64, found),
+            ctypes.c_int64(found),
+            instructions,
+        )
     return rows
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from prerank.kernels import native
+from prerank.kernels import native, ranges
 from prerank.kernels.layout import NOT_KEPT, TILE, Layout, lay_out, padded
 from prerank.kernels.pages import in_large_pages
 from prerank.kernels.program import (
@@ -32,6 +32,7 @@ from prerank.kernels.program import (
     Step,
 )
 from prerank.kernels.stop import current
+from prerank.kernels.work import program_work
 from prerank.types import Features
 
 _Data = TypeVar("_Data", ctypes.c_void_p, ctypes.c_int64, "_Table", "_Step", "_Register", "_Slot")
@@ -148,6 +149,7 @@ class NativeProgram:
             if isinstance(step, Gather) and layout.places[step.out.register].f32 != NOT_KEPT
         }
         self._tables = _array(_Table, len(names))(*(self._table(item_side[name], name in full) for name in names))
+        self._source, self._row_bytes = program, sum(table.width * table.bytes for table in self._tables)
         self.num_items = len(item_side[names[0]])
         steps = self._steps(program, layout, {name: number for number, name in enumerate(names)})
         self._step_array = _array(_Step, len(steps))(*steps)
@@ -191,9 +193,10 @@ class NativeProgram:
             logits.data_ptr(),
             stop.address,
         )
-        self.engine.library.prerank_engine_run(
-            self.engine.handle, ctypes.byref(self._program), self._tables, ctypes.byref(asked)
-        )
+        with ranges.kernel("native program", lambda: program_work(self._source, self._row_bytes, len(rows))):
+            self.engine.library.prerank_engine_run(
+                self.engine.handle, ctypes.byref(self._program), self._tables, ctypes.byref(asked)
+            )
         del memory  # until here the threads read it
         stop.check()
         return logits

@@ -12,8 +12,9 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from prerank.kernels import native, triton
+from prerank.kernels import native, ranges, triton
 from prerank.kernels.shapes import check_shapes
+from prerank.kernels.work import Work
 
 _MOST = 1 << 32
 
@@ -112,15 +113,17 @@ def _native(utility: Tensor, rows: Tensor, valid: Tensor, groups: Tensor, at_mos
     request_step, rule_step, candidate_step = groups.stride()
     call = library.prerank_greedy_top_k
     call.restype = None
-    call(
-        native.pointer(utility, torch.float32, num_requests, num),
-        native.pointer(rows, torch.int64, num_requests, num),
-        native.pointer(valid, torch.bool, num_requests, num),
-        ctypes.c_void_p(groups.data_ptr()),
-        native.pointer(at_most, torch.int64, num_rules),
-        *map(ctypes.c_int64, (num_requests, num, num_rules, request_step, rule_step, candidate_step, k)),
-        native.pointer(positions, torch.int64, num_requests, k),
-    )
+    read, written = num_requests * num * (4 + 8 + 1), num_requests * k * 8  # utility, rows, valid; positions
+    with ranges.kernel("native greedy", lambda: Work(num_bytes=read + written)):
+        call(
+            native.pointer(utility, torch.float32, num_requests, num),
+            native.pointer(rows, torch.int64, num_requests, num),
+            native.pointer(valid, torch.bool, num_requests, num),
+            ctypes.c_void_p(groups.data_ptr()),
+            native.pointer(at_most, torch.int64, num_rules),
+            *map(ctypes.c_int64, (num_requests, num, num_rules, request_step, rule_step, candidate_step, k)),
+            native.pointer(positions, torch.int64, num_requests, k),
+        )
     return positions
 
 

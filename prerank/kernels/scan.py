@@ -11,8 +11,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from prerank.kernels import native
+from prerank.kernels import native, ranges
 from prerank.kernels.top_k import NONE, order_keys, value_and_row
+from prerank.kernels.work import Work
 
 _SIMILARITIES_AT_ONCE = 1 << 19
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -136,9 +137,21 @@ def scan_natively(
         native.pointer(found, torch.int64, num_queries, k),
         *(_KINDS[vectors.dtype], num_items, dim, num_queries, k, num_rows, threads, native.LEVELS.index(level)),
     )
-    if library.prerank_scan(ctypes.byref(scan)):
+    with ranges.kernel("native scan", lambda: _work(vectors, num_queries, k, eligible)):
+        is_out_of_memory = library.prerank_scan(ctypes.byref(scan))
+    if is_out_of_memory:
         raise MemoryError(f"no memory to keep the {k} best of {num_queries} queries on {threads} threads")
     return similarity, found
+
+
+def _work(vectors: Tensor, num_queries: int, k: int, eligible: Tensor | None) -> Work:
+    """Of rows that are eligible, each read once: products in float32, and the k best written."""
+    num, dim = vectors.shape
+    if eligible is not None:
+        num = len(eligible) if eligible.dtype == torch.int64 else int(eligible.sum())
+    row_bytes = dim * vectors.element_size() + (4 if vectors.dtype == torch.int8 else 0)
+    named = 0 if eligible is None else eligible.nbytes
+    return Work(num_bytes=num * row_bytes + named + 12 * num_queries * k, float32_flops=2 * num * dim * num_queries)
 
 
 def _check(vectors: Tensor, scales: Tensor | None, query: Tensor, eligible: Tensor | None) -> None:

@@ -34,7 +34,7 @@ from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed, Changes
 from prerank.serve.expand import ExpandUser
 from prerank.serve.generate import names_of
-from prerank.serve.graph import Deadline, GraphRun
+from prerank.serve.graph import Deadline, GraphRun, Stage
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.lookups import open_tail, open_users
 from prerank.serve.metadata import Described, Descriptions
@@ -221,6 +221,10 @@ class Funnel:
     def look_up_in(self, users: Users) -> None:
         """Know those who ask from `users` from here on. Raises SchemaMismatch where they lack what is read."""
         self._graph = wire(self._bundle, users, self._descriptions, self.tail, self._pool)
+
+    def put_stages(self, *others: Stage) -> None:
+        """Let these run from here on, in the places of the stages of their names."""
+        self._graph = self._graph.with_stages(others)
 
     @property
     def ranks_by(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -138,6 +138,7 @@ class RequestGraph:
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self.stages = tuple(stages)
         self.inputs, self.outputs, self.answer = inputs, outputs, answer
         self.fallbacks, self.limits, self.patient = dict(fallbacks), dict(limits or {}), patient
         self.short, self.spare_ms = short, spare_ms
@@ -162,6 +163,26 @@ class RequestGraph:
         self.turns = {
             name: threading.BoundedSemaphore(limit.at_once) for name, limit in self.limits.items() if limit.at_once
         }
+
+    def with_stages(self, others: Iterable[Stage]) -> RequestGraph:
+        """The same with `others` in the places of the stages of their names, which there must be."""
+        by_name = {stage.name: stage for stage in others}
+        for name in sorted(set(by_name) - set(self.waits_for)):
+            raise GraphError(f"{name!r} is to take a stage's place, and is no stage; stages: {list(self.waits_for)}")
+        return RequestGraph(
+            [by_name.get(stage.name, stage) for stage in self.stages],
+            inputs=self.inputs,
+            outputs=self.outputs,
+            answer=self.answer,
+            fallbacks=self.fallbacks,
+            patient=self.patient,
+            limits=self.limits,
+            short=self.short,
+            spare_ms=self.spare_ms,
+            pool=self.pool,
+            around=self.around,
+            clock=self.clock,
+        )
 
     def _waits_for(self, stage: Stage, writers: Mapping[str, str | None]) -> frozenset[str]:
         # what a fallback reads must be there before its stage starts, so both count as the stage's needs

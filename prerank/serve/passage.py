@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 
 from prerank.errors import Cancelled, DataError, DeadlineExceeded, GraphError, PrerankError
+from prerank.kernels import ranges
 from prerank.kernels.stop import Stop, let
 from prerank.serve.graph import Deadline, GraphRun, RequestGraph, Stage, StageReport, Values
 from prerank.serve.seen import current
@@ -212,7 +213,8 @@ class _Passage:
         self._check_cancelled()
         given = {name: self.values[name] for name in doer.reads}
         start = self.graph.clock()
-        written = doer.run(given)
+        with ranges.stage(doer.name):
+            written = doer.run(given)
         ms = (self.graph.clock() - start) * 1000.0
         if frozenset(written) != stage.writes:
             missing, extra = sorted(stage.writes - set(written)), sorted(set(written) - stage.writes)

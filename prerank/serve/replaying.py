@@ -69,6 +69,18 @@ class LoggedUsers:
         return replace(record, flags=flags, contexts=record.contexts[:, places])
 
 
+def request_of(logged: LoggedRequest) -> Request:
+    """What was asked, without a deadline."""
+    return Request(
+        logged.user_id,
+        logged.k,
+        logged.time_ms,
+        logged.context,
+        request_id=logged.request_id,
+        exclude=logged.exclude,
+    )
+
+
 class Replaying:
     """`funnel`, which from here on knows no users but those of the log that it is asked for. One thread at a time."""
 
@@ -89,15 +101,7 @@ class Replaying:
         request, such as for a context field that it needs.
         """
         self._users.take(logged)
-        request = Request(
-            logged.user_id,
-            logged.k,
-            logged.time_ms,
-            logged.context,
-            request_id=logged.request_id,
-            exclude=logged.exclude,
-            metadata=(),
-        )
+        request = replace(request_of(logged), metadata=())
         for _ in range(_MOST_TIMES):
             asked, num_absent = self._ask(request)
             if not num_absent:

@@ -86,6 +86,19 @@ def test_stages_run_by_what_they_read_not_by_where_they_stand() -> None:
     assert not run.degraded
 
 
+def test_a_stage_may_take_the_place_of_the_one_of_its_name_and_all_else_stays() -> None:
+    fallback = step("nothing", "request", "a_value")
+    limits = {"b": Limit(at_once=2)}
+    wired = graph(step("a", "request", "a_value"), step("b", "a_value", "out"), a=fallback, limits=limits, patient="a")
+    other = wired.with_stages([step("a", "", "a_value", lambda _: {"a_value": 7})])
+    assert run_graph(other, {"request": "r"}).outputs == {"out": "b(7)"}
+    assert run_graph(wired, {"request": "r"}).outputs == {"out": "b(a(r))"}
+    kept = set(vars(wired)) - {"stages", "order", "turns"}
+    assert {name: vars(other)[name] for name in kept} == {name: vars(wired)[name] for name in kept}
+    with pytest.raises(GraphError, match=r"'c' is to take a stage's place, and is no stage; stages: \['a', 'b'\]"):
+        wired.with_stages([step("c", "", "a_value")])
+
+
 def test_stages_that_need_nothing_of_each_other_wait_for_nothing_of_each_other() -> None:
     wired = graph(step("left", "request", "l"), step("right", "request", "r"), step("join", "l r", "out"))
     assert wired.waits_for["left"] == wired.waits_for["right"] == frozenset()
