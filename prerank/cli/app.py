@@ -185,7 +185,7 @@ def publish(
         load_tail(trained.config, tables, trained.prepared, home, tail, report)
         quality = evaluate_trained(trained, home)
         version = publish_trained(trained, tables, home, render.plain(quality), report)
-        gates = validate_version(home, version, trained.prepared, tables, trained.heavy, report)
+        gates = validate_version(home, version, trained.prepared, tables, trained.heavy, report, users)
     out.print(f"published {version}")
     out.print(render.gates(gates))
     if not all(gate.holds for gate in gates):

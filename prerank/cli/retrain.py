@@ -29,6 +29,7 @@ from prerank.cli.options import (
     StoreFolder,
     TailUrl,
     Teacher,
+    UsersUrl,
     err,
     found_in,
     out,
@@ -83,6 +84,7 @@ def retrain(
         float | None, typer.Option(min=0, help="... where p99 is above; by default [serve].deadline_ms.")
     ] = None,
     tail: TailUrl = None,
+    users: UsersUrl = None,
     teacher: Teacher = None,
 ) -> None:
     """Train for the newest day, validate beside the live version, roll out, watch, and roll back what breaks.
@@ -93,7 +95,7 @@ def retrain(
     funnel, period_s = load_config(config), seconds(every) if every else 0.0
     watched = _watch(funnel, watch_url, seconds(watch), most_errors, most_degraded, most_p99_ms)
     home = store / funnel.name
-    asked = Asked(funnel, data, home, day, fresh, again, watched, tail, teacher)
+    asked = Asked(funnel, data, home, day, fresh, again, watched, tail, teacher, users)
     rollout = _rollout(home, index_hosts, seconds(pause))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     while True:

@@ -28,6 +28,7 @@ from prerank.lifecycle.build import load_tail, load_users, publish_trained
 from prerank.lifecycle.rollout import Rollout, SinglePointer
 from prerank.lifecycle.runs import Run, Runs, alone, opened
 from prerank.lifecycle.training import Trained, train
+from prerank.lifecycle.user_shelves import check_answers
 from prerank.lifecycle.validate import validate
 from prerank.lifecycle.watching import Sample, Watch
 from prerank.lifecycle.window import moved, newest_complete_day
@@ -43,7 +44,7 @@ class Asked:
 
     `day` is the newest day, an ISO day; by default the newest that is complete in the log. `fresh` trains from nothing
     and not from the live version's weights; `again` also where the same was done before. `watch` watches what was
-    rolled out. `tail` and `teacher` are as `prerank publish` takes them.
+    rolled out. `tail`, `teacher` and `users` are as `prerank publish` takes them.
     """
 
     config: Config
@@ -55,6 +56,7 @@ class Asked:
     watch: Watch | None = None
     tail: str | None = None
     teacher: Path | None = None
+    users: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,8 @@ class _Retraining:
     def _all(self, run: Run, config: Config, tables: Tables) -> Run:
         if self.asked.watch is not None:
             self.asked.watch.metrics()  # what cannot be watched later is not begun
+        if self.asked.users is not None:
+            check_answers(self.asked.users)
         self.rollout.ready()
         with self.runs.step(run, "check"):
             _checked(config, tables)
@@ -145,7 +149,8 @@ class _Retraining:
         if run.version == self.registry.live():
             return self.runs.end(run, "promoted", "it is what is live already")
         with self.runs.step(run, "validate") as said:
-            gates = validate(self.asked.home, run.version, trained.prepared, tables, trained.heavy, self.report)
+            home, users = self.asked.home, self.asked.users
+            gates = validate(home, run.version, trained.prepared, tables, trained.heavy, self.report, users)
             failed = [f"{gate.name}: {gate.said()}" for gate in gates if not gate.holds]
             said += failed or [f"all {len(gates)} gates hold"]
         reach("retrain-validated")
@@ -175,7 +180,7 @@ class _Retraining:
     def _published(self, run: Run, trained: Trained, tables: Tables) -> Run:
         with self.runs.step(run, "publish") as said:
             home, config = self.asked.home, trained.config
-            load_users(config, tables, trained.prepared, home, self.report)
+            load_users(config, tables, trained.prepared, home, self.report, self.asked.users)
             load_tail(config, tables, trained.prepared, home, self.asked.tail, self.report)
             metrics = {"retrain": {"run": run.id, "warm": run.warm, "fresh": dict(trained.fresh)}}
             version = publish_trained(trained, tables, home, metrics)
