@@ -14,6 +14,7 @@ from prerank import __version__
 from prerank.bundle.load import load
 from prerank.bundle.registry import Registry
 from prerank.cli import render, requests
+from prerank.cli.clean import cleaning
 from prerank.cli.demo import demo as run_demo
 from prerank.cli.doctor import examine
 from prerank.cli.index_host import hosts_app
@@ -216,6 +217,7 @@ def rollback(
 
 
 app.add_typer(retraining)
+app.add_typer(cleaning)
 
 
 @app.command()

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 import prerank
 from prerank.bundle.failpoints import reach
 from prerank.bundle.load import load
@@ -25,6 +27,7 @@ from prerank.data.check import check
 from prerank.data.logs import Tables, open_tables
 from prerank.errors import BundleError, DataError, PrerankError
 from prerank.lifecycle.build import load_tail, load_users, publish_trained
+from prerank.lifecycle.retention import Policy, clean
 from prerank.lifecycle.rollout import Rollout, SinglePointer
 from prerank.lifecycle.runs import Run, Runs, alone, opened
 from prerank.lifecycle.training import Trained, train
@@ -35,6 +38,7 @@ from prerank.lifecycle.window import moved, newest_complete_day
 from prerank.train.warm import WarmStart
 from prerank.types import Report, silent
 
+_log = structlog.get_logger(__name__)
 BY = "prerank retrain"
 
 
@@ -44,7 +48,8 @@ class Asked:
 
     `day` is the newest day, an ISO day; by default the newest that is complete in the log. `fresh` trains from nothing
     and not from the live version's weights; `again` also where the same was done before. `watch` watches what was
-    rolled out. `tail`, `teacher` and `users` are as `prerank publish` takes them.
+    rolled out. `tail`, `teacher` and `users` are as `prerank publish` takes them. `keep` versions are kept, where it is
+    given, once another is live; see `retention`.
     """
 
     config: Config
@@ -57,6 +62,7 @@ class Asked:
     tail: str | None = None
     teacher: Path | None = None
     users: str | None = None
+    keep: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,11 @@ def retrain(asked: Asked, rollout: Rollout | None = None, report: Report = silen
     """
     with alone(asked.home), opened(asked.home) as runs:
         chosen = SinglePointer(Registry(asked.home)) if rollout is None else rollout
-        return _Retraining(asked, runs, chosen, report).run()
+        done = _Retraining(asked, runs, chosen, report).run()
+        if asked.keep is not None and done.is_new and done.run.outcome == "promoted":
+            with runs.step(done.run, "clean") as said:
+                said.append(_cleaned(asked, chosen, asked.keep))
+        return done
 
 
 class _Retraining:
@@ -226,6 +236,15 @@ class _Retraining:
             self.rollout.roll_back(run.before, BY, f"run {run.id}: {why}")
         reach("retrain-rolled-back")
         return self.runs.end(run, "rolled back", why)
+
+
+def _cleaned(asked: Asked, rollout: Rollout, keep: int) -> str:
+    """What was deleted, in a sentence; what keeps it from that is no failure of the run."""
+    try:
+        return clean(asked.home, Policy(keep), BY, rollout.in_use()).said()
+    except PrerankError as error:
+        _log.warning("old versions and work are not deleted", error=str(error))
+        return f"nothing more is deleted: {error}"
 
 
 _VERDICTS = ("promoted", "refused", "rolled back")
