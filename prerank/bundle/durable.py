@@ -33,6 +33,23 @@ def replace_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a whole `line` to the file at `path`; one that was cut while being written goes."""
+    with path.open("ab+") as file:
+        whole = _whole_bytes(path)
+        if whole < path.stat().st_size:
+            file.truncate(whole)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    sync(path.parent)
+
+
+def _whole_bytes(path: Path) -> int:
+    """How many bytes of the file are whole lines."""
+    return path.read_bytes().rfind(b"\n") + 1
+
+
 @contextmanager
 def locked(store: Path) -> Iterator[None]:
     """Hold the one lock of a funnel's store; threads and processes wait their turn, a dead holder's is let go."""

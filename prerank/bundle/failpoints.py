@@ -15,7 +15,8 @@ RETRAIN = (
     *("retrain-begun", "retrain-trained", "retrain-published", "retrain-validated", "retrain-promoting"),
     *("retrain-promoted", "retrain-watching", "retrain-rolling-back", "retrain-rolled-back"),
 )
-NAMES = (*PUBLISH, *PROMOTE, *RETRAIN)
+CLEAN = ("clean-noted", "clean-aside", "clean-half-deleted")
+NAMES = (*PUBLISH, *PROMOTE, *RETRAIN, *CLEAN)
 
 
 def reach(name: str) -> None:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from prerank._tensor_files import read_tensors
 from prerank.bundle import manifest
 from prerank.bundle.golden import Golden
+from prerank.bundle.in_use import Hold, hold
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.manifest import verify as verify
 from prerank.bundle.scorer import Scorer
@@ -54,6 +55,7 @@ class Bundle:
     scorer: Scorer
     manifest: Mapping[str, object]
     generators: Mapping[str, Generator] = field(default_factory=dict)
+    hold: Hold | None = field(default=None, compare=False, repr=False)
 
     def accelerate(self, engine: Engine) -> None:
         """Let `engine` rank, and searches use as many threads as it has.
@@ -74,6 +76,7 @@ def load(path: Path) -> Bundle:
     Raises BundleError naming the first thing that is not as published: a missing, cut or changed file, a newer format,
     parts of different features, weights of another shape, or a golden request answered otherwise.
     """
+    held = hold(path)
     said = verify(path)
     config = config_of(path / manifest.CONFIG)
     transforms = transforms_of(path, config, said)
@@ -109,7 +112,7 @@ def load(path: Path) -> Bundle:
     if difference:
         raise BundleError(f"{path}: does not reproduce {difference}; publish again with this prerank")
     generators = _generators(path, config, said, items.num_rows)
-    return Bundle(str(said["version"]), path, config, transforms, towers, index, scorer, said, generators)
+    return Bundle(str(said["version"]), path, config, transforms, towers, index, scorer, said, generators, held)
 
 
 class NothingDrawn(TorchFunctionMode):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +17,17 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from prerank.bundle.durable import locked, replace_text, sync
+from prerank.bundle.durable import append_line, locked, replace_text, sync
 from prerank.bundle.failpoints import reach
+from prerank.bundle.in_use import unused
 from prerank.bundle.manifest import CONFIG, VERSION, VERSIONS, verify
+from prerank.bundle.removed import FILE as REMOVED
+from prerank.bundle.removed import Removal, removals
 from prerank.errors import GateFailed, RegistryError
 
 VALIDATION = "validation.json"
+ASIDE = ".removed-"
+"""What the folder of a removed version is called by, until all of it is deleted."""
 _LIVE = "live"
 _HISTORY = "history.jsonl"
 Action: TypeAlias = Literal["promote", "rollback"]
@@ -125,9 +131,12 @@ class Registry:
         return version
 
     def path(self, version: str) -> Path:
-        """The folder of `version`. Raises RegistryError if there is none."""
+        """The folder of `version`. Raises RegistryError if there is none, which says so of one that was removed."""
         path = self.store / VERSIONS / version
         if not VERSION.fullmatch(version) or not path.is_dir():
+            removed = removals(self.store).get(version)
+            if removed is not None:
+                raise RegistryError(f"{version} {removed.said()}; there are {self.names()}, or publish it again")
             raise RegistryError(f"{self.store}: expected one of the versions {self.names()}, got {version!r}")
         return path
 
@@ -145,6 +154,7 @@ class Registry:
         self.check(version)
         reach("promote-verified")
         with locked(self.store):
+            self.path(version)  # it may have been removed since
             self._move(version, "promote", by, why)
 
     def rollback(self, to: str | None, by: str, why: str) -> None:
@@ -175,6 +185,32 @@ class Registry:
                 raise RegistryError(f"{where}: line {number} is damaged: {line.strip()!r}; mend it by hand") from None
         live_after = [*(event.source for event in written[1:]), live]
         return [event for event, after in zip(written, live_after, strict=False) if event.to == after]
+
+    def before_live(self) -> str | None:
+        """What `rollback` goes to unless told; None where there is nothing to go back to."""
+        stack = self._stack()
+        return stack[-2] if len(stack) > 1 else None
+
+    def remove(self, version: str, by: str, why: str) -> Path:
+        """Take `version` out of the store, whatever state it is in; the hidden folder it is in now, for deletion.
+
+        Raises RegistryError where it is live, a process has loaded it, or there is no such version.
+        """
+        with locked(self.store):
+            path = self.path(version)
+            if version == self.live():
+                raise RegistryError(f"{version}: it is live; promote another first")
+            with unused(path) as is_unused:
+                if not is_unused:
+                    raise RegistryError(f"{version}: a process has loaded it; end that first")
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                append_line(self.store / REMOVED, Removal(version, now, by, why).to_json())
+                reach("clean-noted")
+                aside = path.with_name(f"{ASIDE}{version}-{secrets.token_hex(4)}")
+                os.replace(path, aside)
+                sync(path.parent)
+                reach("clean-aside")
+        return aside
 
     def write_validation(self, version: str, gates: Sequence[Gate]) -> None:
         """Write the version's validation.json, in place of an earlier one. Raises RegistryError without a version."""
@@ -211,16 +247,20 @@ class Registry:
             raise GateFailed(f"{version}: its configuration has the gates {unmeasured}, never measured; validate again")
 
     def _before_live(self) -> str:
-        """What was live before the version that is, by walking the history as a stack."""
+        stack = self._stack()
+        if len(stack) < 2:
+            raise RegistryError(f"{self.store}: no version was live before {self.live()}; nothing to go back to")
+        return stack[-2]
+
+    def _stack(self) -> list[str]:
+        """The live version last, before it what was live before, and so on: the history with rollbacks undone."""
         stack: list[str] = []
         for event in self.history():
             if event.action == "rollback" and event.to in stack:
                 del stack[len(stack) - stack[::-1].index(event.to) :]
             else:
                 stack.append(event.to)
-        if len(stack) < 2:
-            raise RegistryError(f"{self.store}: no version was live before {self.live()}; nothing to go back to")
-        return stack[-2]
+        return stack
 
     def _move(self, version: str, action: Action, by: str, why: str) -> None:
         """Note the event, then move the pointer; the caller holds the lock."""
@@ -228,26 +268,10 @@ class Registry:
         if live == version:
             raise RegistryError(f"{version} is live already")
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        _append(self.store / _HISTORY, Event(now, action, live, version, by, why).to_json())
+        append_line(self.store / _HISTORY, Event(now, action, live, version, by, why).to_json())
         reach("promote-noted")
         replace_text(self.store / _LIVE, version + "\n")
         reach("promote-moved")
-
-
-def _append(path: Path, line: str) -> None:
-    with path.open("ab+") as file:
-        whole = _whole_bytes(path)
-        if whole < path.stat().st_size:
-            file.truncate(whole)
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    sync(path.parent)
-
-
-def _whole_bytes(path: Path) -> int:
-    """How many bytes of the file are whole lines."""
-    return path.read_bytes().rfind(b"\n") + 1
 
 
 def _minute(version: str) -> str:

@@ -7,7 +7,7 @@ version, and while some shards have a newer version than others no item is in tw
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prerank._tensor_files import read_tensors
 from prerank.bundle import manifest
+from prerank.bundle.in_use import Hold, hold
 from prerank.bundle.load import below, config_of, index_of, targeting_of
 from prerank.business.targeting import Targeting
 from prerank.config import Config
@@ -61,6 +62,7 @@ class Shard:
     rows: Tensor | None
     targeting: Targeting | None
     values: Features
+    hold: Hold | None = field(default=None, compare=False, repr=False)
 
 
 def shards_of(keys: Array, of: int) -> Array:
@@ -81,6 +83,7 @@ def load_shard(path: Path, place: Place) -> Shard:
     Only what it reads is checked against the hashes. Raises BundleError naming the first thing that is not as
     published, and where no item of the version is in this shard.
     """
+    held = hold(path)
     said = manifest.verify(path, _READ)
     config = config_of(path / manifest.CONFIG)
     by = config.retrieval.index.by
@@ -110,6 +113,7 @@ def load_shard(path: Path, place: Place) -> Shard:
         rows=None if is_cut else rows,
         targeting=None if targeting is None else targeting.part(rows.numpy()),
         values={name: column[:num_items][rows] for name, column in _values(path, config, items).items()},
+        hold=held,
     )
 
 

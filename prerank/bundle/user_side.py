@@ -7,11 +7,12 @@ file: no ranker, no rules, no index.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prerank._tensor_files import read_tensors
 from prerank.bundle import manifest
+from prerank.bundle.in_use import Hold, hold
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.load import NothingDrawn, below, config_of, fill, transforms_of
 from prerank.errors import BundleError
@@ -34,6 +35,7 @@ class UserSide:
     transforms: Transforms
     towers: TwoTower
     items: ItemTable
+    hold: Hold | None = field(default=None, compare=False, repr=False)
 
 
 def load_user_side(path: Path) -> UserSide:
@@ -42,6 +44,7 @@ def load_user_side(path: Path) -> UserSide:
     Only what it reads is checked against the hashes. Raises BundleError naming the first thing that is not as
     published.
     """
+    held = hold(path)
     said = manifest.verify(path, _READ)
     config = config_of(path / manifest.CONFIG)
     transforms = transforms_of(path, config, said)
@@ -57,4 +60,4 @@ def load_user_side(path: Path) -> UserSide:
         raise BundleError(f"{path / manifest.SCORER}: histories are of item columns that are missing: {missing}")
     items = ItemTable.from_state({name: stored[was] for name, was in wanted.items()})
     model_id = manifest.files_of(path, said)[manifest.RETRIEVAL].model_id
-    return UserSide(str(said["version"]), {"retrieval": model_id}, transforms.lasting(), towers, items)
+    return UserSide(str(said["version"]), {"retrieval": model_id}, transforms.lasting(), towers, items, held)

@@ -14,6 +14,7 @@ from prerank import __version__
 from prerank.bundle.load import load
 from prerank.bundle.registry import Registry
 from prerank.cli import render, requests
+from prerank.cli.clean import cleaning
 from prerank.cli.demo import demo as run_demo
 from prerank.cli.doctor import examine
 from prerank.cli.index_host import hosts_app
@@ -186,7 +187,7 @@ def publish(
         load_tail(trained.config, tables, trained.prepared, home, tail, report)
         quality = evaluate_trained(trained, home)
         version = publish_trained(trained, tables, home, render.plain(quality), report)
-        gates = validate_version(home, version, trained.prepared, tables, trained.heavy, report)
+        gates = validate_version(home, version, trained.prepared, tables, trained.heavy, report, users)
     out.print(f"published {version}")
     out.print(render.gates(gates))
     if not all(gate.holds for gate in gates):
@@ -217,6 +218,7 @@ def rollback(
 
 
 app.add_typer(retraining)
+app.add_typer(cleaning)
 
 
 @app.command()

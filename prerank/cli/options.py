@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from prerank.bundle.registry import Registry
+from prerank.bundle.removed import removals
 from prerank.errors import ConfigError
 
 _PLAIN_WIDTH = 120  # of tables that go to a file or a pipe
@@ -65,8 +66,14 @@ def found_in(
 
 
 def resolved(registry: Registry, beginning: str) -> str:
-    """The one version whose id begins so. Raises ConfigError where there is none, or several."""
+    """The one version whose id begins so.
+
+    Raises ConfigError where there is none, or several, and RegistryError for one that was removed.
+    """
     matches = [name for name in registry.names() if name.startswith(beginning)]
+    removed = [name for name in removals(registry.store) if name.startswith(beginning)]
+    if not matches and len(removed) == 1:
+        registry.path(removed[0])  # which says when and why
     if len(matches) != 1:
         what = "no version begins so" if not matches else f"{len(matches)} versions begin so"
         raise ConfigError(f"{beginning!r}: {what}; see `prerank versions`")

@@ -9,12 +9,11 @@ import signal
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -29,6 +28,7 @@ from prerank.cli.options import (
     StoreFolder,
     TailUrl,
     Teacher,
+    UsersUrl,
     err,
     found_in,
     out,
@@ -51,6 +51,8 @@ _MOST_RUNS = 20
 _MARKS = ("versions", FILE)
 """What a funnel's folder has: a version, or that a retrain has begun."""
 _HOSTS = "Load it on these first, shard by shard: 0=host:port|host:port,1=... or a file with a shard a line."
+
+_KEEP = "Once it is live, delete older versions and old work, as `prerank clean --keep`; by default nothing is."
 
 
 def seconds(said: str) -> float:
@@ -75,6 +77,7 @@ def retrain(
     again: Annotated[bool, typer.Option("--again", help="Also where the same was done before.")] = False,
     index_hosts: Annotated[str, typer.Option(help=_HOSTS)] = "",
     pause: Annotated[str, typer.Option(help="How long to wait after each shard, before the next.")] = "10s",
+    keep: Annotated[int | None, typer.Option(min=1, help=_KEEP)] = None,
     watch_url: Annotated[str, typer.Option(help="A server that follows the store: http://127.0.0.1:8000.")] = "",
     watch: Annotated[str, typer.Option(help="How long its metrics are watched.")] = "5m",
     most_errors: Annotated[float, typer.Option(min=0, max=1, help="Roll back above this share of 5xx.")] = 0.01,
@@ -83,6 +86,7 @@ def retrain(
         float | None, typer.Option(min=0, help="... where p99 is above; by default [serve].deadline_ms.")
     ] = None,
     tail: TailUrl = None,
+    users: UsersUrl = None,
     teacher: Teacher = None,
 ) -> None:
     """Train for the newest day, validate beside the live version, roll out, watch, and roll back what breaks.
@@ -93,12 +97,12 @@ def retrain(
     funnel, period_s = load_config(config), seconds(every) if every else 0.0
     watched = _watch(funnel, watch_url, seconds(watch), most_errors, most_degraded, most_p99_ms)
     home = store / funnel.name
-    asked = Asked(funnel, data, home, day, fresh, again, watched, tail, teacher)
-    rollout = _rollout(home, index_hosts, seconds(pause))
+    asked = Asked(funnel, data, home, day, fresh, again, watched, tail, teacher, users, keep)
+    rollout = rollout_of(Registry(home), index_hosts, seconds(pause))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     while True:
         began = time.monotonic()
-        code = _once(asked, rollout, out, err)
+        code = _once(asked, rollout)
         if not every:
             raise typer.Exit(code)
         time.sleep(max(began + period_s - time.monotonic(), 0.0))
@@ -139,9 +143,8 @@ def history(
     out.print(Group(_periods(Registry(home).history()), *([_nothing(nothing)] if nothing else [])))
 
 
-def _rollout(home: Path, hosts: str, pause_s: float) -> Rollout:
+def rollout_of(registry: Registry, hosts: str, pause_s: float) -> Rollout:
     """Shard by shard where there are index hosts."""
-    registry = Registry(home)
     if not hosts:
         return SinglePointer(registry)
     from prerank.serve.exposure import TOKEN_VARIABLE  # Flight and the HTTP stack are only needed here
@@ -150,21 +153,22 @@ def _rollout(home: Path, hosts: str, pause_s: float) -> Rollout:
     return ShardByShard(registry, open_hosts(hosts, os.environ.get(TOKEN_VARIABLE)), pause_s)
 
 
-def _once(asked: Asked, rollout: Rollout, out: Console, err: Console) -> int:
+def _once(asked: Asked, rollout: Rollout) -> int:
     try:
         with progress(err) as report:
             done = retrain_once(asked, rollout, report)
     except AlreadyRunning as error:
-        _error(err, error)
+        tell_error(error)
         return BUSY
     except PrerankError as error:
-        _error(err, error)
+        tell_error(error)
         return CODES["failed"]
     out.print(_told(done), highlight=False, soft_wrap=True)
     return CODES[done.run.outcome]
 
 
-def _error(err: Console, error: PrerankError) -> None:
+def tell_error(error: PrerankError) -> None:
+    """As `main` tells one, for a command that ends with a code of its own."""
     err.print("error:", style="bold red", end=" ")
     err.print(str(error), highlight=False, markup=False, soft_wrap=True)
 

@@ -20,7 +20,7 @@ from prerank.lifecycle.arrivals import Stock, with_arrivals
 from prerank.lifecycle.coverage import COVERAGE, training_coverage
 from prerank.lifecycle.embed import embed
 from prerank.lifecycle.training import Trained
-from prerank.lifecycle.user_shelves import UserFile, UserRedis
+from prerank.lifecycle.user_shelves import USERS, UserFile, UserRedis
 from prerank.stores.contexts import UNKNOWN, columns_of, digest
 from prerank.stores.records import EXPOSED
 from prerank.stores.redis_tail import RedisTail
@@ -35,7 +35,6 @@ from prerank.types import Array, Report, silent
 NUM_GOLDEN, NUM_ASKED = 16, 64
 _APART = 16
 MOST_QUESTIONS = 5_000
-USERS = "users.lmdb"
 _REDIS_TIMEOUT_S = 30.0
 
 

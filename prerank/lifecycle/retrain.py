@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 import prerank
 from prerank.bundle.failpoints import reach
 from prerank.bundle.load import load
@@ -25,15 +27,18 @@ from prerank.data.check import check
 from prerank.data.logs import Tables, open_tables
 from prerank.errors import BundleError, DataError, PrerankError
 from prerank.lifecycle.build import load_tail, load_users, publish_trained
+from prerank.lifecycle.retention import Policy, clean
 from prerank.lifecycle.rollout import Rollout, SinglePointer
 from prerank.lifecycle.runs import Run, Runs, alone, opened
 from prerank.lifecycle.training import Trained, train
+from prerank.lifecycle.user_shelves import check_answers
 from prerank.lifecycle.validate import validate
 from prerank.lifecycle.watching import Sample, Watch
 from prerank.lifecycle.window import moved, newest_complete_day
 from prerank.train.warm import WarmStart
 from prerank.types import Report, silent
 
+_log = structlog.get_logger(__name__)
 BY = "prerank retrain"
 
 
@@ -43,7 +48,8 @@ class Asked:
 
     `day` is the newest day, an ISO day; by default the newest that is complete in the log. `fresh` trains from nothing
     and not from the live version's weights; `again` also where the same was done before. `watch` watches what was
-    rolled out. `tail` and `teacher` are as `prerank publish` takes them.
+    rolled out. `tail`, `teacher` and `users` are as `prerank publish` takes them. `keep` versions are kept, where it is
+    given, once another is live; see `retention`.
     """
 
     config: Config
@@ -55,6 +61,8 @@ class Asked:
     watch: Watch | None = None
     tail: str | None = None
     teacher: Path | None = None
+    users: str | None = None
+    keep: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,11 @@ def retrain(asked: Asked, rollout: Rollout | None = None, report: Report = silen
     """
     with alone(asked.home), opened(asked.home) as runs:
         chosen = SinglePointer(Registry(asked.home)) if rollout is None else rollout
-        return _Retraining(asked, runs, chosen, report).run()
+        done = _Retraining(asked, runs, chosen, report).run()
+        if asked.keep is not None and done.is_new and done.run.outcome == "promoted":
+            with runs.step(done.run, "clean") as said:
+                said.append(_cleaned(asked, chosen, asked.keep))
+        return done
 
 
 class _Retraining:
@@ -135,6 +147,8 @@ class _Retraining:
     def _all(self, run: Run, config: Config, tables: Tables) -> Run:
         if self.asked.watch is not None:
             self.asked.watch.metrics()  # what cannot be watched later is not begun
+        if self.asked.users is not None:
+            check_answers(self.asked.users)
         self.rollout.ready()
         with self.runs.step(run, "check"):
             _checked(config, tables)
@@ -145,7 +159,8 @@ class _Retraining:
         if run.version == self.registry.live():
             return self.runs.end(run, "promoted", "it is what is live already")
         with self.runs.step(run, "validate") as said:
-            gates = validate(self.asked.home, run.version, trained.prepared, tables, trained.heavy, self.report)
+            home, users = self.asked.home, self.asked.users
+            gates = validate(home, run.version, trained.prepared, tables, trained.heavy, self.report, users)
             failed = [f"{gate.name}: {gate.said()}" for gate in gates if not gate.holds]
             said += failed or [f"all {len(gates)} gates hold"]
         reach("retrain-validated")
@@ -175,7 +190,7 @@ class _Retraining:
     def _published(self, run: Run, trained: Trained, tables: Tables) -> Run:
         with self.runs.step(run, "publish") as said:
             home, config = self.asked.home, trained.config
-            load_users(config, tables, trained.prepared, home, self.report)
+            load_users(config, tables, trained.prepared, home, self.report, self.asked.users)
             load_tail(config, tables, trained.prepared, home, self.asked.tail, self.report)
             metrics = {"retrain": {"run": run.id, "warm": run.warm, "fresh": dict(trained.fresh)}}
             version = publish_trained(trained, tables, home, metrics)
@@ -221,6 +236,15 @@ class _Retraining:
             self.rollout.roll_back(run.before, BY, f"run {run.id}: {why}")
         reach("retrain-rolled-back")
         return self.runs.end(run, "rolled back", why)
+
+
+def _cleaned(asked: Asked, rollout: Rollout, keep: int) -> str:
+    """What was deleted, in a sentence; what keeps it from that is no failure of the run."""
+    try:
+        return clean(asked.home, Policy(keep), BY, rollout.in_use()).said()
+    except PrerankError as error:
+        _log.warning("old versions and work are not deleted", error=str(error))
+        return f"nothing more is deleted: {error}"
 
 
 _VERDICTS = ("promoted", "refused", "rolled back")

@@ -22,6 +22,9 @@ class Rollout(Protocol):
     def roll_back(self, to: str, by: str, why: str) -> None:
         """Let `to`, which was live before, serve again."""
 
+    def in_use(self) -> set[str]:
+        """Versions that are loaded where no lock of this machine says so. Raises where that cannot be known."""
+
 
 class SinglePointer:
     """One store whose pointer every server follows; each loads the version beside the one it has, and switches."""
@@ -41,3 +44,7 @@ class SinglePointer:
         """Move it back; see `Registry.rollback`."""
         if self.registry.live() != to:
             self.registry.rollback(to, by, why)
+
+    def in_use(self) -> set[str]:
+        """None: who has a version holds its lock."""
+        return set()

@@ -22,13 +22,13 @@ from prerank.kernels.engine import Engine
 from prerank.kernels.native import level, library
 from prerank.lifecycle.coverage import filled
 from prerank.lifecycle.measured import Measured
+from prerank.lifecycle.user_shelves import open_users
 from prerank.serve.expand import ExpandUser
-from prerank.stores.users import UserStore
+from prerank.stores.records import Users
 from prerank.train.examples import UserExamples
 from prerank.train.prepare import SERVED
 from prerank.types import Array, Features, Given, Request
 
-USERS = "users.lmdb"
 NUM_REQUESTS = 512
 _CANDIDATES = 64
 
@@ -43,14 +43,17 @@ class Served:
     slots: Tensor
 
 
-def serve_again(measured: Measured, tables: Tables) -> Served:
+def serve_again(measured: Measured, tables: Tables, redis: str | None = None) -> Served:
     """The impressions of the newest day, NUM_REQUESTS of them, of items that are resident, through serving.
 
-    Raises DataError where there is no user store, or none of the impressions can be asked again.
+    Users are looked up at the url `redis`, or in the store's file. Raises DataError where there is no user store, or
+    none of the impressions can be asked again, and StoreFailed for a Redis that does not answer.
     """
-    path = measured.home / USERS
-    if not path.exists():
-        raise DataError(f"{path}: no user store, so nothing can be served as it was trained; load the users first")
+    with open_users(measured.home, measured.config.name, redis) as users:
+        return _serve_again(measured, tables, users)
+
+
+def _serve_again(measured: Measured, tables: Tables, users: Users) -> Served:
     bundle, prepared, log = measured.bundle, measured.prepared, measured.prepared.events
     events = measured.events(NUM_REQUESTS)
     if SERVED in log:  # what a log of requests has was trained on as it was served, whatever the store says now
@@ -66,9 +69,8 @@ def serve_again(measured: Measured, tables: Tables) -> Served:
             requests[place] = Request(user_id, 1, time_ms, {name: row[name] for name in context})
     if not requests:
         raise DataError(f"{', '.join(measured.days)}: none of {len(events)} impressions is of a resident item")
-    with UserStore.open(path) as users:
-        expand = ExpandUser(users, bundle.transforms, bundle.scorer.items)
-        found = [expand.expand(users.get(one.user_id), one)[0] for one in requests.values()]
+    expand = ExpandUser(users, bundle.transforms, bundle.scorer.items)
+    found = [expand.expand(users.get(one.user_id), one)[0] for one in requests.values()]
     kept = np.array(list(requests))
     served = {name: torch.cat([one[name] for one in found]) for name in found[0]}
     trained = UserExamples(prepared, measured.config.features).at(events[kept])

@@ -141,13 +141,17 @@ class ShardByShard:
         with ThreadPoolExecutor(len(self._all)) as pool:
             list(pool.map(lambda one: _load_back(one, to), self._all))
 
-    def _holdings(self) -> dict[str, Holding]:
+    def in_use(self) -> set[str]:
+        """What any host holds. Raises HostFailed unless every host answers."""
+        return {version for one in self._holdings("is deleted").values() for version in one.versions}
+
+    def _holdings(self, what: str = "can be rolled out") -> dict[str, Holding]:
         found = {}
         for one in self._all:
             try:
                 found[one.name] = one.holding()
             except PrerankError as error:
-                raise HostFailed(f"nothing can be rolled out: {one.name}: {error}") from error
+                raise HostFailed(f"nothing {what}: {one.name}: {error}") from error
         return found
 
     def _load_all(self, version: str, before: dict[str, Holding], told: list[_Replica]) -> None:

@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 
 from prerank.errors import DataError, StoreFailed
+from prerank.stores.records import Users
 from prerank.stores.redis_client import RedisPair
 from prerank.stores.redis_users import RedisUsers
 from prerank.stores.user_file import Events
 from prerank.stores.users import UserStore
 
+USERS = "users.lmdb"
+"""The file of a funnel's folder that has its users, where no Redis has them."""
 _TIMEOUT_S = 30.0
+
+
+def has_users(home: Path, redis: str | None) -> bool:
+    """Whether there is a user store to ask: one at the url `redis`, which is believed, or the file in `home`."""
+    return redis is not None or (home / USERS).exists()
+
+
+def check_answers(redis: str) -> None:
+    """Raises StoreFailed where no Redis answers at this url, and DataError for one that is none."""
+    RedisPair.open(redis, _TIMEOUT_S).close()
+
+
+@contextmanager
+def open_users(home: Path, funnel: str, redis: str | None) -> Iterator[Users]:
+    """The users of `funnel` as they were loaded last, from the url `redis` or the file in `home`.
+
+    Raises DataError where they are not there or damaged, StoreFailed for a Redis that does not answer.
+    """
+    if redis is None:
+        path = home / USERS
+        if not path.exists():
+            raise DataError(f"{path}: no user store, so nothing can be served as it was trained; load the users first")
+        with UserStore.open(path) as users:
+            yield users
+        return
+    pair = RedisPair.open(redis, _TIMEOUT_S)
+    try:
+        with RedisUsers.open(pair, funnel) as far:
+            yield far
+    finally:
+        pair.close()
 
 
 class UserFile:

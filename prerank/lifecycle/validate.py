@@ -32,7 +32,8 @@ from prerank.lifecycle.coverage import (
     training_coverage,
 )
 from prerank.lifecycle.measured import Measured, of_live, tasks_of
-from prerank.lifecycle.served import USERS, Served, bf16_difference, parity, serve_again, served_coverage
+from prerank.lifecycle.served import Served, bf16_difference, parity, serve_again, served_coverage
+from prerank.lifecycle.user_shelves import has_users
 from prerank.models.heavy import HeavyRanker
 from prerank.train.distill import Taught
 from prerank.train.lessons import learn
@@ -58,12 +59,14 @@ def validate(
     tables: Tables,
     teacher: HeavyRanker | None = None,
     report: Report = silent,
+    users: str | None = None,
 ) -> list[Gate]:
     """Every gate of the version's own funnel file and of DEFAULTS, measured and written to its validation.json.
 
     `prepared` is the log as the version's transforms encode it, `tables` the same unencoded; `teacher` is asked for
     `kl_loss`. A version that cannot be loaded fails `golden` and is measured no further; a gate that cannot be measured
-    fails, and says why. `served_parity` needs the user store: it is asked where there is one or the file names it.
+    fails, and says why. `served_parity` needs the user store, at the url `users` or in the folder: it is asked where
+    there is one or the file names it.
     """
     registry = Registry(home)
     path = registry.path(version)
@@ -74,8 +77,8 @@ def validate(
     else:
         days = tuple(bundle.config.data.days("validate"))
         ours = Measured(bundle, prepared, bundle.config, days, home)
-        both = _Both(ours, tables, registry, teacher, report)
-        bounds = {name: bound for name, bound in DEFAULTS.items() if name != "served_parity" or (home / USERS).exists()}
+        both = _Both(ours, tables, registry, teacher, report, users)
+        bounds = {name: bound for name, bound in DEFAULTS.items() if name != "served_parity" or both.has_users}
         wanted = {**bundle.config.validate, **{n: b for n, b in bounds.items() if n not in bundle.config.validate}}
         gates = [_gate(both, name, bound) for name, bound in wanted.items()]
     registry.write_validation(version, gates)
@@ -100,6 +103,12 @@ class _Both:
     registry: Registry
     teacher: HeavyRanker | None
     report: Report
+    users: str | None
+
+    @property
+    def has_users(self) -> bool:
+        """Whether there is a user store."""
+        return has_users(self.ours.home, self.users)
 
     @cached_property
     def live(self) -> Measured | None:
@@ -119,7 +128,7 @@ class _Both:
     @cached_property
     def served(self) -> Served:
         """Impressions of the days, served again."""
-        return serve_again(self.ours, self.tables)
+        return serve_again(self.ours, self.tables, self.users)
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
@@ -157,7 +166,7 @@ class _Both:
         events = ours.events(MOST_EVENTS)
         today = log_coverage(ours.prepared, ours.config, events)
         now = [Coverage(f"the impressions of {ours.days[-1]}", len(events), today)]
-        if (ours.home / USERS).exists():
+        if self.has_users:
             served = self.served
             now.append(Coverage("requests as served", len(served.events), served_coverage(ours, served)))
         before = [Coverage("the training impressions", 0, training_coverage(ours.prepared, ours.config))]

@@ -63,7 +63,8 @@ class UserTowers:
     def _wanted(self, held: Mapping[str, int]) -> list[str]:
         by_shards = sorted(held, key=lambda version: (held[version], version), reverse=True)
         try:
-            were_live = [event.to for event in reversed(self._registry.history())]
+            there = set(self._registry.names())  # of those that were live, some may be removed
+            were_live = [event.to for event in reversed(self._registry.history()) if event.to in there]
         except (PrerankError, OSError, UnicodeDecodeError) as error:
             _log.error("which versions were live cannot be read", error=f"{type(error).__name__}: {error}")
             were_live = list(self._sides)
