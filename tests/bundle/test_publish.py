@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from prerank.index.storage import STORAGES
 from prerank.schema import Number
 from prerank.stores.metadata import MetadataTable
 from tests.bundle import world
+from tests.processes import forked
 
 STORES_FILES = {"manifest.json", *manifest.FILES}
 
@@ -144,8 +144,7 @@ def _die_publishing(store):
 
 
 def test_a_publish_killed_before_its_last_step_leaves_no_version_and_is_swept_an_hour_later(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=_die_publishing, args=(tmp_path,))
-    process.start()
+    process = forked(_die_publishing, tmp_path)
     process.join()
     assert process.exitcode == 9
     (left,) = (tmp_path / "versions").iterdir()

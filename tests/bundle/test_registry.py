@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from prerank.bundle.publish import publish
 from prerank.bundle.registry import Event, Gate, Registry
 from prerank.errors import BundleError, GateFailed, RegistryError
 from tests.bundle import world
+from tests.processes import forked
 
 HOLDS = Gate("golden", "at least 1", 1.0, True)
 
@@ -268,8 +268,7 @@ def _die_promoting(store, version, failpoint):
 def test_a_promote_killed_on_its_way_leaves_the_old_version_live_and_counts_for_nothing(registry, abc, failpoint):
     a, b, c = abc
     registry.promote(a, "ada", "")
-    process = multiprocessing.get_context("spawn").Process(target=_die_promoting, args=(registry.store, b, failpoint))
-    process.start()
+    process = forked(_die_promoting, registry.store, b, failpoint)
     process.join()
     assert process.exitcode == 9
     assert registry.live() == a
@@ -314,10 +313,7 @@ def _promote_many(store, versions, n):
 
 
 def test_promoters_of_other_processes_take_turns_too(registry, abc):
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_promote_many, args=(registry.store, abc, n)) for n in range(2)]
-    for worker in workers:
-        worker.start()
+    workers = [forked(_promote_many, registry.store, abc, n) for n in range(2)]
     for worker in workers:
         worker.join()
     assert [w.exitcode for w in workers] == [0, 0]

@@ -11,18 +11,28 @@ import pytest
 
 import prerank
 from prerank.bundle.registry import Registry
+from tests.processes import Command
 
 
 def run(*arguments: object, code: int = 0, env: dict[str, str] | None = None) -> str:
-    """`prerank` as a user runs it; what it prints."""
-    command = [sys.executable, "-m", "prerank", *map(str, arguments)]
+    """`prerank` as a user runs it, but for the imports; what it prints."""
     # on one thread, as the worlds of conftest are: more sum in another order, and golden answers are part of a version
+    command = Command(*arguments, env={"OMP_NUM_THREADS": "1", **(env or {})})
+    return told(*command.communicate(240), command.returncode, code)
+
+
+def run_alone(*arguments: object, code: int = 0, env: dict[str, str] | None = None) -> str:
+    """The same in an interpreter of its own, imports and all: once for each command."""
+    command = [sys.executable, "-m", "prerank", *map(str, arguments)]
     threads = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=threads)
-    told = done.stdout + done.stderr
-    assert done.returncode == code, told
-    assert "Traceback" not in told
-    return told
+    return told(done.stdout, done.stderr, done.returncode, code)
+
+
+def told(out: str, err: str, code: int | None, expected: int) -> str:
+    assert code == expected, out + err
+    assert "Traceback" not in out + err
+    return out + err
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +63,7 @@ def test_help_names_every_verb():
 
 
 def test_version_is_told():
-    assert run("--version").strip() == prerank.__version__
+    assert run_alone("--version").strip() == prerank.__version__
 
 
 def test_check_finds_nothing_in_good_data_and_everything_in_bad(made, tmp_path):
@@ -73,9 +83,7 @@ def test_a_funnel_goes_from_training_to_a_live_version_and_back(made):
     where, store, version = made
     assert "two towers" in run("train", *where)
     assert "R@100" in run("evaluate", *where)
-    assert json.loads(
-        run("evaluate", *where, "--json").partition("{")[1] + run("evaluate", *where, "--json").partition("{")[2]
-    )
+    assert json.loads("".join(run("evaluate", *where, "--json").partition("{")[1:]))
     told = run("publish", *where)
     assert f"published {version}" in told
     assert "golden" in told
@@ -83,18 +91,18 @@ def test_a_funnel_goes_from_training_to_a_live_version_and_back(made):
     listed = run("versions", "--store", store)
     assert version in listed
     assert "a test" in listed
-    assert "scorer.safetensors" in run("show", "--store", store)
+    assert "scorer.safetensors" in run_alone("show", "--store", store)
     user = pq.read_table(where[3] / "users.parquet")["user_id"][0].as_py()
     context = ("-x", "surface=feed", "-x", "hour=20")
-    answer = json.loads(run("recommend", "--store", store, "--user", user, "-k", 3, *context, "--json"))
+    answer = json.loads(run_alone("recommend", "--store", store, "--user", user, "-k", 3, *context, "--json"))
     assert len(answer["winners"]) == 3
     assert answer["version"] == version
     assert "unknown user" in run("recommend", "--store", store, "--user", 1, "-k", 3, *context)
-    assert "no version" in run("rollback", "--store", store, code=1)
+    assert "no version" in run_alone("rollback", "--store", store, code=1)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (("check", "--config", "nowhere.toml"), "error: nowhere.toml: no such funnel file"),
         (("versions", "--store", "nowhere"), "error: nowhere: the store has no published funnel yet"),
@@ -102,10 +110,17 @@ def test_a_funnel_goes_from_training_to_a_live_version_and_back(made):
         (("market", "--ads", 3, "--out", "nowhere"), "error: "),
     ],
 )
-def test_a_mistake_is_one_line(arguments, told):
+def test_a_mistake_is_one_line(arguments, expected):
     said = run(*arguments, code=1)
-    assert told in said
+    assert expected in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_a_market_is_made_and_one_that_cannot_be_is_refused(tmp_path):
+    made = ("--users", 100, "--impressions", 2000, "--out", tmp_path)
+    assert "2,000" in run_alone("market", "--ads", 200, *made)
+    assert pq.read_metadata(tmp_path / "impressions.parquet").num_rows == 2000
+    assert "error: " in run_alone("market", "--ads", 3, *made, code=1)
 
 
 def test_wrong_names_are_told_with_what_there_is(made):

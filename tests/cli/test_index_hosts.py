@@ -8,7 +8,7 @@ import pytest
 from prerank.bundle.shard import Place
 from prerank.serve.index_flight import FlightServer
 from prerank.serve.index_host import IndexHost
-from tests.cli.test_cli import run
+from tests.cli.test_cli import run, run_alone
 from tests.serve import spaces
 
 
@@ -28,7 +28,7 @@ def two(tmp_path: Path) -> Iterator[tuple[str, list[IndexHost], list[str]]]:
 
 def test_what_hosts_hold_is_listed_and_changed_one_after_another(two: tuple[str, list[IndexHost], list[str]]) -> None:
     said, hosts, versions = two
-    told = run("index-hosts", said)
+    told = run_alone("index-hosts", said)
     assert told.count(versions[0]) == 2
     assert "0 of 2" in told
     assert "retrieval " in told
@@ -48,6 +48,6 @@ def test_a_roll_out_stops_at_the_first_host_that_cannot(two: tuple[str, list[Ind
 
 def test_a_host_that_cannot_begin_says_why(two: tuple[str, list[IndexHost], list[str]], tmp_path: Path) -> None:
     port = two[0].rpartition(":")[2]
-    told = run("index-host", "--store", tmp_path, "--shard", 0, "--of", 2, "--port", port, code=1)
+    told = run_alone("index-host", "--store", tmp_path, "--shard", 0, "--of", 2, "--port", port, code=1)
     assert "a port that is free" in told
     assert "expected a number from 0 to 1" in run("index-host", "--store", tmp_path, "--shard", 2, "--of", 2, code=1)

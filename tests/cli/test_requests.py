@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from prerank.bundle.registry import Registry
-from tests.cli.test_cli import run
+from tests.cli.test_cli import run, run_alone
+from tests.processes import Command
 from tests.serve import world as tiny
 from tests.serve.conftest import publish_live
 from tests.serve.logs import BODIES, BODY
@@ -29,8 +28,7 @@ def serving(*arguments: object) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "prerank", "serve", "--port", str(port), *map(str, arguments)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = Command("serve", "--port", port, *arguments)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
@@ -38,7 +36,7 @@ def serving(*arguments: object) -> Iterator[str]:
                 if httpx.get(f"{address}/readyz").status_code == 200:
                     break
             except httpx.TransportError:
-                assert process.poll() is None, process.communicate()
+                assert process.poll() is None, process.communicate(60)
                 time.sleep(0.1)
         yield address
     finally:
@@ -68,7 +66,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
 def test_a_share_is_logged_and_the_same_version_answers_the_same(logged: tuple[Path, Path, int]) -> None:
     store, log, num = logged
     assert 8 <= num <= 32, "half of 40, give or take four standard deviations"
-    told, _ = json.JSONDecoder().raw_decode(run("replay", log, "--store", store, "--json"))
+    told, _ = json.JSONDecoder().raw_decode(run_alone("replay", log, "--store", store, "--json"))
     assert (told["num_requests"], told["num_compared"]) == (num, num)
     assert (told["same_winners"], told["same_features"], told["utility_change"]) == (1.0, 1.0, 0.0)
     assert list(told["logged_by"]) == [told["version"]]

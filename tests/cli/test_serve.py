@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.cli.test_cli import run
+from tests.cli.test_cli import run, run_alone
+from tests.processes import Command
 from tests.serve import world
 from tests.serve.conftest import publish_live
 
@@ -35,16 +33,13 @@ def serving(store: Path, *options: object, **environment: str) -> Iterator[tuple
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "prerank", "serve", "--store", store, "--port", port, "--workers", 0, *options]
-    process = subprocess.Popen(
-        [str(part) for part in command], stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
+    process = Command("serve", "--store", store, "--port", port, "--workers", 0, *options, env=environment)
     lines: list[Mapping] = []
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
             until = time.monotonic() + 90
             while True:
-                assert process.poll() is None, process.communicate()[1]
+                assert process.poll() is None, process.communicate(60)[1]
                 assert time.monotonic() < until
                 try:
                     if http.get("/readyz").status_code == 200:
@@ -105,6 +100,6 @@ def test_options_that_cannot_be_are_one_line(store: Path, monkeypatch: pytest.Mo
     assert "Invalid value for '--traces'" in run("serve", "--store", store, "--traces", -1, code=2)
     assert "error: --allow-host 'a:1': expected a name" in run("serve", "--store", store, "--allow-host", "a:1", code=1)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
-    said = run("serve", "--store", store, "--otel", code=1)
+    said = run_alone("serve", "--store", store, "--otel", code=1)
     assert said.startswith("error: OTEL_EXPORTER_OTLP_PROTOCOL: expected http/protobuf")
     assert len(said.strip().splitlines()) == 1

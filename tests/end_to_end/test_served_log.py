@@ -15,7 +15,7 @@ import pytest
 
 from prerank.bundle.toml import to_toml
 from prerank.serve.funnel import Funnel
-from tests.cli.test_cli import run
+from tests.cli.test_cli import run, run_alone
 from tests.serve.logs import log, read
 
 NUM = 60
@@ -43,7 +43,7 @@ def served(world, published: str, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_a_server_of_the_tables_has_no_skew_and_its_version_answers_the_same(world, published, served: Path) -> None:
     assert len(read(served / "log")) == NUM
     where = ("--config", world.config_path, "--data", world.data, "--store", served / "store")
-    told = run("audit", "skew", served / "log", *where, "--at-least", 1.0)
+    told = run_alone("audit", "skew", served / "log", *where, "--at-least", 1.0)
     assert f"{NUM} of {NUM} requests compared, {NUM} with an impression" in told
     assert "the worst" not in told
     replayed = run("replay", served / "log", "--store", served / "store", "--version", published)

@@ -1,6 +1,5 @@
 """Killed by SIGKILL at each step of publish, promote and retrain: what serves goes on, and the next run recovers."""
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -8,7 +7,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import torch
 
 from prerank.bundle.failpoints import NAMES, PROMOTE, PUBLISH, RETRAIN, VARIABLE, reach
 from prerank.bundle.manifest import VERSION, verify
@@ -20,6 +18,7 @@ from prerank.serve.watch import VersionWatch
 from prerank.types import Request
 from tests.lifecycle import world
 from tests.lifecycle.server import Server
+from tests.processes import forked
 
 ASKED = Request(user_id=3, k=5, time_ms=0, context={"hour": 1})
 ROLLING = ("retrain-rolling-back", "retrain-rolled-back")
@@ -29,16 +28,12 @@ MOVED = ("promote-moved", "retrain-promoted", "retrain-watching", "retrain-rolli
 
 def die(config: Config, data: Path, home: Path, place: str, bad: float) -> None:
     """Retrain, and be killed at `place`; a child process's work."""
-    torch.set_num_threads(1)  # as the whole session has it
     os.environ[VARIABLE] = place
     retrain(Asked(config, data, home, watch=Server(home, bad).watch()))
 
 
 def killed(config: Config, data: Path, home: Path, place: str, bad: float) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["prerank.lifecycle.retrain"])
-    process = context.Process(target=die, args=(config, data, home, place, bad))
-    process.start()
+    process = forked(die, config, data, home, place, bad)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
 
