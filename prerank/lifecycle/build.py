@@ -32,7 +32,7 @@ from prerank.train.prepare import Prepared, preparation_key
 from prerank.train.retrieval import ItemPopularity
 from prerank.types import Array, Report, silent
 
-NUM_GOLDEN, NUM_ASKED = 16, 64
+NUM_GOLDEN, NUM_ASKED = 16, 256
 _APART = 16
 MOST_QUESTIONS = 5_000
 _REDIS_TIMEOUT_S = 30.0
