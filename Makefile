@@ -32,7 +32,8 @@ lint: setup ## style, types, and who may import whom
 	$(BIN)/lint-imports
 
 test: lint ## lint and the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not gpu and not alone'
+	$(BIN)/pytest -m 'alone and not slow and not gpu'
 
 test-slow: setup ## the tests that take minutes
 	$(BIN)/pytest -m slow

@@ -223,6 +223,7 @@ def test_weights_that_are_not_finite_are_refused_twice(
     assert gates["finite_weights"].about == "towers: user_tower.encoder.tables.taste.weight is not finite"
 
 
+@pytest.mark.alone
 def test_a_model_five_times_slower_is_refused(home: Path, second: Made) -> None:
     def slow(trained: Trained) -> Trained:
         config = trained.config

@@ -12,6 +12,8 @@ from prerank.kernels.stop import current
 from prerank.serve.graph import Deadline, Limit, RequestGraph, Stage, Values
 from prerank.serve.passage import run_graph
 
+pytestmark = pytest.mark.alone
+
 
 class Clock:
     """Seconds that pass only when a stage says so."""

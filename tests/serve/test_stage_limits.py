@@ -27,6 +27,8 @@ from tests.serve.client import Client
 from tests.serve.conftest import publish_live
 from tests.serve.fake import error_of
 
+pytestmark = pytest.mark.alone
+
 ASKED = Request(user_id=1, k=5, time_ms=world.UNTIL + 1, context={"hour": 1, "surface": "feed"})
 CHOSEN = {"chosen": {"kind": "list", "items": [100], "quota": 1}}
 COUNTRIES = pa.table({"countries": [["de"]] * world.NUM_ITEMS})
