@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prerank.kernels import native, ranges
+from prerank.kernels.stop import current
 from prerank.kernels.top_k import NONE, order_keys, value_and_row
 from prerank.kernels.work import Work
 
@@ -26,6 +27,7 @@ class _Scan(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("kind", "items", "dim", "num_queries", "k", "num_rows", "threads", "level")
         ),
+        ("stop", ctypes.c_void_p),
     )
 
 
@@ -39,7 +41,8 @@ def scan_top_k(
     Gives similarity float32 [B, k] and rows int64 [B, k], -inf and -1 past the last row that is eligible and of finite
     similarity. `threads` None is torch's number of them; the answer is the same, to the bit, for any.
 
-    Raises IndexError for rows that do not rise or that there are not.
+    Raises IndexError for rows that do not rise or that there are not, and Cancelled where `stop.current` is set before
+    all is looked at: it is between chunks of some thousand rows.
     """
     _check(vectors, scales, query, eligible)
     if torch.compiler.is_compiling():
@@ -84,7 +87,9 @@ def scan_by_torch(
     num_queries, num_items = query.shape[0], len(vectors) if rows is None else len(rows)
     best = torch.full((num_queries, k), NONE, device=query.device)
     step = max(1, _SIMILARITIES_AT_ONCE // max(num_queries, 1))
+    stop = current()
     for start in range(0, num_items if k else 0, step):
+        stop.check()
         piece = slice(start, start + step) if rows is None else rows[start : start + step]
         similarity = query @ vectors[piece].float().T
         if scales is not None:
@@ -127,6 +132,7 @@ def scan_natively(
     # a copy is made only of what is not laid out as it should be, and lives until the scan is done
     vectors, query = vectors.contiguous(), query.contiguous()
     scales, mask, rows = (None if t is None else t.contiguous() for t in (scales, mask, rows))
+    stop = current()
     scan = _Scan(
         native.pointer(vectors, vectors.dtype, num_items, dim),
         None if scales is None else native.pointer(scales, torch.float32, num_items),
@@ -136,11 +142,13 @@ def scan_natively(
         native.pointer(similarity, torch.float32, num_queries, k),
         native.pointer(found, torch.int64, num_queries, k),
         *(_KINDS[vectors.dtype], num_items, dim, num_queries, k, num_rows, threads, native.LEVELS.index(level)),
+        stop.address,
     )
     with ranges.kernel("native scan", lambda: _work(vectors, num_queries, k, eligible)):
         is_out_of_memory = library.prerank_scan(ctypes.byref(scan))
     if is_out_of_memory:
         raise MemoryError(f"no memory to keep the {k} best of {num_queries} queries on {threads} threads")
+    stop.check()
     return similarity, found
 
 

@@ -4,7 +4,8 @@
     DoAction holding, load, unload  what it holds, by version with the models each index was built with
 
 Flight was chosen over Arrow bytes in a message of Python's gRPC: it comes with pyarrow, and a round trip is shorter
-(benchmarks/rollout.py). A caller's deadline reaches the host; a call cannot be given up before it.
+(benchmarks/rollout.py). A search whose caller's deadline is over, or whose connection is gone, is ended; a caller that
+stays cannot give a call up before its deadline.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 
 from prerank.bundle.shard import Place
 from prerank.errors import ConfigError, PrerankError, RequestError
+from prerank.serve.callers import Callers
 from prerank.serve.envelope import Refused
 from prerank.serve.exposure import LOCAL, Exposure
 from prerank.serve.hosts import parse_hosts
@@ -58,7 +60,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
     """
 
     def __init__(self, host: IndexHost, address: str = "127.0.0.1", port: int = 0, exposure: Exposure = LOCAL) -> None:
-        self._host, self._exposure = host, exposure
+        self._host, self._exposure, self._callers = host, exposure, Callers()
         at = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         try:
             super().__init__(f"grpc://{at}")
@@ -74,7 +76,8 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             search = TICKET.decode(ticket.ticket).search()
             if context.is_cancelled():
                 raise HostFailed("the caller waits no more")
-            found = self._host.search(search)
+            with self._callers.waited_for(context.is_cancelled):
+                found = self._host.search(search)
         except (PrerankError, msgspec.DecodeError) as error:
             raise _told(error) from None
         columns = [pa.array(one.numpy()) for one in (found.item_ids, found.similarity, *found.values.values())]
