@@ -76,6 +76,9 @@ def serve(
         str | None,
         typer.Option(help="Index hosts: 0=host:port|host:port,1=... or a file with a shard a line; none by default."),
     ] = None,
+    least_shards: Annotated[
+        int, typer.Option(min=0, help="How many shards of the index hosts must answer for /readyz to say ready.")
+    ] = 1,
     otel: Annotated[
         bool | None,
         typer.Option(help="Send OpenTelemetry spans; by default where OTEL_EXPORTER_OTLP_ENDPOINT is set."),
@@ -115,6 +118,7 @@ def serve(
         grpc_port=grpc_port,
         sight=sight,
         index_hosts=index_hosts,
+        least_shards=least_shards,
         otel=otel,
         allow_hosts=allow_host,
     )

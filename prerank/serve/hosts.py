@@ -118,10 +118,11 @@ class IndexHosts:
     """The replicas of each shard, and the user `towers` for what they hold. Threads may share one.
 
     `refresh` looks at all of them; from `start` to `close` a thread does each second, and when `look_soon` says so.
+    A server that asks them is ready while at least `least` shards are not `missing`.
     """
 
-    def __init__(self, shards: Sequence[Sequence[Replica]], towers: UserTowers) -> None:
-        self.shards, self.towers = [list(replicas) for replicas in shards], towers
+    def __init__(self, shards: Sequence[Sequence[Replica]], towers: UserTowers, least: int = 1) -> None:
+        self.shards, self.towers, self.least = [list(replicas) for replicas in shards], towers, least
         replicas = [one for shard in self.shards for one in shard]
         self._replicas = replicas
         self.pool = ThreadPoolExecutor(_AT_ONCE * len(replicas), thread_name_prefix="index-host")
@@ -134,17 +135,20 @@ class IndexHosts:
         self._thread = threading.Thread(target=self._watch, name="index-hosts", daemon=True)
 
     @classmethod
-    def open(cls, said: str, store: Path) -> IndexHosts:
+    def open(cls, said: str, store: Path, least: int = 1) -> IndexHosts:
         """Of a list as `parse_hosts` reads it, for the funnel in `store`; looked at once. Raises ConfigError."""
         from prerank.serve.index_flight import open_hosts  # Flight is only needed here
 
         shards = open_hosts(said)
+        if not 0 <= least <= len(shards):
+            raise ConfigError(f"--least-shards {least}: expected a number from 0 to {len(shards)}, the shards listed")
         hosts = cls(
             [
                 [Replica(one.address, number, len(shards), one) for one in replicas]
                 for number, replicas in enumerate(shards)
             ],
             UserTowers(store),
+            least,
         )
         hosts.refresh()
         return hosts
@@ -200,6 +204,12 @@ class IndexHosts:
     def holdings(self) -> dict[str, tuple[str, ...]]:
         """The versions that each host holds, by its address; none where it does not answer."""
         return {one.name: () if one.holding is None else tuple(one.holding.versions) for one in self._replicas}
+
+    def missing(self) -> list[int]:
+        """The numbers of the shards of which no replica answers and holds a version, when they were last heard of."""
+        return [
+            n for n, shard in enumerate(self.shards) if not any(one.holding and one.holding.versions for one in shard)
+        ]
 
     def close(self) -> None:
         """Look no more, and let the connections go."""
