@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from prerank.errors import ConfigError, PrerankError, RequestError
+from prerank.serve.host_tls import SCHEME, CallerTls
 from prerank.serve.index_host import AsksHost, Found, Holding, HostFailed, NotHeld, Search
 from prerank.serve.user_towers import UserTowers
 from prerank.stores.breaker import Breaker
@@ -135,11 +136,11 @@ class IndexHosts:
         self._thread = threading.Thread(target=self._watch, name="index-hosts", daemon=True)
 
     @classmethod
-    def open(cls, said: str, store: Path, least: int = 1) -> IndexHosts:
+    def open(cls, said: str, store: Path, least: int = 1, tls: CallerTls | None = None) -> IndexHosts:
         """Of a list as `parse_hosts` reads it, for the funnel in `store`; looked at once. Raises ConfigError."""
         from prerank.serve.index_flight import open_hosts  # Flight is only needed here
 
-        shards = open_hosts(said)
+        shards = open_hosts(said, tls=tls)
         if not 0 <= least <= len(shards):
             raise ConfigError(f"--least-shards {least}: expected a number from 0 to {len(shards)}, the shards listed")
         hosts = cls(
@@ -236,7 +237,7 @@ _EXPECTED = "expected 0=host:port|host:port,1=host:port and so on, a shard each,
 
 
 def parse_hosts(said: str) -> list[list[str]]:
-    """The replicas' addresses of each shard, of "0=host:port|host:port,1=..." or a file that has a shard a line.
+    """The replicas' addresses of each shard, of "0=host:port|grpc+tls://host:port,1=..." or a file, a shard a line.
 
     Raises ConfigError naming what is wrong.
     """
@@ -264,5 +265,5 @@ def parse_hosts(said: str) -> list[list[str]]:
 
 
 def _is_address(said: str) -> bool:
-    host, colon, port = said.rpartition(":")
-    return bool(host and colon) and port.isdecimal() and 0 < int(port) < 65536
+    host, colon, port = said.removeprefix(SCHEME).rpartition(":")
+    return bool(host and colon) and port.isdecimal() and 0 < int(port) < 65536 and "://" not in host

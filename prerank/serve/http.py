@@ -33,6 +33,7 @@ from prerank.serve.ending import MOST_S, EndingServer
 from prerank.serve.envelope import Envelope, Refused, read_body, refused_by_routing
 from prerank.serve.exposure import LOCAL, Exposure
 from prerank.serve.graph import Deadline
+from prerank.serve.host_tls import CallerTls
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.live_version import LiveVersion
 from prerank.serve.log_lines import log_to_stderr
@@ -153,13 +154,14 @@ def serve(
     allow_hosts: Sequence[str] = (),
     index_hosts: str | None = None,
     least_shards: int = 1,
+    hosts_tls: CallerTls | None = None,
 ) -> None:
     """Serve the live version of the funnel at `store`, and each that goes live later, until a signal ends it.
 
     Or `version` for good, if it is named. `workers`, `tail` and `users` are as `Funnel.open`'s, `token_file` and
     `allow_hosts` as `Exposure.of`'s, `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if
     it is said. `otel` sends spans, as `spans_of` has it; `index_hosts` are as `parse_hosts` reads them, and it is
-    ready while `least_shards` of their shards answer.
+    ready while `least_shards` of their shards answer; `hosts_tls` is for those that speak TLS.
     Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token. A
     version or store that cannot be loaded is said on stderr in one line, and by /readyz until one can be.
     """
@@ -167,7 +169,7 @@ def serve(
     sight = replace(sight, spans=spans_of(otel))
     log_to_stderr()
     torch.set_num_threads(1)  # two requests that share cores by spinning cost each other more than they gain
-    hosts = None if index_hosts is None else IndexHosts.open(index_hosts, store, least_shards)
+    hosts = None if index_hosts is None else IndexHosts.open(index_hosts, store, least_shards, hosts_tls)
     watch = VersionWatch.open(store, version, workers, tail, settled=_settle, users=users, hosts=hosts)
     try:
         if hosts is not None:
