@@ -56,6 +56,7 @@ _MARKS = ("versions", FILE)
 """What a funnel's folder has: a version, or that a retrain has begun."""
 _HOSTS = "Load it on these first, shard by shard: 0=host:port|host:port,1=... or a file with a shard a line."
 
+_SERVER = "A server that follows the store, http://127.0.0.1:8000; repeat for each. One that breaks rolls back all."
 _KEEP = "Once it is live, delete older versions and old work, as `prerank clean --keep`; by default nothing is."
 
 
@@ -85,8 +86,8 @@ def retrain(
     hosts_key: HostsKey = None,
     pause: Annotated[str, typer.Option(help="How long to wait after each shard, before the next.")] = "10s",
     keep: Annotated[int | None, typer.Option(min=1, help=_KEEP)] = None,
-    watch_url: Annotated[str, typer.Option(help="A server that follows the store: http://127.0.0.1:8000.")] = "",
-    watch: Annotated[str, typer.Option(help="How long its metrics are watched.")] = "5m",
+    watch_url: Annotated[list[str], typer.Option(help=_SERVER)] = [],  # noqa: B006 - typer reads the default
+    watch: Annotated[str, typer.Option(help="How long their metrics are watched.")] = "5m",
     most_errors: Annotated[float, typer.Option(min=0, max=1, help="Roll back above this share of 5xx.")] = 0.01,
     most_degraded: Annotated[float, typer.Option(min=0, max=1, help="... of degraded answers.")] = 0.05,
     most_p99_ms: Annotated[
@@ -197,12 +198,12 @@ _OUTCOMES = {
 
 
 def _watch(
-    config: Config, url: str, for_s: float, errors: float, degraded: float, p99_ms: float | None
+    config: Config, urls: list[str], for_s: float, errors: float, degraded: float, p99_ms: float | None
 ) -> Watch | None:
-    if not url:
+    if not urls:
         return None
     limits = Limits(errors, degraded, config.serve.deadline_ms if p99_ms is None else p99_ms)
-    return Watch(metrics_of(url), for_s, limits)
+    return Watch({url: metrics_of(url) for url in urls}, for_s, limits)
 
 
 def _status(live: str | None, pid: str, run: Run | None, steps: list[Step]) -> RenderableType:
