@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from prerank.bundle.index_files import shards_of
 from prerank.bundle.publish import Parts, publish
 from prerank.bundle.registry import Gate, Registry
-from prerank.bundle.shard import shards_of
 from prerank.config import Config, parse_config
 from prerank.features.transforms import Transforms
 from prerank.models.rankers import build_ranker

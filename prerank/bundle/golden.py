@@ -106,7 +106,7 @@ class Golden:
         """A sentence naming the first of the items retrieved that a shard does not find as it was found, or None.
 
         The shard has the version's `rows` int64 [n], rising, with their item_ids [n]; its `index` is of these alone if
-        it `is_cut`. One that is not, a graph, may miss some: it is asked among those retrieved, and what it finds of
+        it `is_cut`. One that is not exact may miss some: it is asked among those retrieved, and what it finds of
         them is compared. None too for a version without user vectors.
         """
         similar = _Numbers("similarity", "among those retrieved of this shard", 1.0, item_ids, False)
@@ -115,13 +115,15 @@ class Golden:
             wanted, expected = self.answers.retrieved[g][ours], self.answers.similarity[g][ours]
             if not len(wanted):
                 continue
-            found = index.search(query, len(wanted), None if is_cut else wanted.sort().values)
-            got, numbers = found.rows, found.similarity.masked_fill(~found.valid, 0)
-            if not is_cut:
-                got, numbers = torch.searchsorted(rows, got[found.valid])[None], numbers[found.valid][None]
-                is_found = torch.isin(wanted, found.rows)
-                wanted, expected = wanted[is_found], expected[is_found]
             places = torch.searchsorted(rows, wanted)
+            among = None if is_cut and index.is_exact else (places if is_cut else wanted).sort().values
+            found = index.search(query, len(wanted), among)
+            got, numbers = found.rows, found.similarity.masked_fill(~found.valid, 0)
+            if among is not None:
+                got, numbers = got[found.valid], numbers[found.valid][None]
+                got = (got if is_cut else torch.searchsorted(rows, got))[None]
+                is_found = torch.isin(places, got)
+                places, expected = places[is_found], expected[is_found]
             different = similar.first_difference(places[None], expected[None], got, numbers, g)
             if different:
                 return different

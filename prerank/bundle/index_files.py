@@ -73,6 +73,12 @@ def save_index(index: Index, folder: Path, models: Mapping[str, str]) -> None:
         write_tensors(folder / manifest.SHARDS, {_SHARD: index.shard_of}, {})
 
 
+def names_of(chosen: IndexConfig) -> list[str]:
+    """Every file of it."""
+    shards = [manifest.shard_file(number) for number in range(chosen.shards)]
+    return shards if chosen.shards == 1 else [*shards, manifest.SHARDS]
+
+
 def index_of(path: Path, config: Config, said: Mapping[str, object]) -> Index:
     """The index. Raises BundleError for one whose vectors are of other towers than the manifest lists."""
     of = config.retrieval.index.shards

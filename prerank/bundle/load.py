@@ -17,6 +17,7 @@ from prerank._tensor_files import read_tensors
 from prerank.bundle import manifest
 from prerank.bundle.golden import Golden
 from prerank.bundle.in_use import Hold, hold
+from prerank.bundle.index_files import index_of
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.manifest import verify as verify
 from prerank.bundle.scorer import Scorer
@@ -28,7 +29,7 @@ from prerank.business.utility import Utility
 from prerank.config import Config, parse_config
 from prerank.errors import BundleError, ConfigError, DataError, SchemaMismatch
 from prerank.features.transforms import Transforms
-from prerank.index.base import INDEXES, Index
+from prerank.index.base import Index
 from prerank.index.generator import Generator
 from prerank.index.generators import restore_generators
 from prerank.kernels.engine import Engine
@@ -74,7 +75,7 @@ class Bundle:
 def load(path: Path, with_index: bool = True) -> Bundle:
     """The version in the folder `path`.
 
-    Without its index, for who asks index hosts, that file is neither read nor checked, and need not be there: `index`
+    Without its index, for who asks index hosts, its files are neither read nor checked, and need not be there: `index`
     is then of the rows of slack alone. What it would retrieve for the golden requests its hosts are asked as they load;
     here the user vectors are compared that they are asked with.
 
@@ -82,7 +83,7 @@ def load(path: Path, with_index: bool = True) -> Bundle:
     parts of different features, weights of another shape, or a golden request answered otherwise.
     """
     held = hold(path)
-    said = verify(path, None if with_index else {*manifest.FILES, *manifest.OPTIONAL} - {manifest.INDEX})
+    said = verify(path, None if with_index else {*manifest.FILES, *manifest.OPTIONAL} - manifest.OF_INDEX)
     config = config_of(path / manifest.CONFIG)
     transforms = transforms_of(path, config, said)
     sizes = transforms.sizes()
@@ -265,18 +266,6 @@ def _generators(path: Path, config: Config, said: Mapping[str, object], num_rows
         return restore_generators(config, read_tensors(where)[0], num_rows)
     except BundleError as error:
         raise BundleError(f"{where}: {error}") from None
-
-
-def index_of(path: Path, config: Config, said: Mapping[str, object]) -> Index:
-    """The index. Raises BundleError for one whose vectors are of other towers than the manifest lists."""
-    index = INDEXES[config.retrieval.index.kind].load(path / manifest.INDEX)
-    towers = manifest.files_of(path, said)[manifest.RETRIEVAL].model_id
-    if index.models != {"retrieval": towers}:
-        raise BundleError(
-            f"{path / manifest.INDEX}: expected vectors of the towers {towers}, found those of {dict(index.models)}; "
-            "its user vectors would be of another space"
-        )
-    return index
 
 
 def _slack_of(path: Path, config: Config, said: Mapping[str, object], items: ItemTable, width: int) -> SlackIndex:

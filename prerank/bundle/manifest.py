@@ -35,6 +35,8 @@ GENERATORS = "generators.safetensors"
 SHARDS = "index/shards.safetensors"
 """One more, where the index is in several shards: in which each row is."""
 OPTIONAL = (TARGETING, GROUPS, GENERATORS, SHARDS)
+OF_INDEX = frozenset({INDEX, SHARDS})
+"""Those that only who searches the index reads, beside the files of its other shards."""
 _SHARD_FILE = re.compile(r"index/shard-[1-9]\d*\.safetensors")
 
 VERSIONS = "versions"

@@ -1,8 +1,4 @@
-"""One shard of a version's index, for a process that holds nothing else of it.
-
-Which shard an item is in is asked of its item_id, or of a column's value, never of a row: so it is the same in every
-version, and while some shards have a newer version than others no item is in two of them or in none.
-"""
+"""One shard of a version's index, for a process that holds nothing else of it; `index_files` says what is in it."""
 
 from __future__ import annotations
 
@@ -18,17 +14,17 @@ from prerank._tensor_files import read_tensors
 from prerank.bundle import manifest
 from prerank.bundle.golden import Golden
 from prerank.bundle.in_use import Hold, hold
-from prerank.bundle.load import below, config_of, index_of, targeting_of
+from prerank.bundle.index_files import index_of, keys_of, names_of, part_of, rows_of_part, shards_of
+from prerank.bundle.load import below, config_of, targeting_of
 from prerank.business.targeting import Targeting
 from prerank.config import Config
 from prerank.errors import BundleError, ConfigError, DataError
 from prerank.index.base import Index
 from prerank.index.exact import ExactIndex
-from prerank.stores.contexts import digest
 from prerank.stores.metadata import MetadataTable
 from prerank.types import Array, Features
 
-_READ = (manifest.CONFIG, manifest.SCORER, manifest.INDEX, manifest.TARGETING, manifest.GOLDEN)
+_READ = (manifest.CONFIG, manifest.SCORER, manifest.TARGETING, manifest.GOLDEN)
 _ITEMS, _TARGETING = "items.", "targeting."
 
 
@@ -50,7 +46,8 @@ class Shard:
 
     `values` are the item values that its utility reads, such as bids, by name, [n] each, as they were published.
     `models` is what the index says it was built with; `rows` int64 [n] is where in the index the items are, None where
-    that is their place: an index that can be cut is of these items alone. A query is `width` wide.
+    that is their place: an index that was published in as many shards, or can be cut, is of these items alone. A query
+    is `width` wide.
     """
 
     version: str
@@ -66,18 +63,6 @@ class Shard:
     hold: Hold | None = field(default=None, compare=False, repr=False)
 
 
-def shards_of(keys: Array, of: int) -> Array:
-    """int64 [n] item_ids or digests -> the shard of each, int64 [n] from 0 to `of` - 1; part of the hosts' contract.
-
-    The remainder of the splitmix64 finaliser (Steele, Lea, Flood, OOPSLA 2014), so that ids in any order spread.
-    """
-    mixed = keys.astype(np.uint64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    return (mixed % np.uint64(of)).astype(np.int64)
-
-
 def load_shard(path: Path, place: Place) -> Shard:
     """The items at `place` of the version in the folder `path`, as they were published.
 
@@ -88,23 +73,28 @@ def load_shard(path: Path, place: Place) -> Shard:
     held = hold(path)
     said = manifest.verify(path, _READ)
     config = config_of(path / manifest.CONFIG)
-    by = config.retrieval.index.by
-    if by:
-        manifest.verify(path, [manifest.METADATA])
+    chosen = config.retrieval.index
+    is_own = chosen.shards == place.of > 1  # a file of this shard's
+    names = [manifest.SHARDS, manifest.shard_file(place.number)] if is_own else names_of(chosen)
+    manifest.verify(path, [*names, manifest.METADATA] if chosen.by and not is_own else names)
     tensors = read_tensors(path / manifest.SCORER)[0]
     items = below(tensors, _ITEMS)
     if not {"item_ids", "published"} <= set(items):
         raise BundleError(f"{path / manifest.SCORER}: expected the items' item_ids and how many, found {sorted(items)}")
     num_rows, num_items = len(items["item_ids"]), int(items["published"])
     item_ids = items["item_ids"][:num_items]
-    keys = item_ids.numpy() if not by else _digests(path, by, num_items)
-    rows = torch.from_numpy(np.flatnonzero(shards_of(keys, place.of) == place.number))
+    if is_own:
+        rows = rows_of_part(path, place.of, place.number)
+        rows = rows[rows < num_items]
+    else:
+        keys = item_ids.numpy() if not chosen.by else _digests(path, chosen.by, num_items)
+        rows = torch.from_numpy(np.flatnonzero(shards_of(keys, place.of) == place.number))
     if not len(rows):
         raise BundleError(f"{path}: none of {num_items} items is in shard {place.number} of {place.of}; have fewer")
     targeting = targeting_of(path, config, said, below(tensors, _TARGETING), num_rows)
-    index = index_of(path, config, said)
-    is_cut = isinstance(index, ExactIndex)
-    part = index.part(rows) if isinstance(index, ExactIndex) else index
+    index: Index = part_of(path, config, said, place.number) if is_own else index_of(path, config, said)
+    is_cut = is_own or isinstance(index, ExactIndex)
+    part = index.part(rows) if isinstance(index, ExactIndex) and not is_own else index
     golden = Golden.from_tensors(read_tensors(path / manifest.GOLDEN)[0])
     difference = golden.first_difference_of_shard(part, rows, item_ids[rows], is_cut)
     if difference:
@@ -114,7 +104,7 @@ def load_shard(path: Path, place: Place) -> Shard:
         version=str(said["version"]),
         models=dict(index.models),
         place=place,
-        by=by,
+        by=chosen.by,
         width=_width(config),
         item_ids=item_ids[rows],
         index=part,
@@ -140,9 +130,7 @@ def _digests(path: Path, by: str, num_items: int) -> Array:
         values = [one[by] for one in MetadataTable.open(path / manifest.METADATA).take(np.arange(num_items), [by])]
     except DataError as error:
         raise BundleError(f"retrieval.index.by = {by!r}: {error}") from None
-    plain = [one if one is None or isinstance(one, str | int) else str(one) for one in values]
-    known = {one: digest(one) for one in set(plain)}
-    return np.array([known[one] for one in plain], np.int64)
+    return keys_of(values)
 
 
 def _width(config: Config) -> int:

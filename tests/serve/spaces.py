@@ -18,6 +18,7 @@ from prerank.bundle.registry import Gate, Registry
 from prerank.config import Config
 from prerank.models.rankers import build_ranker
 from prerank.models.towers import TwoTower, build_towers
+from prerank.types import Array, Columns
 from tests.serve import world
 from tests.serve.conftest import golden
 
@@ -63,19 +64,21 @@ def publish_space(store: Path, number: int, funnel: Config | None = None) -> str
     world.seeded(towers, 10 + number)
     world.seeded(ranker, 50 + number)  # type: ignore[arg-type]
     _confine(towers, number)
+    encoded, popularity = transforms.encode("item", table), np.zeros((table.num_rows, 1), np.float32)
     parts = Parts(
         config=funnel,
         transforms=transforms,
         towers=towers,
         ranker=ranker,
         item_ids=table["item_id"].to_numpy(),
-        item_columns=transforms.encode("item", table),
+        item_columns=encoded,
         item_table=table,
-        popularity=np.zeros((table.num_rows, 1), np.float32),
+        popularity=popularity,
         golden_user=golden(transforms, funnel),
         parents={"data": "tiny", "run": f"space {number}"},
         metrics={},
         targeting=_listed(table) if funnel.targeting else None,
+        vectors=_vectors(towers, encoded, popularity),
     )
     version = publish(store, parts)
     registry = Registry(store)
@@ -114,3 +117,11 @@ def vectors_of(bundle: Bundle, stored_in: str = "") -> dict[int, torch.Tensor]:
     ids = bundle.scorer.items.item_ids.tolist()
     index = getattr(bundle.index, stored_in) if stored_in else bundle.index
     return dict(zip(ids, index.vectors, strict=True))
+
+
+@torch.no_grad()
+def _vectors(towers: TwoTower, encoded: Columns, popularity: Array) -> Array:
+    """Of items, rounded: those that are alike have the same numbers in every row, whatever a processor makes of it."""
+    features = {name: torch.from_numpy(np.array(column)) for name, column in encoded.items()}
+    vectors: Array = (towers.eval().item_side(features, torch.from_numpy(popularity)) * 1024).round().numpy() / 1024
+    return vectors

@@ -11,9 +11,10 @@ import pytest
 import structlog
 import torch
 
+from prerank.bundle.index_files import shards_of
 from prerank.bundle.load import Bundle, load
 from prerank.bundle.registry import Registry
-from prerank.bundle.shard import Place, shards_of
+from prerank.bundle.shard import Place
 from prerank.errors import ConfigError
 from prerank.serve.expand import ExpandUser
 from prerank.serve.funnel import Funnel

@@ -12,9 +12,10 @@ import pytest
 import structlog
 import torch
 
+from prerank.bundle.index_files import shards_of
 from prerank.bundle.load import Bundle, load
 from prerank.bundle.registry import Registry
-from prerank.bundle.shard import Place, load_shard, shards_of
+from prerank.bundle.shard import Place, load_shard
 from prerank.bundle.user_side import load_user_side
 from prerank.errors import BundleError, ConfigError, PrerankError, RegistryError, RequestError
 from prerank.index import plan

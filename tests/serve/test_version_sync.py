@@ -24,9 +24,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from prerank.bundle.index_files import shards_of
 from prerank.bundle.load import Bundle, load
 from prerank.bundle.registry import Registry
-from prerank.bundle.shard import shards_of
 from prerank.serve.expand import ExpandUser
 from prerank.serve.retrieve_hosts import RetrieveFromHosts
 from prerank.stores.live import LiveUsers
