@@ -6,9 +6,9 @@ is resident its slot is its row, and where some are not, `slots` says which it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,14 @@ from prerank.types import Array, Columns, Features
 
 _PREFIX, _KNOWN = "feature_", "known_"  # a feature may be called like an attribute of a module
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+_AT_ONCE = 1 << 16
+
+Empty: TypeAlias = Callable[[Sequence[int], torch.dtype], Tensor]
+"""Gives a tensor of a shape and type to write into."""
+
+
+def _in_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +110,12 @@ class ItemTable(nn.Module):
         columns: Columns,
         room: Room | None = None,
         popularity: Array | None = None,
+        empty: Empty = _in_memory,
     ) -> Self:
         """From item_ids int64 [I] in any order and encoded features aligned with them; `room` is for what comes later.
 
-        Raises DataError for no items, an item_id given twice, a column of another length or of a type the table
-        cannot keep as it is.
+        The table is written piece by piece into what `empty` gives. Raises DataError for no items, an item_id given
+        twice, a column of another length or of a type the table cannot keep as it is.
         """
         room = room or Room()
         if not len(item_ids):
@@ -125,11 +134,13 @@ class ItemTable(nn.Module):
             if len(column) != len(ids):
                 raise DataError(f"items: {name!r} has {len(column)} rows for {len(ids)} item_ids")
             kept = _smallest(name, column, room.most.get(name))
-            whole = np.array(column if order is None else column[order], dtype=kept)
-            own = whole if resident is None else whole[resident]
-            features[name] = torch.from_numpy(_padded(own, room.slack + (0 if resident is None else room.cached)))
+            places = order
+            if resident is not None:
+                places = resident if order is None else order[resident]
+            cached = 0 if resident is None else room.cached
+            features[name] = _laid_out(column, places, room.slack + cached, kept, empty)
             if resident is not None and name in room.known:
-                known[name] = torch.from_numpy(_padded(whole, room.slack))
+                known[name] = _laid_out(column, order, room.slack, kept, empty)
         slots = None
         if resident is not None:
             slots = np.full(len(ids) + room.slack, -1, np.int32)
@@ -270,6 +281,18 @@ class ItemTable(nn.Module):
 
 def _num_slots(features: Features) -> int:
     return max((len(column) for column in features.values() if column.dim()), default=0)
+
+
+def _laid_out(column: Array, places: Array | None, more: int, kept: np.dtype[np.generic], empty: Empty) -> Tensor:
+    """The rows of `column` at `places` int64 [n], or all of them, and `more` rows of zeros."""
+    num = len(column) if places is None else len(places)
+    out = empty((num + more, *column.shape[1:]), torch.from_numpy(np.empty(0, kept)).dtype)
+    written = out.numpy()
+    for start in range(0, num, _AT_ONCE):
+        some = slice(start, min(start + _AT_ONCE, num))
+        written[some] = column[some if places is None else places[some]]
+    written[num:] = 0
+    return out
 
 
 def _padded(column: Array, num: int) -> Array:

@@ -29,6 +29,7 @@ from prerank.bundle.item_table import ItemTable
 from prerank.bundle.manifest import FileEntry
 from prerank.bundle.residency import room_for
 from prerank.bundle.scorer import Scorer
+from prerank.bundle.scratch import Scratch
 from prerank.bundle.toml import to_toml
 from prerank.business.diversity import Diversity
 from prerank.business.rules import fit_rules
@@ -161,21 +162,23 @@ def _refuse_nonfinite(numbers: Tensor, what: str) -> None:
 
 def _write_files(folder: Path, parts: Parts) -> int:
     """Every file but the manifest; returns how many items there are."""
-    config = parts.config
-    raw = parts.item_table.take(pa.array(_order(parts.item_ids)))
+    config, scratch = parts.config, Scratch(folder)
+    raw = _in_order(parts.item_table, _order(parts.item_ids))
     room = room_for(config, parts.transforms.sizes(), parts.item_ids, parts.item_table)
-    items = ItemTable.build(parts.item_ids, parts.item_columns, room, parts.popularity if room.slack else None)
+    popularity = parts.popularity if room.slack else None
+    items = ItemTable.build(parts.item_ids, parts.item_columns, room, popularity, scratch.empty)
     fault = items.first_fault(config.features, parts.transforms.sizes())
     if fault:
         raise SchemaMismatch(f"{fault}; encode the items with the transforms published")
     keep = min(config.retrieval.keep, items.num_published)
-    index = _index(parts, items, raw, keep)
+    index = _index(parts, items, raw, keep, scratch)
     diversity = Diversity.build(config.diversity, raw, room.slack) if config.diversity else None
     tasks, targeting = parts.ranker.tasks, _targeting(parts)
     utility, rules = Utility.build(tasks, config.utility), fit_rules(tasks, config.rules, raw, items.num_rows)
-    scorer = Scorer(items, parts.ranker, utility, diversity=diversity, rules=rules, targeting=targeting).eval()
-    for name, side in scorer.item_side.tensors().items():
-        _refuse_nonfinite(side, f"the ranker's item side {name!r}")
+    side = _item_side(parts.ranker, items, scratch)
+    scorer = Scorer(items, parts.ranker, utility, side, diversity, rules, targeting).eval()
+    for name, tensor in side.items():
+        _refuse_nonfinite(tensor, f"the ranker's item side {name!r}")
     golden = Golden.ask(_tensors(parts.golden_user), parts.towers, index, scorer, keep, min(config.ranker.keep, keep))
 
     (folder / manifest.CONFIG).write_text(to_toml(config.to_dict()), encoding="utf-8")
@@ -208,15 +211,28 @@ def _targeting(parts: Parts) -> Targeting | None:
         found = "none" if table is None else f"{table.num_rows} rows"
         wanted = parts.config.targeted("item")
         raise DataError(f"publish: [targeting] reads the columns {wanted} of {len(parts.item_ids)} items, got {found}")
-    ordered = table.take(pa.array(_order(parts.item_ids)))
+    ordered = _in_order(table, _order(parts.item_ids))
     return Targeting.fit(rules, {name: ordered[name] for name in ordered.column_names}, len(parts.item_ids), slack)
 
 
 @torch.no_grad()
-def _index(parts: Parts, items: ItemTable, raw: pa.Table, keep: int) -> Index:
+def _item_side(ranker: Ranker, items: ItemTable, scratch: Scratch) -> dict[str, Tensor]:
+    """What the ranker makes of every slot [S, ...]."""
+    features, num, side = items.features(), items.num_slots, dict[str, Tensor]()
+    for start in range(0, num, _ITEMS_AT_ONCE):
+        some = slice(start, min(start + _ITEMS_AT_ONCE, num))
+        for name, made in ranker.item_side({name: column[some] for name, column in features.items()}).items():
+            if name not in side:
+                side[name] = scratch.empty((num, *made.shape[1:]), made.dtype)
+            side[name][some] = made
+    return side
+
+
+@torch.no_grad()
+def _index(parts: Parts, items: ItemTable, raw: pa.Table, keep: int, scratch: Scratch) -> Index:
     """Over the item tower's vectors, ready for as many as a request keeps."""
     chosen = parts.config.retrieval.index
-    index = new_index(chosen, _vectors(parts, items), _shard_keys(chosen, items, raw))
+    index = new_index(chosen, _vectors(parts, items, scratch), _shard_keys(chosen, items, raw))
     query = parts.towers.user_side(_tensors(parts.golden_user if parts.asked_user is None else parts.asked_user))
     index.prepare(query, keep, chosen.floor)
     return index
@@ -236,15 +252,16 @@ def _tensors(columns: Columns) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _vectors(parts: Parts, items: ItemTable) -> Tensor:
+def _vectors(parts: Parts, items: ItemTable, scratch: Scratch) -> Tensor:
     """The item tower's vectors float32 [C, D] in row order; those of the slack, NaN, are found by nobody."""
     order = _order(parts.item_ids)
     vectors: Tensor | None = None
     for start in range(0, len(order), _ITEMS_AT_ONCE):
         some = order[start : start + _ITEMS_AT_ONCE]
-        made = _made(parts, some) if parts.vectors is None else torch.from_numpy(np.array(parts.vectors[some]))
+        made = _made(parts, some) if parts.vectors is None else torch.from_numpy(np.asarray(parts.vectors[some]))
         if vectors is None:
-            vectors = torch.full((items.num_rows, made.shape[1]), torch.nan)
+            vectors = scratch.empty((items.num_rows, made.shape[1]), torch.float32)
+            vectors[len(order) :] = torch.nan
         vectors[start : start + len(some)] = made
     assert vectors is not None, "a version has items"
     _refuse_nonfinite(vectors[: len(order)], "the item vectors")
@@ -272,6 +289,11 @@ def _write_groups(path: Path, values: Mapping[str, pa.Array]) -> None:
     table = pa.table({name: pa.array([one], pa.large_list(one.type)) for name, one in values.items()})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
+
+
+def _in_order(table: pa.Table, order: Array) -> pa.Table:
+    """The rows of `table` at the places int64 [I]; the table itself where that is their order."""
+    return table if bool((order[1:] > order[:-1]).all()) else table.take(pa.array(order))
 
 
 def _order(item_ids: Array) -> Array:

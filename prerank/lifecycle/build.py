@@ -66,15 +66,16 @@ def publish_trained(
 ) -> str:
     """The version id of the published models; its popularity is that of the whole log, for it serves from now on."""
     prepared, config = trained.prepared, trained.config
-    items = tables.items().sort_by(config.data.item_id)
+    item_id, names = config.data.item_id, tables.source("items").schema.names
     kept = config.metadata.columns and [*config.metadata.columns, *config.metadata.deferred]
-    shown = list(kept) or [c for c in items.column_names if c != config.data.item_id]
-    read = dict.fromkeys([*shown, *config.item_columns(), *(column for column, _ in config.numbers().values())])
+    shown = list(kept) or [c for c in names if c != item_id]
+    read = list(dict.fromkeys([*shown, *config.item_columns(), *(column for column, _ in config.numbers().values())]))
+    items = tables.items(list(dict.fromkeys([item_id, *read]))).sort_by(item_id)  # what nobody reads stays on the disk
     rates = {name: rate.numpy() for name, rate in DailyItems(prepared, config).latest_rates().items()}
     stock = Stock(
         item_ids=prepared.item_ids,
         columns={**prepared.items, **rates},  # what no day changes stays on the disk
-        table=items.select(list(read)),
+        table=items.select(read),
         popularity=ItemPopularity(prepared, config).latest().numpy(),
         until_ns=0,
     )

@@ -55,13 +55,13 @@ def config(**changes: object) -> Config:
 
 def parts(num_items: int = 300, seed: int = 0, num_golden: int = 4, settings: Config | None = None) -> Parts:
     settings = settings or config()
-    rng = np.random.default_rng(seed)
+    rng, width = np.random.default_rng(seed), settings.features.item["vector"].width
     items = pa.table(
         {
             "advertiser": rng.integers(0, 50, num_items),
             "topics": [rng.integers(0, 20, rng.integers(0, 5)).tolist() for _ in range(num_items)],
             "price": rng.exponential(1e6, num_items),
-            "vector": rng.normal(size=(num_items, 5)).astype(np.float32).tolist(),
+            "vector": rng.normal(size=(num_items, width)).astype(np.float32).tolist(),
             "bid": rng.integers(1, 2**40, num_items),
             "title": [f"title {n}" for n in range(num_items)],
         }

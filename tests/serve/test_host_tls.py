@@ -21,6 +21,7 @@ from prerank.serve.index_host import HostFailed, IndexHost, Search
 from prerank.types import Request
 from tests.serve import certificates, spaces, world
 from tests.serve.certificates import Certificates
+from tests.serve.host_processes import HostProcess
 
 TOKEN = "a-token-of-sixteen"
 
@@ -202,3 +203,24 @@ def test_a_host_that_is_down_is_no_question_of_tls(made: Certificates) -> None:
     said = refused(f"grpc+tls://127.0.0.1:{port}", CallerTls.read(made.ca, None, None))
     assert "Connection refused" in said
     assert why_not("a:1", "Deadline Exceeded") == "Deadline Exceeded"
+
+
+def test_a_process_at_an_address_of_others_needs_no_token_where_callers_show_certificates(
+    made: Certificates, two: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PRERANK_ADMIN_TOKEN", raising=False)
+    store, versions = two
+    pair = ["--host", "0.0.0.0", "--no-follow", "--tls-cert", str(made.host.cert), "--tls-key", str(made.host.key)]
+    process = HostProcess(store, 0, 2, options=[*pair, "--tls-client-ca", str(made.ca)]).listening()
+    try:
+        address = f"grpc+tls://127.0.0.1:{process.port}"
+        known = CallerTls.read(made.ca, made.caller.cert, made.caller.key)
+        with closing(FlightHost(address, None, known)) as caller:
+            assert list(caller.load(versions[0], 60.0).versions) == versions[:1]
+        assert "closed the connection" in refused(address, CallerTls.read(made.ca, None, None))
+    finally:
+        assert process.end() == 0
+    bare = HostProcess(store, 0, 2, options=pair)
+    assert bare.process.wait(60) == 1
+    bare.end()
+    assert "needs an admin token" in bare.said
