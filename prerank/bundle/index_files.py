@@ -46,23 +46,6 @@ def shards_of(keys: Array, of: int) -> Array:
     return (mixed % np.uint64(of)).astype(np.int64)
 
 
-def new_index(chosen: IndexConfig, vectors: Tensor, keys: Array) -> Index:
-    """Over vectors float32 [I, D], of which the first are of items with these `keys` int64 [n], the rest free.
-
-    Raises BundleError where a shard has no item.
-    """
-    if chosen.shards == 1:
-        return INDEXES[chosen.kind](vectors, chosen.storage)
-    shard_of = shards_of(keys, chosen.shards)
-    empty = sorted(set(range(chosen.shards)) - set(shard_of.tolist()))
-    if empty:
-        raise BundleError(f"publish: none of {len(keys)} items is in shard {empty[0]} of {chosen.shards}; have fewer")
-    free = np.arange(len(keys), len(vectors)) % chosen.shards  # a row that nobody has yet may be anybody's
-    rows = torch.from_numpy(np.concatenate([shard_of, free]).astype(np.int32))
-    each = [vectors[rows_of(rows, number)] for number in range(chosen.shards)]
-    return ShardedIndex([INDEXES[chosen.kind](some, chosen.storage) for some in each], rows)
-
-
 def save_index(index: Index, folder: Path, models: Mapping[str, str]) -> None:
     """Write it into a version's `folder`, `models` beside the vectors."""
     parts = index.parts if isinstance(index, ShardedIndex) else (index,)

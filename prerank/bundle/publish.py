@@ -9,11 +9,9 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -24,9 +22,11 @@ from prerank.bundle import manifest
 from prerank.bundle.durable import locked, sync
 from prerank.bundle.failpoints import reach
 from prerank.bundle.golden import Golden
-from prerank.bundle.index_files import keys_of, new_index, save_index
+from prerank.bundle.index_build import build_index, refuse_nonfinite, tensors_of_columns
+from prerank.bundle.index_files import save_index
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.manifest import FileEntry
+from prerank.bundle.parts import Parts as Parts
 from prerank.bundle.residency import room_for
 from prerank.bundle.scorer import Scorer
 from prerank.bundle.scratch import Scratch
@@ -35,50 +35,18 @@ from prerank.business.diversity import Diversity
 from prerank.business.rules import fit_rules
 from prerank.business.targeting import Targeting
 from prerank.business.utility import Utility
-from prerank.config import Config, IndexConfig
+from prerank.config import Config
 from prerank.errors import BundleError, DataError, SchemaMismatch
-from prerank.features.transforms import Transforms
-from prerank.index.base import Index
 from prerank.index.generators import build_generators, tensors_of
 from prerank.models.ranker import Ranker
-from prerank.models.towers import TwoTower
 from prerank.stores.metadata import MetadataTable
-from prerank.types import Array, Columns
+from prerank.types import Array
 
 _ITEMS_AT_ONCE = 1 << 16
 _ABANDONED_S = 3600.0
 _TEMPORARY = ".tmp-"
 ITEMS_UNTIL = "items_until_ns"
 """The parent that says until when whole items came, or left, that a version was made with, in UTC nanoseconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a version is made of. Of I items in any order, and of G golden requests:
-
-    item_ids int64 [I]; item_columns encoded [I, ...]; item_table raw [I], what answers show and what the rules read;
-    popularity float32 [I, S];
-    golden_user encoded user and context features and counters [G, ...]. `parents` names what it was made from,
-    `metrics` what was measured; neither changes what the version is. Both models are left in eval mode.
-    `targeting` are the raw columns [I] that the rules of [targeting] read. `vectors` float32 [I, D] are what the towers
-    give of the items, made before; None lets `publish` make them. `asked_user` are as `golden_user`, of more requests:
-    what the index is measured with, where it is (None: with those of `golden_user`).
-    """
-
-    config: Config
-    transforms: Transforms
-    towers: TwoTower
-    ranker: Ranker
-    item_ids: Array
-    item_columns: Columns
-    item_table: pa.Table
-    popularity: Array
-    golden_user: Columns
-    parents: Mapping[str, str]
-    metrics: Mapping[str, object]
-    targeting: pa.Table | None = None
-    vectors: Array | None = None
-    asked_user: Columns | None = None
 
 
 def publish(store: Path, parts: Parts) -> str:
@@ -130,7 +98,7 @@ def _check(parts: Parts) -> None:
         assert isinstance(model, nn.Module)
         model.eval()
         for key, weights in model.state_dict().items():
-            _refuse_nonfinite(weights, f"{name}: weights {key!r}")
+            refuse_nonfinite(weights, f"{name}: weights {key!r}")
     if parts.ranker.tasks != tuple(parts.config.tasks):
         raise SchemaMismatch(f"the ranker predicts {parts.ranker.tasks}, and the tasks are {tuple(parts.config.tasks)}")
     num_items = len(parts.item_ids)
@@ -153,17 +121,10 @@ def _check(parts: Parts) -> None:
         raise BundleError(f"publish: expected metrics and parents of finite JSON values: {error}") from None
 
 
-def _refuse_nonfinite(numbers: Tensor, what: str) -> None:
-    if not numbers.is_floating_point() or not numbers.numel() or all(bool(end.isfinite()) for end in numbers.aminmax()):
-        return
-    wrong = (~numbers.isfinite()).nonzero()
-    raise BundleError(f"{what}: {len(wrong)} are not finite, the first at {wrong[0].tolist()}; train again")
-
-
 def _write_files(folder: Path, parts: Parts) -> int:
     """Every file but the manifest; returns how many items there are."""
     config, scratch = parts.config, Scratch(folder)
-    raw = _in_order(parts.item_table, _order(parts.item_ids))
+    raw = _in_order(parts.item_table, parts.order())
     room = room_for(config, parts.transforms.sizes(), parts.item_ids, parts.item_table)
     popularity = parts.popularity if room.slack else None
     items = ItemTable.build(parts.item_ids, parts.item_columns, room, popularity, scratch.empty)
@@ -171,15 +132,17 @@ def _write_files(folder: Path, parts: Parts) -> int:
     if fault:
         raise SchemaMismatch(f"{fault}; encode the items with the transforms published")
     keep = min(config.retrieval.keep, items.num_published)
-    index = _index(parts, items, raw, keep, scratch)
+    index = build_index(parts, items, raw, keep, scratch.empty)
     diversity = Diversity.build(config.diversity, raw, room.slack) if config.diversity else None
     tasks, targeting = parts.ranker.tasks, _targeting(parts)
     utility, rules = Utility.build(tasks, config.utility), fit_rules(tasks, config.rules, raw, items.num_rows)
     side = _item_side(parts.ranker, items, scratch)
     scorer = Scorer(items, parts.ranker, utility, side, diversity, rules, targeting).eval()
     for name, tensor in side.items():
-        _refuse_nonfinite(tensor, f"the ranker's item side {name!r}")
-    golden = Golden.ask(_tensors(parts.golden_user), parts.towers, index, scorer, keep, min(config.ranker.keep, keep))
+        refuse_nonfinite(tensor, f"the ranker's item side {name!r}")
+    golden = Golden.ask(
+        tensors_of_columns(parts.golden_user), parts.towers, index, scorer, keep, min(config.ranker.keep, keep)
+    )
 
     (folder / manifest.CONFIG).write_text(to_toml(config.to_dict()), encoding="utf-8")
     (folder / manifest.TRANSFORMS).write_text(parts.transforms.to_json(), encoding="utf-8")
@@ -211,7 +174,7 @@ def _targeting(parts: Parts) -> Targeting | None:
         found = "none" if table is None else f"{table.num_rows} rows"
         wanted = parts.config.targeted("item")
         raise DataError(f"publish: [targeting] reads the columns {wanted} of {len(parts.item_ids)} items, got {found}")
-    ordered = _in_order(table, _order(parts.item_ids))
+    ordered = _in_order(table, parts.order())
     return Targeting.fit(rules, {name: ordered[name] for name in ordered.column_names}, len(parts.item_ids), slack)
 
 
@@ -226,52 +189,6 @@ def _item_side(ranker: Ranker, items: ItemTable, scratch: Scratch) -> dict[str, 
                 side[name] = scratch.empty((num, *made.shape[1:]), made.dtype)
             side[name][some] = made
     return side
-
-
-@torch.no_grad()
-def _index(parts: Parts, items: ItemTable, raw: pa.Table, keep: int, scratch: Scratch) -> Index:
-    """Over the item tower's vectors, ready for as many as a request keeps."""
-    chosen = parts.config.retrieval.index
-    index = new_index(chosen, _vectors(parts, items, scratch), _shard_keys(chosen, items, raw))
-    query = parts.towers.user_side(_tensors(parts.golden_user if parts.asked_user is None else parts.asked_user))
-    index.prepare(query, keep, chosen.floor)
-    return index
-
-
-def _shard_keys(chosen: IndexConfig, items: ItemTable, raw: pa.Table) -> Array:
-    """What tells the shard of each item, int64 [n]."""
-    if chosen.shards == 1 or not chosen.by:
-        return items.item_ids[: items.num_published].numpy()
-    if chosen.by not in raw.column_names:
-        raise DataError(f"publish: retrieval.index.by: the items have {raw.column_names}, not {chosen.by!r}")
-    return keys_of(raw[chosen.by].to_pylist())
-
-
-def _tensors(columns: Columns) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.array(column)) for name, column in columns.items()}
-
-
-@torch.no_grad()
-def _vectors(parts: Parts, items: ItemTable, scratch: Scratch) -> Tensor:
-    """The item tower's vectors float32 [C, D] in row order; those of the slack, NaN, are found by nobody."""
-    order = _order(parts.item_ids)
-    vectors: Tensor | None = None
-    for start in range(0, len(order), _ITEMS_AT_ONCE):
-        some = order[start : start + _ITEMS_AT_ONCE]
-        made = _made(parts, some) if parts.vectors is None else torch.from_numpy(np.asarray(parts.vectors[some]))
-        if vectors is None:
-            vectors = scratch.empty((items.num_rows, made.shape[1]), torch.float32)
-            vectors[len(order) :] = torch.nan
-        vectors[start : start + len(some)] = made
-    assert vectors is not None, "a version has items"
-    _refuse_nonfinite(vectors[: len(order)], "the item vectors")
-    return vectors
-
-
-def _made(parts: Parts, some: Array) -> Tensor:
-    """What the towers give of items int64 [n]."""
-    features = {name: torch.from_numpy(np.asarray(column[some])) for name, column in parts.item_columns.items()}
-    return parts.towers.item_side(features, torch.from_numpy(np.asarray(parts.popularity[some], dtype=np.float32)))
 
 
 def _write_metadata(path: Path, raw: pa.Table, config: Config) -> None:
@@ -294,11 +211,6 @@ def _write_groups(path: Path, values: Mapping[str, pa.Array]) -> None:
 def _in_order(table: pa.Table, order: Array) -> pa.Table:
     """The rows of `table` at the places int64 [I]; the table itself where that is their order."""
     return table if bool((order[1:] > order[:-1]).all()) else table.take(pa.array(order))
-
-
-def _order(item_ids: Array) -> Array:
-    """The places of ascending item_ids, which are the rows of a version."""
-    return np.argsort(item_ids, kind="stable")
 
 
 @contextmanager
