@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from prerank._toml import nearest
+from prerank.bundle.judge import Ranked
 from prerank.bundle.load import Bundle
 from prerank.bundle.readers import Readers
-from prerank.bundle.scorer import Ranked
 from prerank.errors import RequestError
 from prerank.features.transforms import Transforms
 from prerank.serve.answer import check_request

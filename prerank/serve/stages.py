@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 
 from prerank.bundle.item_table import ItemTable
-from prerank.bundle.scorer import Ranked, Scorer
+from prerank.bundle.judge import Ranked
+from prerank.bundle.scorer import Scorer
 from prerank.business.diversity import Diversity, groups_of
 from prerank.business.live import LiveItems
 from prerank.business.targeting import Targeting
