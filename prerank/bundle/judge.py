@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from prerank.business.rule import Rule
 from prerank.business.utility import Utility
 from prerank.kernels.greedy import greedy_top_k
-from prerank.types import CandidateSet, Features, TopK
+from prerank.types import Features, TopK
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +66,26 @@ class Judged:
 
 
 def known(
-    candidates: CandidateSet,
+    rows: Tensor,
+    valid: Tensor,
     live: tuple[Tensor, Tensor, Features],
+    own: Features,
     slots_of: Tensor | None = None,
 ) -> Known:
-    """What is known of candidates, of which `live` is on bool, pacing float32 and the utility's values, [B, N] each.
+    """What is known of candidates of rows int64 and valid bool [B, N]; where they are not valid the row is 0.
 
-    `slots_of` int64 [B, N] are their slots, -1 for what is not resident; without it they are the rows. `live` and
-    `slots_of` are of row 0 where a candidate is not valid.
+    `live` is on bool, pacing float32 and the utility's values of those rows, [B, N] each; what `own` says of values
+    [B, N] by name counts in place of the live ones. `slots_of` int64 [B, N] are their slots, -1 for what is not
+    resident; without it they are the rows.
     """
     on, pacing, values = live
-    rows = torch.where(candidates.valid, candidates.rows, 0)
-    valid = candidates.valid & on
+    valid = valid & on
     if slots_of is None:
         slots, num_absent = rows, rows.new_zeros(len(rows))
     else:
         slots, num_absent = slots_of.clamp_min(0), (valid & (slots_of < 0)).sum(1)
         valid = valid & (slots_of >= 0)
-    return Known(rows, slots, valid, pacing, {**values, **candidates.values}, num_absent)
+    return Known(rows, slots, valid, pacing, {**values, **own}, num_absent)
 
 
 def judged(candidates: Known, probs: Tensor, utility: Utility, rules: Iterable[Rule]) -> Judged:

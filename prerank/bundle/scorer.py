@@ -154,7 +154,8 @@ class Scorer(nn.Module):
     def judge(self, user_side: Features, candidates: CandidateSet) -> Judged:
         """The first half of `rank`: what each candidate is worth, whatever the others are."""
         rows = torch.where(candidates.valid, candidates.rows, 0)
-        those = known(candidates, self.live.gather(rows), self._slots_of(candidates, rows))
+        slots = self._slots_of(candidates, rows)
+        those = known(rows, candidates.valid, self.live.gather(rows), candidates.values, slots)
         return judged(those, self._probs(user_side, those.slots), self.utility, self.rules.values())
 
     def winners(self, candidates: Judged, k: int) -> Ranked:
