@@ -1,5 +1,7 @@
 """A device that does nothing until somebody waits for it: what the order of streams and events does not say, breaks."""
 
+import threading
+
 import torch
 
 from prerank.serve.device_streams import CpuDevice
@@ -45,7 +47,6 @@ class LateGraph:
         self.device, self.work = device, work
 
     def replay(self):
-        self.device.replays += 1
         if self.device.replay_error is not None:
             raise self.device.replay_error
         self.work()
@@ -56,6 +57,8 @@ class LatePool:
         self.device, self.stream, self.num_bytes = device, LateStream(device), 0
 
     def capture(self, work):
+        self.device.is_capturing.set()
+        assert self.device.may_capture.wait(60)
         if self.device.capture_error is not None:
             raise self.device.capture_error
         self.num_bytes += 1000
@@ -63,12 +66,16 @@ class LatePool:
 
 
 class LateDevice(CpuDevice):
-    """`capture_error` and `replay_error` are raised while they are set; so much memory is `free`."""
+    """`capture_error` and `replay_error` are raised while they are set; so much memory is `free`.
+
+    A capture says that it `is_capturing`, and waits until it `may_capture`.
+    """
 
     def __init__(self, lock, free=1 << 40):
         self.lock, self.free = lock, free
         self.capture_error = self.replay_error = None
-        self.replays = 0
+        self.may_capture, self.is_capturing = threading.Event(), threading.Event()
+        self.may_capture.set()
 
     def stream(self):
         return LateStream(self)
