@@ -34,7 +34,7 @@ class DeviceEngine:
     ) -> None:
         self._counts, self._versions, self._lock = Counts(), list[DeviceVersion](), threading.Lock()
         self._lines = Lines(wait_ms / 1000, lambda job: _version(job).ended(job))
-        self._shared = Shared(device, self._lines, self._counts, Backlog(), workers)
+        self._shared = Shared(device, device.stream(), self._lines, self._counts, Backlog(), workers)
         self._threads = []
         for number in range(workers):
             core = cores[number % len(cores)] if cores else None

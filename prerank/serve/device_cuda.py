@@ -37,6 +37,8 @@ def cuda_device(number: int = 0) -> CudaDevice:
 
     if not triton.is_here():
         raise ConfigError("device cuda: triton is not installed; install the version that this torch names")
+    # sums of products of bfloat16 stay float32 until they are whole
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return CudaDevice(torch.device("cuda", number))
 
 

@@ -21,7 +21,7 @@ from prerank.serve.device_buckets import Buckets, Shape
 from prerank.serve.device_counts import Counts
 from prerank.serve.device_replica import Asked, Replica
 from prerank.serve.device_shapes import Shapes
-from prerank.serve.device_streams import Device, Graph
+from prerank.serve.device_streams import Device, Graph, Stream
 from prerank.serve.device_times import Times
 from prerank.serve.device_updates import Turns
 from prerank.types import Features
@@ -34,6 +34,7 @@ class Ground:
     """What the seats of a version share."""
 
     device: Device
+    loading: Stream
     replica: Replica
     turns: Turns
     buckets: Buckets
@@ -58,8 +59,8 @@ class Seat:
         self._out = {count: self._shapes.outputs(count) for count in {shape.requests for shape in shapes}}
         self._whole = Shape(1, buckets.largest)
         try:
-            self._pool.stream.do(self._allocate)
-            self._pool.stream.mark().wait()
+            ground.loading.do(self._allocate)
+            ground.loading.mark().wait()
             self._graphs: dict[Shape | None, Graph] = {}
             for shape in shapes:
                 self._capture(shape, partial(self._rank, shape))

@@ -26,7 +26,7 @@ from prerank.serve.device_counts import Counts
 from prerank.serve.device_replica import Replica
 from prerank.serve.device_seat import Ground, Seat
 from prerank.serve.device_shapes import Shapes
-from prerank.serve.device_streams import Device
+from prerank.serve.device_streams import Device, Stream
 from prerank.serve.device_times import Backlog, Times
 from prerank.serve.device_updates import Updates
 from prerank.serve.graph import Deadline
@@ -56,9 +56,14 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What the versions of an engine share; there are `num_workers`, each a thread."""
+    """What the versions of an engine share; there are `num_workers`, each a thread.
+
+    All that a version brings to the device comes through the stream `loading`, and what it leaves is taken by the next:
+    an allocator keeps memory by streams.
+    """
 
     device: Device
+    loading: Stream
     lines: Lines
     counts: Counts
     backlog: Backlog
@@ -186,13 +191,16 @@ class DeviceVersion:
         shared, options = self._shared, self._options
         with torch.inference_mode():
             with self._writing:  # what changes from here on is written to the new tables
-                made, stream = list[Replica](), shared.device.stream()
-                stream.do(lambda: made.append(Replica(self._scorer, shared.device, options.dtype)))
-                stream.mark().wait()
+                made = list[Replica]()
+                shared.loading.do(lambda: made.append(Replica(self._scorer, shared.device, options.dtype)))
+                shared.loading.mark().wait()
                 self._updates = Updates(shared.device, made[0])
             self._shapes = Shapes(made[0], self._like, options.most_k)
-            ground = Ground(shared.device, made[0], self._updates.turns, options.buckets, self._times, shared.counts)
-            self._seats = [Seat(number, ground, self._like, options.most_k) for number in range(shared.num_workers)]
+            those = shared.device, shared.loading, made[0], self._updates.turns
+            ground = Ground(*those, options.buckets, self._times, shared.counts)
+            seats = [Seat(number, ground, self._like, options.most_k) for number in range(shared.num_workers)]
+            with self._changed:
+                self._seats = None if self._is_closed else seats
 
     def _failed(self, seats: list[Seat], error: Exception) -> None:
         is_lost = self._shared.device.is_lost(error)
