@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from types import TracebackType
+from weakref import WeakSet
 
 import torch
 
@@ -32,7 +33,7 @@ class DeviceEngine:
     def __init__(
         self, device: Device, workers: int = 2, wait_ms: float = 0.2, cores: Sequence[int] | None = None
     ) -> None:
-        self._counts, self._versions, self._lock = Counts(), list[DeviceVersion](), threading.Lock()
+        self._counts, self._versions, self._lock = Counts(), WeakSet[DeviceVersion](), threading.Lock()
         self._lines = Lines(wait_ms / 1000, lambda job: _version(job).ended(job))
         self._shared = Shared(device, device.stream(), self._lines, self._counts, Backlog(), workers)
         self._threads = []
@@ -48,13 +49,13 @@ class DeviceEngine:
         """
         version = DeviceVersion(self._shared, scorer, like, options)
         with self._lock:
-            self._versions = [*(one for one in self._versions if not one.is_closed), version]
+            self._versions.add(version)
         return version
 
     def snapshot(self) -> Snapshot:
         """What it did, and what there is now."""
         with self._lock:
-            sizes = [one.sizes() for one in self._versions]
+            sizes = [one.sizes() for one in self._versions]  # of one that is closed nothing
         graphs, tables, buffers = (sum(column) for column in zip((0, 0, 0), *sizes, strict=True))
         now = {"graph_bytes": graphs, "table_bytes": tables, "buffer_bytes": buffers}
         return self._counts.snapshot(waiting=len(self._lines), **now)
@@ -67,7 +68,6 @@ class DeviceEngine:
         with self._lock:
             for version in self._versions:
                 version.close()
-            self._versions = []
 
     def __enter__(self) -> DeviceEngine:
         return self

@@ -114,9 +114,10 @@ class Replica:
         """What the candidates are worth; see `Scorer.judge`. No shape depends on a value, and nothing waits."""
         rows = torch.where(asked.valid, asked.rows, 0)
         live = self._rows["on"][rows], self._rows["pacing"][rows], self._values(asked, rows)
-        slots = None
-        if asked.slots is not None and asked.has_slots is not None:
-            slots = torch.where(asked.has_slots.unsqueeze(1), asked.slots, self._rows["slots"][rows].long())
+        slots = self._rows["slots"][rows].long() if self.takes_slots else None
+        if slots is not None and asked.slots is not None and asked.has_slots is not None:
+            # where no candidate is stands what other shapes left there, and a slot must be one
+            slots = torch.where(asked.valid & asked.has_slots.unsqueeze(1), asked.slots, slots)
         those = known(rows, asked.valid, live, {}, slots)
         logits = self._ranker(asked.user_side, self._item_side.gather(those.slots))
         return judged(those, logits.float().sigmoid(), self._utility, self._rules)

@@ -77,6 +77,10 @@ class Seat:
         """What the captured graphs hold."""
         return self._pool.num_bytes
 
+    def close(self) -> None:
+        """Let go of the graphs, which may hold what holds them; nothing may be running."""
+        self._graphs.clear()
+
     def rank(self, jobs: Sequence[Job]) -> list[Ranked]:
         """The winners of each job, [1, k]; they are of one size, and if one must be cut there is no other."""
         pieces = self._ground.buckets.pieces(max(job.num for job in jobs))

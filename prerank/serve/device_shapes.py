@@ -73,7 +73,7 @@ class Shapes:
     def fill(self, views: Features, jobs: Sequence[Job], piece: tuple[int, int]) -> str:
         """Write these candidates of jobs into the inputs by name; the name of the last input that counts.
 
-        What nobody reads keeps what it had: places past a request's candidates are only said not to be valid.
+        Past a request's candidates stands whatever other shapes left there; it is only said not to be valid.
         """
         last = "valid"
         views["valid"].zero_()
@@ -88,6 +88,9 @@ class Shapes:
                 views[name][at, : len(part)].copy_(part)
                 if name not in ("rows", "valid"):
                     views[_HAS + name][at] = True
+        for at in range(len(jobs), len(views["valid"])):  # nobody's: somebody's, for a ranker may look what is there
+            for name in self._like:
+                views[_USER + name][at].copy_(jobs[0].user_side[name][0])
         for name in views:  # in the order in which they stand
             if _HAS + name in views and bool(views[_HAS + name].any()):
                 last = name

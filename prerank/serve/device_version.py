@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass, field, fields
 from typing import TypeAlias
 
 import torch
@@ -20,10 +21,11 @@ from torch import Tensor
 from prerank.bundle.judge import Ranked
 from prerank.bundle.scorer import Scorer
 from prerank.errors import DeviceBusy, DeviceFailed
+from prerank.kernels import stop
 from prerank.serve.device_batches import Job, Lines
 from prerank.serve.device_buckets import Buckets
 from prerank.serve.device_counts import Counts
-from prerank.serve.device_replica import Replica
+from prerank.serve.device_replica import Asked, Replica
 from prerank.serve.device_seat import Ground, Seat
 from prerank.serve.device_shapes import Shapes
 from prerank.serve.device_streams import Device, Stream
@@ -36,6 +38,7 @@ Fallback: TypeAlias = Callable[[Features, CandidateSet, int], Ranked]
 """As `Scorer.rank`: what ranks where the device cannot."""
 
 _log = logging.getLogger(__name__)
+_LOOK_S = 0.02  # between two looks at whether anybody still waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,39 @@ class DeviceVersion:
             raise
         return job.future
 
+    def rank(self, user_side: Features, candidates: CandidateSet, k: int) -> Ranked:
+        """As `Scorer.rank`, of B requests that are submitted one by one and waited for.
+
+        Raises what their futures have, and Cancelled where nobody waits for this any more (`kernels.stop`).
+        """
+        futures = [self.submit(*_one(user_side, candidates, n), k) for n in range(len(candidates.rows))]
+        try:
+            found = [_waited(future) for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        return Ranked(**{one.name: torch.cat([getattr(top, one.name) for top in found]) for one in fields(Ranked)})
+
+    def probs(self, user_side: Features, rows: Tensor) -> Tensor:
+        """The ranker's side of users [B, ...] and rows int64 [B, N] -> each task's probability, float32 [B, N, T].
+
+        By torch on the device, without graphs: to be held against answers that are known.
+        """
+        updates, found = self._updates, list[Tensor]()
+        if updates is None:
+            raise DeviceFailed("this version has left the device; ask the one that serves now")
+        replica, where = updates.replica, self._shared.device.where
+
+        def judge() -> None:
+            side = {name: tensor.to(where, replica.dtype_of(tensor)) for name, tensor in user_side.items()}
+            there = rows.to(where)
+            found.append(replica.judge(Asked(side, there, there >= 0)).probs.cpu())
+
+        self._shared.loading.do(judge)
+        self._shared.loading.mark().wait()
+        return found[0]
+
     def put(self, rows: Tensor | None = None, slots: Tensor | None = None) -> None:
         """Let every request that begins after this know what the scorer has of rows and slots, int64 [n], by now.
 
@@ -135,7 +171,9 @@ class DeviceVersion:
         with self._changed:
             self._is_closed = True
             self._changed.wait_for(lambda: not self._num_waiting)
-        self._seats, self._updates = None, None
+        seats, self._seats, self._updates = self._seats or [], None, None
+        for one in seats:
+            one.close()
 
     def answer(self, worker: int, jobs: Sequence[Job]) -> None:
         """Settle the futures of a batch, from the thread of this worker."""
@@ -161,11 +199,6 @@ class DeviceVersion:
         with self._changed:
             self._num_waiting -= 1
             self._changed.notify_all()
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether it takes nothing new."""
-        return self._is_closed
 
     def sizes(self) -> tuple[int, int, int]:
         """Bytes of captured graphs, of tables and weights, and of what requests are copied through."""
@@ -238,3 +271,26 @@ class DeviceVersion:
             _log.error("the device is still lost, next try in %g s: %s", self._options.retry_s, error)
         finally:
             self._reviving.release()
+
+
+def _one(user_side: Features, candidates: CandidateSet, n: int) -> tuple[Features, CandidateSet]:
+    """One request of a batch."""
+    part = slice(n, n + 1)
+    own = CandidateSet(
+        candidates.rows[part],
+        candidates.similarity[part],
+        candidates.valid[part],
+        None if candidates.slots is None else candidates.slots[part],
+        values={name: column[part] for name, column in candidates.values.items()},
+    )
+    return {name: tensor[part] for name, tensor in user_side.items()}, own
+
+
+def _waited(future: Future[Ranked]) -> Ranked:
+    while True:
+        try:
+            return future.result(_LOOK_S)
+        except NotYet:
+            if future.done():  # it is what the request ended with
+                raise
+            stop.current().check()

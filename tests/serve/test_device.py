@@ -14,7 +14,8 @@ from prerank.bundle.scorer import Scorer
 from prerank.business.diversity import Diversity
 from prerank.business.reserve import Reserve
 from prerank.config import DiversityRule, Rules
-from prerank.errors import DeadlineExceeded, DeviceBusy, DeviceFailed, DeviceFull
+from prerank.errors import Cancelled, DeadlineExceeded, DeviceBusy, DeviceFailed, DeviceFull
+from prerank.kernels import stop
 from prerank.serve.device import DeviceEngine
 from prerank.serve.device_buckets import Buckets
 from prerank.serve.device_cuda import cuda_device
@@ -223,6 +224,26 @@ def test_a_request_that_nobody_waits_for_is_not_computed():
             late_one.result(30)
         version.close()  # which waits for all of its requests, and these have ended
         assert engine.snapshot().requests == 0
+
+
+def test_several_requests_are_ranked_as_one_batch_and_who_is_left_waits_no_more():
+    model, rows = world(), torch.cat([asked(40, n).rows for n in range(3)])
+    candidates = CandidateSet(rows, rows.float(), rows >= 0)
+    sides = {"u": torch.tensor([0.0, 1.0, 2.0])}
+    with DeviceEngine(CpuDevice(), 1, wait_ms=300) as engine:
+        version = load(engine, model)
+        assert same(version.rank(sides, candidates, 5), model.rank(sides, candidates, 5))
+        assert engine.snapshot().batches == 1
+        nobody = stop.Stop()
+        nobody.set()
+        stop.let(nobody)
+        try:
+            with pytest.raises(Cancelled):
+                version.rank(sides, candidates, 5)
+        finally:
+            stop.let(None)
+        version.close()
+        assert engine.snapshot().requests == 3
 
 
 def test_what_does_not_fit_says_what_needs_how_much_and_what_to_do():
