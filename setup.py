@@ -13,6 +13,7 @@ SOURCES = (
     "program_engine",
     *("program_portable", "program_avx2", "program_avx512", "program_amx"),
     *("scan", "scan_portable", "scan_avx2", "scan_avx512"),
+    "walk",
 )
 HEADERS = ("export.h", "program.h", "program_block.inc", "scan.h", "scan_rows.inc")
 FLAGS = (

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 INDEX = "index"
 """What the candidates of the towers' index are said to be found by."""
+MOST_SHARDS = 256
 COMPARED = (
     *("retrieval_recall", "recall_over_popularity", "normalised_entropy", "calibration_error", "kl_loss"),
     *("index_recall", "latency_ms", "memory_mib"),
@@ -246,6 +247,8 @@ def _check_ranges(config: Config, problems: Problems) -> None:
             if not number > 0:
                 problems.add(f"{section}.{name}", f"expected more than 0, got {number}")
     rates = {"retrieval.dropout": retrieval.dropout, "ranker.dropout": ranker.dropout, "ranker.average": ranker.average}
+    if not 1 <= retrieval.index.shards <= MOST_SHARDS:
+        problems.add("retrieval.index.shards", f"expected 1 to {MOST_SHARDS}, got {retrieval.index.shards}")
     if not 0 < retrieval.index.floor <= 1:
         problems.add("retrieval.index.floor", f"expected above 0 and at most 1, got {retrieval.index.floor}")
     resident = config.inventory.resident

@@ -139,12 +139,14 @@ class IndexConfig:
     that is measured, when a version is published, to be faster and to find on average at least `floor` of the best.
 
     Where index hosts have a shard each, items that share a value of the column `by`, one that answers may show, are in
-    one shard; without it their item_id says in which.
+    one shard; without it their item_id says in which. An index of each of so many `shards` is published, each a file: a
+    host of one of so many maps no other.
     """
 
     kind: Literal["exact", "hnsw"] = "exact"
     storage: Literal["float32", "bfloat16", "int8"] = "float32"
     floor: float = 0.98
+    shards: int = 1
     by: str = ""
 
 

@@ -1,7 +1,9 @@
 """Golden requests: users a version was asked about when it was published, and the answers it must give ever after.
 
 Both halves are asked on their own: the towers and the index must retrieve the same rows, and the scorer, given the
-rows retrieved at publishing, must name the same winners. Another CPU rounds otherwise, by about 1e-6 of a number: so
+rows retrieved at publishing, must name the same winners. Where towers and index are not in one process the first half
+falls in two: the towers must give the same user vectors, and a shard, asked with those of publishing, the same of its
+rows. Another CPU rounds otherwise, by about 1e-6 of a number: so
 numbers may be RELATIVE off, and items whose expected numbers are within TIED may change places. Both are shares of
 the number itself, or for similarities, in which large terms cancel, of the request's largest.
 
@@ -11,7 +13,7 @@ follows in that request is not compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -29,7 +31,7 @@ TIED = 1e-5
 ROUNDED = 0.02
 """How far a probability may be off where a ranker runs with bfloat16 products."""
 _SMALL = 1e-3  # utilities below this share of the request's largest are compared as if they were that large
-_USER = "user."
+_USER, _QUERY = "user.", "query"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,29 +53,79 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """G requests, as user and context features [G, ...], and their answers."""
+    """G requests, as user and context features [G, ...], and their answers.
+
+    `query` float32 [G, D] are the user vectors; None of a version that was published without.
+    """
 
     user: Features
     answers: Answers
+    query: Tensor | None = None
 
     @classmethod
     def ask(cls, user: Features, towers: TwoTower, index: Index, scorer: Scorer, keep: int, k: int) -> Golden:
         """The answers of these models to `user` [G, ...]: `keep` candidates and `k` winners each."""
-        return cls(user, _answers(user, towers, index, scorer, keep, k, None))
+        query = _queries(user, towers)
+        retrieved, similarity = _retrieved(query, index, keep)
+        return cls(user, Answers(retrieved, similarity, *_won(user, scorer, retrieved, k)), query)
 
-    def first_difference(self, towers: TwoTower, index: Index, scorer: Scorer) -> str | None:
-        """A sentence naming the first golden answer that these models do not give, or None."""
-        said = self.answers
-        keep, k = said.retrieved.shape[1], said.won.shape[1]
-        got = _answers(self.user, towers, index, scorer, keep, k, said.retrieved)
-        similar = _Numbers("similarity", "among those retrieved", 1.0, scorer.items, False)
-        useful = _Numbers("utility", "among the winners", _SMALL, scorer.items, scorer.diversity is not None)
+    def first_difference(self, towers: TwoTower, index: Index | None, scorer: Scorer) -> str | None:
+        """A sentence naming the first golden answer that these models do not give, or None.
+
+        Without an index the user vectors are compared in place of what it retrieves.
+        """
+        said, query = self.answers, _queries(self.user, towers)
+        won = _won(self.user, scorer, said.retrieved, said.won.shape[1])
+        useful = _Numbers("utility", "among the winners", _SMALL, scorer.items.item_ids, scorer.diversity is not None)
+        if index is None:
+            different, got = self._first_other_query(query), Answers(said.retrieved, said.similarity, *won)
+        else:
+            got = Answers(*_retrieved(query, index, said.retrieved.shape[1]), *won)
+            similar = _Numbers("similarity", "among those retrieved", 1.0, scorer.items.item_ids, False)
+            different = similar.first_difference(said.retrieved, said.similarity, got.retrieved, got.similarity)
         return (
-            similar.first_difference(said.retrieved, said.similarity, got.retrieved, got.similarity)
+            different
             or useful.first_difference(said.won, said.utility, got.won, got.utility)
             or _first_other_name(said, scorer.items)
             or _first_other_prob(said, got, scorer)
         )
+
+    def _first_other_query(self, query: Tensor) -> str | None:
+        if self.query is None:
+            return None
+        far = ~((query - self.query).abs() <= RELATIVE * self.query.abs().amax(1, keepdim=True))
+        if not bool(far.any()):
+            return None
+        g, at = far.nonzero()[0].tolist()
+        return (
+            f"golden request {g}: expected a user vector with {float(self.query[g, at]):.7g} in place {at}, got "
+            f"{float(query[g, at]):.7g}"
+        )
+
+    def first_difference_of_shard(self, index: Index, rows: Tensor, item_ids: Tensor, is_cut: bool) -> str | None:
+        """A sentence naming the first of the items retrieved that a shard does not find as it was found, or None.
+
+        The shard has the version's `rows` int64 [n], rising, with their item_ids [n]; its `index` is of these alone if
+        it `is_cut`. One that is not, a graph, may miss some: it is asked among those retrieved, and what it finds of
+        them is compared. None too for a version without user vectors.
+        """
+        similar = _Numbers("similarity", "among those retrieved of this shard", 1.0, item_ids, False)
+        for g, query in enumerate(() if self.query is None else self.query.unsqueeze(1)):
+            ours = torch.isin(self.answers.retrieved[g], rows)
+            wanted, expected = self.answers.retrieved[g][ours], self.answers.similarity[g][ours]
+            if not len(wanted):
+                continue
+            found = index.search(query, len(wanted), None if is_cut else wanted.sort().values)
+            got, numbers = found.rows, found.similarity.masked_fill(~found.valid, 0)
+            if not is_cut:
+                got, numbers = torch.searchsorted(rows, got[found.valid])[None], numbers[found.valid][None]
+                is_found = torch.isin(wanted, found.rows)
+                wanted, expected = wanted[is_found], expected[is_found]
+            places = torch.searchsorted(rows, wanted)
+            different = similar.first_difference(places[None], expected[None], got, numbers, g)
+            if different:
+                return different
+        return None
 
     def first_far_prob(self, tasks: Sequence[str], probs: Callable[[Features, Tensor], Tensor]) -> str | None:
         """A sentence naming the first golden winner whose probability is ROUNDED off or more, or None.
@@ -100,7 +152,8 @@ class Golden:
     def to_tensors(self) -> dict[str, Tensor]:
         """By name, for a file."""
         answers = {f.name: getattr(self.answers, f.name) for f in fields(Answers)}
-        return {**answers, **{_USER + name: column for name, column in self.user.items()}}
+        queries = {} if self.query is None else {_QUERY: self.query}
+        return {**answers, **queries, **{_USER + name: column for name, column in self.user.items()}}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Golden:
@@ -110,28 +163,40 @@ class Golden:
         if missing:
             raise BundleError(f"golden requests: expected {names}, and {missing} is missing")
         user = {name.removeprefix(_USER): t for name, t in tensors.items() if name.startswith(_USER)}
-        return cls(user, Answers(*(tensors[name] for name in names)))
+        return cls(user, Answers(*(tensors[name] for name in names)), tensors.get(_QUERY))
+
+
+def _each(user: Features) -> Iterator[Features]:
+    """One request at a time, as a server asks."""
+    for n in range(len(next(iter(user.values())))):
+        yield {name: column[n : n + 1] for name, column in user.items()}
 
 
 @torch.inference_mode()
-def _answers(
-    user: Features, towers: TwoTower, index: Index, scorer: Scorer, keep: int, k: int, given: Tensor | None
-) -> Answers:
-    """One request at a time, as a server does; the scorer ranks the rows `given`, else those just retrieved."""
-    retrieved, ranked = [], []
-    for n in range(len(next(iter(user.values())))):
-        one = {name: column[n : n + 1] for name, column in user.items()}
-        found = index.search(towers.user_side(one), keep, None)
-        retrieved.append(found)
-        rows = found.rows if given is None else given[n : n + 1]
+def _queries(user: Features, towers: TwoTower) -> Tensor:
+    """User vectors float32 [G, D]."""
+    return torch.cat([towers.user_side(one) for one in _each(user)])
+
+
+@torch.inference_mode()
+def _retrieved(query: Tensor, index: Index, keep: int) -> tuple[Tensor, Tensor]:
+    """The first two of `Answers`, of user vectors float32 [G, D]."""
+    found = [index.search(one.unsqueeze(0), keep, None) for one in query]
+    rows = torch.cat([one.rows for one in found])
+    return rows, torch.cat([one.similarity.masked_fill(~one.valid, 0) for one in found])
+
+
+@torch.inference_mode()
+def _won(user: Features, scorer: Scorer, retrieved: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rest of them, of who was `retrieved` int64 [G, N]."""
+    ranked = []
+    for one, rows in zip(_each(user), retrieved.unsqueeze(1), strict=True):
         ranked.append(scorer(one, CandidateSet(rows, torch.zeros(rows.shape), rows >= 0), k))
-    return Answers(
-        retrieved=torch.cat([r.rows for r in retrieved]),
-        similarity=torch.cat([r.similarity.masked_fill(~r.valid, 0) for r in retrieved]),
-        won=torch.cat([r.rows for r in ranked]),
-        item_ids=torch.cat([r.item_ids.masked_fill(~r.valid, 0) for r in ranked]),
-        utility=torch.cat([r.utility.masked_fill(~r.valid, 0) for r in ranked]),
-        probs=torch.cat([r.probs.masked_fill(~r.valid.unsqueeze(-1), 0) for r in ranked]),
+    return (
+        torch.cat([r.rows for r in ranked]),
+        torch.cat([r.item_ids.masked_fill(~r.valid, 0) for r in ranked]),
+        torch.cat([r.utility.masked_fill(~r.valid, 0) for r in ranked]),
+        torch.cat([r.probs.masked_fill(~r.valid.unsqueeze(-1), 0) for r in ranked]),
     )
 
 
@@ -139,17 +204,23 @@ def _answers(
 class _Numbers:
     """How one column of answers is compared: its name, its list, and the share of the largest that counts as small.
 
-    `has_groups`: whether an item that was not among the K may have been turned away, by one that ties with it.
+    item_ids [I] are those of the rows. `has_groups`: whether an item that was not among the K may have been turned
+    away, by one that ties with it.
     """
 
     name: str
     of: str
     small: float
-    items: ItemTable
+    item_ids: Tensor
     has_groups: bool
 
-    def first_difference(self, rows: Tensor, numbers: Tensor, got_rows: Tensor, got: Tensor) -> str | None:
-        """Expected rows int64 and numbers float32 [G, K] and what came -> the first place they differ, or None."""
+    def first_difference(
+        self, rows: Tensor, numbers: Tensor, got_rows: Tensor, got: Tensor, first: int = 0
+    ) -> str | None:
+        """Expected rows int64 and numbers float32 [G, K] and what came -> the first place they differ, or None.
+
+        Requests are counted from `first`.
+        """
         scale = numbers.abs().maximum(self.small * numbers.abs().amax(1, keepdim=True))
         far = ~((got - numbers).abs() <= RELATIVE * scale)
         parted: set[int] = set()
@@ -165,13 +236,13 @@ class _Numbers:
             if bool(far[g, place]) or not ties:
                 wanted = self._said(rows[g, place], numbers[g, place])
                 found = self._said(got_rows[g, place], got[g, place])
-                return f"golden request {g}: expected {wanted} in place {place} {self.of}, got {found}"
+                return f"golden request {first + g}: expected {wanted} in place {place} {self.of}, got {found}"
         return None
 
     def _said(self, row: Tensor, number: Tensor) -> str:
         if row < 0:
             return "nothing"
-        return f"item {int(self.items.item_ids[row])} of {self.name} {float(number):.7g}"
+        return f"item {int(self.item_ids[row])} of {self.name} {float(number):.7g}"
 
 
 def _tied(rows: Tensor, numbers: Tensor, place: int, row: Tensor, within: Tensor) -> bool:

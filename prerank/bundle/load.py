@@ -20,6 +20,7 @@ from prerank.bundle.in_use import Hold, hold
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.manifest import verify as verify
 from prerank.bundle.scorer import Scorer
+from prerank.bundle.slack_index import SlackIndex
 from prerank.business.diversity import Diversity
 from prerank.business.rules import RULES, build_rules
 from prerank.business.targeting import Targeting
@@ -80,14 +81,18 @@ class Bundle:
             raise BundleError(f"{self.path}: {of} are far off: {difference}")
 
 
-def load(path: Path) -> Bundle:
+def load(path: Path, with_index: bool = True) -> Bundle:
     """The version in the folder `path`.
+
+    Without its index, for who asks index hosts, that file is neither read nor checked, and need not be there: `index`
+    is then of the rows of slack alone. What it would retrieve for the golden requests its hosts are asked as they load;
+    here the user vectors are compared that they are asked with.
 
     Raises BundleError naming the first thing that is not as published: a missing, cut or changed file, a newer format,
     parts of different features, weights of another shape, or a golden request answered otherwise.
     """
     held = hold(path)
-    said = verify(path)
+    said = verify(path, None if with_index else {*manifest.FILES, *manifest.OPTIONAL} - {manifest.INDEX})
     config = config_of(path / manifest.CONFIG)
     transforms = transforms_of(path, config, said)
     sizes = transforms.sizes()
@@ -116,9 +121,10 @@ def load(path: Path) -> Bundle:
     except (BundleError, SchemaMismatch) as error:
         raise BundleError(f"{where}: {error}") from None
 
-    index = index_of(path, config, said)
+    index = index_of(path, config, said) if with_index else _slack_of(path, config, said, items, towers.width)
     _check_metadata(path / manifest.METADATA, config, items.num_published)
-    difference = _golden(path / manifest.GOLDEN, config).first_difference(towers, index, scorer)
+    golden = _golden(path / manifest.GOLDEN, config)
+    difference = golden.first_difference(towers, index if with_index else None, scorer)
     if difference:
         raise BundleError(f"{path}: does not reproduce {difference}; publish again with this prerank")
     generators = _generators(path, config, said, items.num_rows)
@@ -280,6 +286,13 @@ def index_of(path: Path, config: Config, said: Mapping[str, object]) -> Index:
             f"{path / manifest.INDEX}: expected vectors of the towers {towers}, found those of {dict(index.models)}; "
             "its user vectors would be of another space"
         )
+    return index
+
+
+def _slack_of(path: Path, config: Config, said: Mapping[str, object], items: ItemTable, width: int) -> SlackIndex:
+    num = items.num_rows - items.num_published
+    index = SlackIndex(items.num_published, num, width, config.retrieval.index.storage)
+    index.models = {"retrieval": manifest.files_of(path, said)[manifest.RETRIEVAL].model_id}
     return index
 
 

@@ -21,6 +21,7 @@ TRANSFORMS = "transforms.json"
 RETRIEVAL = "retrieval.safetensors"
 SCORER = "scorer.safetensors"
 INDEX = "index/shard-0.safetensors"
+"""The index, or its first shard; `shard_file` are those of the others."""
 METADATA = "metadata.arrow"
 GOLDEN = "golden.safetensors"
 FILES = (CONFIG, TRANSFORMS, RETRIEVAL, SCORER, INDEX, METADATA, GOLDEN)
@@ -31,7 +32,10 @@ GROUPS = "groups.arrow"
 """One more, where it has rules of diversity: the values that their groups, in SCORER, are of."""
 GENERATORS = "generators.safetensors"
 """One more, where it has generators of candidates beside the index: what they know of the items."""
-OPTIONAL = (TARGETING, GROUPS, GENERATORS)
+SHARDS = "index/shards.safetensors"
+"""One more, where the index is in several shards: in which each row is."""
+OPTIONAL = (TARGETING, GROUPS, GENERATORS, SHARDS)
+_SHARD_FILE = re.compile(r"index/shard-[1-9]\d*\.safetensors")
 
 VERSIONS = "versions"
 VERSION = re.compile(r"\d{8}T\d{4}-[0-9a-f]{12}")
@@ -108,11 +112,17 @@ def read_manifest(path: Path) -> dict[str, object]:
     return plain
 
 
+def shard_file(number: int) -> str:
+    """The file of the index's shard `number`, from 0."""
+    return f"index/shard-{number}.safetensors"
+
+
 def files_of(path: Path, manifest: Mapping[str, object]) -> dict[str, FileEntry]:
     """The files a manifest lists. Raises BundleError unless they are exactly the format's."""
     listed = manifest["files"]
     assert isinstance(listed, dict)
-    missing, extra = sorted(set(FILES) - set(listed)), sorted(set(listed) - {*FILES, *OPTIONAL})
+    others = {name for name in listed if not _SHARD_FILE.fullmatch(name)}
+    missing, extra = sorted(set(FILES) - others), sorted(others - {*FILES, *OPTIONAL})
     if missing or extra:
         raise BundleError(f"{path / MANIFEST}: its files lack {missing} and list unknown {extra}; {_MEND}")
     try:

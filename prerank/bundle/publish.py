@@ -24,6 +24,7 @@ from prerank.bundle import manifest
 from prerank.bundle.durable import locked, sync
 from prerank.bundle.failpoints import reach
 from prerank.bundle.golden import Golden
+from prerank.bundle.index_files import keys_of, new_index, save_index
 from prerank.bundle.item_table import ItemTable
 from prerank.bundle.manifest import FileEntry
 from prerank.bundle.residency import room_for
@@ -33,10 +34,10 @@ from prerank.business.diversity import Diversity
 from prerank.business.rules import fit_rules
 from prerank.business.targeting import Targeting
 from prerank.business.utility import Utility
-from prerank.config import Config
+from prerank.config import Config, IndexConfig
 from prerank.errors import BundleError, DataError, SchemaMismatch
 from prerank.features.transforms import Transforms
-from prerank.index.base import INDEXES, Index
+from prerank.index.base import Index
 from prerank.index.generators import build_generators, tensors_of
 from prerank.models.ranker import Ranker
 from prerank.models.towers import TwoTower
@@ -91,7 +92,7 @@ def publish(store: Path, parts: Parts) -> str:
         _sweep(versions)
     with _temporary(versions) as folder:
         num_items = _write_files(folder, parts)
-        written = [name for name in (*manifest.FILES, *manifest.OPTIONAL) if (folder / name).exists()]
+        written = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         files = {name: FileEntry.of(folder / name) for name in written}
         now, content = datetime.now(UTC), manifest.content_id(files)
         version = f"{now:%Y%m%dT%H%M}-{content}"
@@ -168,7 +169,7 @@ def _write_files(folder: Path, parts: Parts) -> int:
     if fault:
         raise SchemaMismatch(f"{fault}; encode the items with the transforms published")
     keep = min(config.retrieval.keep, items.num_published)
-    index = _index(parts, items, keep)
+    index = _index(parts, items, raw, keep)
     diversity = Diversity.build(config.diversity, raw, room.slack) if config.diversity else None
     tasks, targeting = parts.ranker.tasks, _targeting(parts)
     utility, rules = Utility.build(tasks, config.utility), fit_rules(tasks, config.rules, raw, items.num_rows)
@@ -177,7 +178,6 @@ def _write_files(folder: Path, parts: Parts) -> int:
         _refuse_nonfinite(side, f"the ranker's item side {name!r}")
     golden = Golden.ask(_tensors(parts.golden_user), parts.towers, index, scorer, keep, min(config.ranker.keep, keep))
 
-    (folder / "index").mkdir()
     (folder / manifest.CONFIG).write_text(to_toml(config.to_dict()), encoding="utf-8")
     (folder / manifest.TRANSFORMS).write_text(parts.transforms.to_json(), encoding="utf-8")
     write_tensors(folder / manifest.RETRIEVAL, parts.towers.state_dict(), {})
@@ -193,7 +193,7 @@ def _write_files(folder: Path, parts: Parts) -> int:
     if diversity is not None:
         _write_groups(folder / manifest.GROUPS, diversity.values)
     write_tensors(folder / manifest.GOLDEN, golden.to_tensors(), {})
-    index.save(folder / manifest.INDEX, {"retrieval": FileEntry.of(folder / manifest.RETRIEVAL).model_id})
+    save_index(index, folder, {"retrieval": FileEntry.of(folder / manifest.RETRIEVAL).model_id})
     _write_metadata(folder / manifest.METADATA, raw, config)
     return items.num_published
 
@@ -213,13 +213,22 @@ def _targeting(parts: Parts) -> Targeting | None:
 
 
 @torch.no_grad()
-def _index(parts: Parts, items: ItemTable, keep: int) -> Index:
+def _index(parts: Parts, items: ItemTable, raw: pa.Table, keep: int) -> Index:
     """Over the item tower's vectors, ready for as many as a request keeps."""
     chosen = parts.config.retrieval.index
-    index = INDEXES[chosen.kind](_vectors(parts, items), chosen.storage)
+    index = new_index(chosen, _vectors(parts, items), _shard_keys(chosen, items, raw))
     query = parts.towers.user_side(_tensors(parts.golden_user if parts.asked_user is None else parts.asked_user))
     index.prepare(query, keep, chosen.floor)
     return index
+
+
+def _shard_keys(chosen: IndexConfig, items: ItemTable, raw: pa.Table) -> Array:
+    """What tells the shard of each item, int64 [n]."""
+    if chosen.shards == 1 or not chosen.by:
+        return items.item_ids[: items.num_published].numpy()
+    if chosen.by not in raw.column_names:
+        raise DataError(f"publish: retrieval.index.by: the items have {raw.column_names}, not {chosen.by!r}")
+    return keys_of(raw[chosen.by].to_pylist())
 
 
 def _tensors(columns: Columns) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prerank._tensor_files import read_tensors
 from prerank.bundle import manifest
+from prerank.bundle.golden import Golden
 from prerank.bundle.in_use import Hold, hold
 from prerank.bundle.load import below, config_of, index_of, targeting_of
 from prerank.business.targeting import Targeting
@@ -27,7 +28,7 @@ from prerank.stores.contexts import digest
 from prerank.stores.metadata import MetadataTable
 from prerank.types import Array, Features
 
-_READ = (manifest.CONFIG, manifest.SCORER, manifest.INDEX, manifest.TARGETING)
+_READ = (manifest.CONFIG, manifest.SCORER, manifest.INDEX, manifest.TARGETING, manifest.GOLDEN)
 _ITEMS, _TARGETING = "items.", "targeting."
 
 
@@ -81,7 +82,8 @@ def load_shard(path: Path, place: Place) -> Shard:
     """The items at `place` of the version in the folder `path`, as they were published.
 
     Only what it reads is checked against the hashes. Raises BundleError naming the first thing that is not as
-    published, and where no item of the version is in this shard.
+    published, such as an item that is not found for a golden request as it was, and where no item of the version is in
+    this shard.
     """
     held = hold(path)
     said = manifest.verify(path, _READ)
@@ -102,6 +104,12 @@ def load_shard(path: Path, place: Place) -> Shard:
     targeting = targeting_of(path, config, said, below(tensors, _TARGETING), num_rows)
     index = index_of(path, config, said)
     is_cut = isinstance(index, ExactIndex)
+    part = index.part(rows) if isinstance(index, ExactIndex) else index
+    golden = Golden.from_tensors(read_tensors(path / manifest.GOLDEN)[0])
+    difference = golden.first_difference_of_shard(part, rows, item_ids[rows], is_cut)
+    if difference:
+        where = f"{path}: shard {place.number} of {place.of}"
+        raise BundleError(f"{where} does not reproduce {difference}; publish again with this prerank")
     return Shard(
         version=str(said["version"]),
         models=dict(index.models),
@@ -109,7 +117,7 @@ def load_shard(path: Path, place: Place) -> Shard:
         by=by,
         width=_width(config),
         item_ids=item_ids[rows],
-        index=index.part(rows) if isinstance(index, ExactIndex) else index,
+        index=part,
         rows=None if is_cut else rows,
         targeting=None if targeting is None else targeting.part(rows.numpy()),
         values={name: column[:num_items][rows] for name, column in _values(path, config, items).items()},

@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from prerank.bundle.registry import Registry
-from prerank.cli.options import STORE, FunnelName, StoreFolder, found_in, out
+from prerank.cli.options import STORE, FunnelName, HostsCa, HostsCert, HostsKey, StoreFolder, found_in, out
 from prerank.cli.retrain import BUSY, rollout_of, tell_error
 from prerank.errors import AlreadyRunning
 from prerank.lifecycle.retention import KEEP, WORK_DAYS, Cleaned, Policy
 from prerank.lifecycle.retention import clean as clean_folder
 from prerank.lifecycle.runs import alone
+from prerank.serve.host_tls import CallerTls
 
 _KEEP = "How many versions are kept beside the live one, and how many promotes back whatever was live."
 _HOSTS = "Ask these what they hold, which is kept: 0=host:port,1=... or a file; for hosts of other machines."
@@ -33,6 +34,9 @@ def clean(
     ] = WORK_DAYS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell, and delete nothing.")] = False,
     index_hosts: Annotated[str, typer.Option(help=_HOSTS)] = "",
+    hosts_ca: HostsCa = None,
+    hosts_cert: HostsCert = None,
+    hosts_key: HostsKey = None,
 ) -> None:
     """Delete versions that nobody needs any more, old work, and what crashes left; tell what that frees.
 
@@ -40,10 +44,10 @@ def clean(
     retrain runs.
     """
     home = found_in(store, funnel)
-    policy = Policy(keep, work_days)
+    policy, tls = Policy(keep, work_days), CallerTls.read(hosts_ca, hosts_cert, hosts_key)
     try:
         with alone(home):
-            used = rollout_of(Registry(home), index_hosts, 0.0).in_use()
+            used = rollout_of(Registry(home), index_hosts, 0.0, tls).in_use()
             cleaned = clean_folder(home, policy, getpass.getuser(), used, dry_run)
     except AlreadyRunning as error:
         tell_error(error)

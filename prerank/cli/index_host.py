@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from prerank.bundle.shard import Place
-from prerank.cli.options import STORE, FunnelName, StoreFolder, found_in, out
+from prerank.cli.options import STORE, FunnelName, HostsCa, HostsCert, HostsKey, StoreFolder, found_in, out
 from prerank.errors import ConfigError, PrerankError
 from prerank.serve.log_lines import log_to_stderr
+
+if TYPE_CHECKING:
+    from prerank.serve.index_flight import FlightHost
 
 _HELP = {
     "shard": "Which shard, from 0.",
     "of": "How many shards there are.",
     "most": "How many versions are held at once; two while one takes the other's place.",
     "follow": "Hold whatever version is live; without it, what `load` says alone.",
+    "cert": "PEM of the certificate to speak TLS with; with its key.",
+    "key": "PEM of the key of --tls-cert, without a password.",
+    "client_ca": "PEM of a CA: nobody calls without a certificate that it signed, and so nobody needs a token.",
     "token": "A file with the token that load and unload need; or set PRERANK_ADMIN_TOKEN.",
 }
 
@@ -33,12 +39,21 @@ def index_hosts(
     unload: Annotated[str, typer.Option(help="A version that they are to hold no more.")] = "",
     shard: Annotated[int | None, typer.Option(min=0, help="Of this shard alone.")] = None,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="How long to wait for each.")] = 60.0,
+    hosts_ca: HostsCa = None,
+    hosts_cert: HostsCert = None,
+    hosts_key: HostsKey = None,
 ) -> None:
     """List what index hosts hold, after they loaded a version or let one go.
 
     One after another, so that a roll-out stops at the first that cannot; exit code 1 if one does not answer.
     """
-    if not _tell(hosts, load, unload, shard, timeout_s):
+    from prerank.serve.exposure import TOKEN_VARIABLE  # Flight and the HTTP stack are only needed here
+    from prerank.serve.host_tls import CallerTls
+    from prerank.serve.index_flight import open_hosts
+
+    tls = CallerTls.read(hosts_ca, hosts_cert, hosts_key)
+    shards = open_hosts(hosts, os.environ.get(TOKEN_VARIABLE), tls)
+    if not _tell(shards, load, unload, shard, timeout_s):
         raise typer.Exit(1)
 
 
@@ -54,11 +69,15 @@ def index_host(
     follow: Annotated[bool, typer.Option(help=_HELP["follow"])] = True,
     threads: Annotated[int, typer.Option(min=1, help="How many threads a search may use.")] = 1,
     admin_token_file: Annotated[Path | None, typer.Option(help=_HELP["token"])] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help=_HELP["cert"])] = None,
+    tls_key: Annotated[Path | None, typer.Option(help=_HELP["key"])] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help=_HELP["client_ca"])] = None,
 ) -> None:
     """Serve one shard of the index over Arrow Flight.
 
     It holds the live version and each that is promoted later; `prerank serve --index-hosts` asks it.
     """
+    from prerank.serve.host_tls import HostTls
     from prerank.serve.index_flight import serve_index_host  # Flight is only needed here
 
     place = Place(shard, of)
@@ -72,15 +91,12 @@ def index_host(
         follow=follow,
         token_file=admin_token_file,
         threads=threads,
+        tls=HostTls.read(tls_cert, tls_key, tls_client_ca),
     )
 
 
-def _tell(said: str, load: str, unload: str, shard: int | None, timeout_s: float) -> bool:
+def _tell(shards: list[list[FlightHost]], load: str, unload: str, shard: int | None, timeout_s: float) -> bool:
     """Whether all did as they were told; those after one that did not are told nothing, and asked what they hold."""
-    from prerank.serve.exposure import TOKEN_VARIABLE  # Flight and the HTTP stack are only needed here
-    from prerank.serve.index_flight import open_hosts
-
-    shards = open_hosts(said, os.environ.get(TOKEN_VARIABLE))
     if shard is not None and shard >= len(shards):
         raise ConfigError(f"--shard {shard}: expected a shard from 0 to {len(shards) - 1}")
     table, is_well = Table("host", "shard", "holds", "models"), True

@@ -38,6 +38,12 @@ UsersUrl = Annotated[
         "--users", envvar="PRERANK_USERS", help="redis://... that holds users and events; by default the store."
     ),
 ]
+HostsCa = Annotated[
+    Path | None,
+    typer.Option(help="PEM of the CA that signed the certificates of grpc+tls:// hosts; by default the system's."),
+]
+HostsCert = Annotated[Path | None, typer.Option(help="PEM of the certificate that such hosts are shown; with its key.")]
+HostsKey = Annotated[Path | None, typer.Option(help="PEM of the key of --hosts-cert, without a password.")]
 Version = Annotated[str, typer.Argument(help="A version id, or an unambiguous beginning of one.")]
 Why = Annotated[str, typer.Option("--why", help="The reason, kept in the history.")]
 

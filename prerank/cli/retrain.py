@@ -25,6 +25,9 @@ from prerank.cli.options import (
     ConfigPath,
     DataFolder,
     FunnelName,
+    HostsCa,
+    HostsCert,
+    HostsKey,
     StoreFolder,
     TailUrl,
     Teacher,
@@ -42,6 +45,7 @@ from prerank.lifecycle.rollout import Rollout, SinglePointer
 from prerank.lifecycle.runs import FILE, Run, Step, opened, running
 from prerank.lifecycle.shard_rollout import ShardByShard
 from prerank.lifecycle.watching import Limits, Watch, metrics_of
+from prerank.serve.host_tls import CallerTls
 
 CODES = {"promoted": 0, "failed": 1, "abandoned": 1, "refused": 3, "rolled back": 4}
 """The exit code of each outcome; 75 (EX_TEMPFAIL of sysexits.h) where another process retrains."""
@@ -52,6 +56,7 @@ _MARKS = ("versions", FILE)
 """What a funnel's folder has: a version, or that a retrain has begun."""
 _HOSTS = "Load it on these first, shard by shard: 0=host:port|host:port,1=... or a file with a shard a line."
 
+_SERVER = "A server that follows the store, http://127.0.0.1:8000; repeat for each. One that breaks rolls back all."
 _KEEP = "Once it is live, delete older versions and old work, as `prerank clean --keep`; by default nothing is."
 
 
@@ -76,10 +81,13 @@ def retrain(
     fresh: Annotated[bool, typer.Option("--fresh", help="Train from nothing, not from the live weights.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Also where the same was done before.")] = False,
     index_hosts: Annotated[str, typer.Option(help=_HOSTS)] = "",
+    hosts_ca: HostsCa = None,
+    hosts_cert: HostsCert = None,
+    hosts_key: HostsKey = None,
     pause: Annotated[str, typer.Option(help="How long to wait after each shard, before the next.")] = "10s",
     keep: Annotated[int | None, typer.Option(min=1, help=_KEEP)] = None,
-    watch_url: Annotated[str, typer.Option(help="A server that follows the store: http://127.0.0.1:8000.")] = "",
-    watch: Annotated[str, typer.Option(help="How long its metrics are watched.")] = "5m",
+    watch_url: Annotated[list[str], typer.Option(help=_SERVER)] = [],  # noqa: B006 - typer reads the default
+    watch: Annotated[str, typer.Option(help="How long their metrics are watched.")] = "5m",
     most_errors: Annotated[float, typer.Option(min=0, max=1, help="Roll back above this share of 5xx.")] = 0.01,
     most_degraded: Annotated[float, typer.Option(min=0, max=1, help="... of degraded answers.")] = 0.05,
     most_p99_ms: Annotated[
@@ -98,7 +106,8 @@ def retrain(
     watched = _watch(funnel, watch_url, seconds(watch), most_errors, most_degraded, most_p99_ms)
     home = store / funnel.name
     asked = Asked(funnel, data, home, day, fresh, again, watched, tail, teacher, users, keep)
-    rollout = rollout_of(Registry(home), index_hosts, seconds(pause))
+    tls = CallerTls.read(hosts_ca, hosts_cert, hosts_key)
+    rollout = rollout_of(Registry(home), index_hosts, seconds(pause), tls)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     while True:
         began = time.monotonic()
@@ -143,14 +152,14 @@ def history(
     out.print(Group(_periods(Registry(home).history()), *([_nothing(nothing)] if nothing else [])))
 
 
-def rollout_of(registry: Registry, hosts: str, pause_s: float) -> Rollout:
+def rollout_of(registry: Registry, hosts: str, pause_s: float, tls: CallerTls | None = None) -> Rollout:
     """Shard by shard where there are index hosts."""
     if not hosts:
         return SinglePointer(registry)
     from prerank.serve.exposure import TOKEN_VARIABLE  # Flight and the HTTP stack are only needed here
     from prerank.serve.index_flight import open_hosts
 
-    return ShardByShard(registry, open_hosts(hosts, os.environ.get(TOKEN_VARIABLE)), pause_s)
+    return ShardByShard(registry, open_hosts(hosts, os.environ.get(TOKEN_VARIABLE), tls), pause_s)
 
 
 def _once(asked: Asked, rollout: Rollout) -> int:
@@ -189,12 +198,12 @@ _OUTCOMES = {
 
 
 def _watch(
-    config: Config, url: str, for_s: float, errors: float, degraded: float, p99_ms: float | None
+    config: Config, urls: list[str], for_s: float, errors: float, degraded: float, p99_ms: float | None
 ) -> Watch | None:
-    if not url:
+    if not urls:
         return None
     limits = Limits(errors, degraded, config.serve.deadline_ms if p99_ms is None else p99_ms)
-    return Watch(metrics_of(url), for_s, limits)
+    return Watch({url: metrics_of(url) for url in urls}, for_s, limits)
 
 
 def _status(live: str | None, pid: str, run: Run | None, steps: list[Step]) -> RenderableType:

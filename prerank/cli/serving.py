@@ -20,6 +20,9 @@ from prerank.cli.options import (
     ConfigPath,
     DataFolder,
     FunnelName,
+    HostsCa,
+    HostsCert,
+    HostsKey,
     StoreFolder,
     TailUrl,
     UsersUrl,
@@ -76,6 +79,12 @@ def serve(
         str | None,
         typer.Option(help="Index hosts: 0=host:port|host:port,1=... or a file with a shard a line; none by default."),
     ] = None,
+    least_shards: Annotated[
+        int, typer.Option(min=0, help="How many shards of the index hosts must answer for /readyz to say ready.")
+    ] = 1,
+    hosts_ca: HostsCa = None,
+    hosts_cert: HostsCert = None,
+    hosts_key: HostsKey = None,
     otel: Annotated[
         bool | None,
         typer.Option(help="Send OpenTelemetry spans; by default where OTEL_EXPORTER_OTLP_ENDPOINT is set."),
@@ -96,6 +105,7 @@ def serve(
 
     POST /v1/recommend answers; /docs describes it. The ranking stage alone is under /v2.
     """
+    from prerank.serve.host_tls import CallerTls
     from prerank.serve.http import serve as serve_http  # the HTTP stack is only needed here
     from prerank.serve.request_log import LogOptions
     from prerank.serve.seeing import Sight
@@ -115,6 +125,8 @@ def serve(
         grpc_port=grpc_port,
         sight=sight,
         index_hosts=index_hosts,
+        least_shards=least_shards,
+        hosts_tls=CallerTls.read(hosts_ca, hosts_cert, hosts_key),
         otel=otel,
         allow_hosts=allow_host,
     )

@@ -17,16 +17,17 @@ from prerank.types import CandidateSet
 class Index(Protocol):
     """The k most similar eligible rows.
 
-    `is_exact` says whether none is ever missed; `models` is the version of each model the vectors were made with, by
-    name, as read by `load`. `threads` is how many a search may use, None for torch's number; it changes no answer.
+    `models` is the version of each model the vectors were made with, by name, as read from its file. `threads` is how
+    many a search may use, None for torch's number; it changes no answer.
     """
 
-    is_exact: bool
     threads: int | None
     models: Mapping[str, str]
 
-    def __init__(self, vectors: Tensor, storage: Storage = "float32") -> None:
-        """Over item vectors float32 [I, D], one a row, kept as `storage`; similarities are those of what is kept."""
+    @property
+    def is_exact(self) -> bool:
+        """Whether none is ever missed."""
+        ...
 
     def search(self, query: Tensor, k: int, eligible: Tensor | None) -> CandidateSet:
         """query float32 [B, D] -> [B, k], best first; ties are broken by the smaller row.
@@ -45,7 +46,7 @@ class Index(Protocol):
         ...
 
     def prepare(self, query: Tensor, k: int, floor: float) -> None:
-        """Make ready to find at least `floor` of the `k` best of queries like `query` float32 [Q, D], before `save`.
+        """Make ready to find at least `floor` of the `k` best of queries like `query` float32 [Q, D].
 
         What it builds and measures for that is saved, and loaded again. Until then, and for a larger k, it is exact.
         """
@@ -54,6 +55,13 @@ class Index(Protocol):
     def own(self) -> None:
         """Hold what was mapped from a file in memory of this process's own, so that `put` need not copy its pages."""
         ...
+
+
+class StoredIndex(Index, Protocol):
+    """One that is made of vectors, and is a file."""
+
+    def __init__(self, vectors: Tensor, storage: Storage = "float32") -> None:
+        """Over item vectors float32 [I, D], one a row, kept as `storage`; similarities are those of what is kept."""
 
     def save(self, path: Path, models: Mapping[str, str]) -> None:
         """Write one file, `models` beside the vectors."""
@@ -65,4 +73,4 @@ class Index(Protocol):
         ...
 
 
-INDEXES: dict[str, type[Index]] = {"exact": ExactIndex, "hnsw": HNSWIndex}
+INDEXES: dict[str, type[StoredIndex]] = {"exact": ExactIndex, "hnsw": HNSWIndex}

@@ -1,4 +1,4 @@
-"""A graph over item vectors that leads a query to its most similar rows: HNSW by faiss, which only this file knows.
+"""A graph over item vectors that leads a query to its most similar rows: HNSW, built by faiss, known to this file only.
 
 Inner products make a poor graph by themselves: pruning leaves each row few links, all to long vectors, and many rows
 are reached from nowhere. Between vectors made equally long by one more number (Bachrach et al. 2014, "Speeding up the
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from prerank.errors import BundleError, ConfigError
-from prerank.kernels.pages import in_large_pages
+from prerank.kernels import walk
 from prerank.types import Array
 
 LINKS = 16
@@ -135,27 +135,25 @@ def build_links(vectors: Array, threads: int) -> Links | None:
 
 
 class Graph:
-    """`links` in the memory of faiss, ready to be searched by several threads at once."""
+    """`links` as a walk wants them, in memory of their own, ready to be searched by several threads at once."""
 
     def __init__(self, links: Links) -> None:
         self.links = links
-        self._faiss = faiss = _faiss()
-        num_rows, dim = links.codes.shape
-        index = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, LINKS, faiss.METRIC_INNER_PRODUCT)
-        storage = faiss.downcast_index(index.storage)
-        faiss.copy_array_to_vector(links.ranges.numpy().ravel(), storage.sq.trained)
-        for memory, tensor in ((storage.codes, links.codes), (index.hnsw.neighbors, links.neighbors)):
-            memory.resize(tensor.numel())
-            numbers = _array(faiss, memory)
-            numbers[:] = tensor.numpy().ravel()
-            in_large_pages(numbers.ctypes.data, numbers.nbytes)  # a search jumps about in them
-        levels = links.levels.numpy()
-        faiss.copy_array_to_vector(levels.astype(np.int32), index.hnsw.levels)
-        faiss.copy_array_to_vector(_starts(levels).astype(np.uint64), index.hnsw.offsets)
-        index.hnsw.entry_point, index.hnsw.max_level = links.entry, int(levels.max()) - 1
-        index.ntotal = storage.ntotal = num_rows
-        index.is_trained = storage.is_trained = True
-        self._index = index
+        levels, neighbors = links.levels.numpy(), links.neighbors.numpy()
+        starts = _starts(levels)[:-1]
+        lowest = np.empty((len(levels), 2 * LINKS), np.int32)
+        for first in range(0, len(levels), _ROWS_AT_ONCE):
+            some = slice(first, first + _ROWS_AT_ONCE)
+            lowest[some] = neighbors[starts[some, None] + np.arange(2 * LINKS)]
+        above = levels.astype(np.int64) - 1
+        first_of = np.cumsum(above) - above
+        high = np.repeat(np.arange(len(levels)), above)
+        places = starts[high] + LINKS * (2 + np.arange(len(high)) - first_of[high])
+        upper = neighbors[places[:, None] + np.arange(LINKS)]
+        self._walked = walk.Graph(
+            walk.padded(links.codes.numpy()), lowest, upper, first_of, links.entry, int(levels.max())
+        )
+        self._walked.settle()
 
     @property
     def num_rows(self) -> int:
@@ -166,17 +164,11 @@ class Graph:
         """Query float32 [B, D] -> rows int64 [B, width] in no order, -1 past the last.
 
         They are of the `width` best that a search finds which keeps so many; of rows r whose bit r of `bits` uint8, the
-        lowest first, is set, if it is not None.
+        lowest first, is set, if it is not None. See `walk.walk`.
         """
-        faiss = self._faiss
-        selector = None if bits is None else faiss.IDSelectorBitmap(bits)
-        # without the bounded queue the selector is not asked (faiss#5504)
-        how = faiss.SearchParametersHNSW(efSearch=width, bounded_queue=True, sel=selector)
-        if len(query) > 1:
-            faiss.omp_set_num_threads(threads)
-        _, rows = self._index.search(np.ascontiguousarray(query.detach().numpy()), width, params=how)
-        found: Array = rows
-        return found
+        # the least of a column adds the same to every row
+        weights = walk.weights_of(self._walked, query.detach().numpy() * self.links.ranges[1].numpy())
+        return walk.walk(self._walked, weights, width, bits, threads)
 
 
 def _both(first: Array, second: Array) -> Array:

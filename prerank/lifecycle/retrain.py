@@ -95,7 +95,7 @@ class _Retraining:
     def __init__(self, asked: Asked, runs: Runs, rollout: Rollout, report: Report) -> None:
         self.asked, self.runs, self.rollout, self.report = asked, runs, rollout, report
         self.registry = Registry(asked.home)
-        self._before: Sample | None = None
+        self._before: dict[str, Sample] = {}
 
     def run(self) -> Retrained:
         stopped = self.runs.unfinished()
@@ -146,7 +146,7 @@ class _Retraining:
 
     def _all(self, run: Run, config: Config, tables: Tables) -> Run:
         if self.asked.watch is not None:
-            self.asked.watch.metrics()  # what cannot be watched later is not begun
+            self.asked.watch.look()  # what cannot be watched later is not begun
         if self.asked.users is not None:
             check_answers(self.asked.users)
         self.rollout.ready()
@@ -199,7 +199,7 @@ class _Retraining:
 
     def _rolled_out(self, run: Run, config: Config) -> Run:
         if self.asked.watch is not None:
-            self._before = self.asked.watch.metrics()
+            self._before = self.asked.watch.look()
         run = self.runs.note(run, before=self.registry.live() or "")
         with self.runs.step(run, "roll out"):
             reach("retrain-promoting")
@@ -218,8 +218,9 @@ class _Retraining:
         if watch is None:
             return self.runs.end(run, "promoted", "every gate holds; nobody watched it")
         with self.runs.step(run, "watch") as said:
-            why, seen = watch.over(run.version, self._before, lambda: reach("retrain-watching"))
-            said.append(why or f"{seen.requests:.0f} requests, {seen.errors:.0f} errors, p99 {_ms(seen)}")
+            watched = watch.over(run.version, self._before, lambda: reach("retrain-watching"))
+            why = watched.why
+            said.append(why or watched.said())
         if not why:
             return self.runs.end(run, "promoted", f"every gate holds; watched for {watch.for_s:.0f} s: {said[-1]}")
         return self._rolled_back(run, why)
@@ -262,7 +263,3 @@ def _checked(config: Config, tables: Tables) -> None:
     if found:
         first = "; ".join(f"{one.where}: {one.what}: expected {one.expected}, found {one.found}" for one in found[:3])
         raise DataError(f"the data has {len(found)} errors: {first}; mend them, or see `prerank check`")
-
-
-def _ms(seen: Sample) -> str:
-    return f"{seen.quantile_ms(0.99):.0f} ms" if seen.requests else "unknown"

@@ -42,11 +42,13 @@ class Exposure:
         token_file: Path | None,
         environment: Mapping[str, str] = os.environ,
         allow_hosts: Sequence[str] = (),
+        are_known: bool = False,
     ) -> Exposure:
         """Of a server that listens on `host`, with the token in the file or else the variable PRERANK_ADMIN_TOKEN.
 
-        Raises ConfigError for an address that other machines reach without a token, for a token that is none, and for
-        one of `allow_hosts` that is no name.
+        No token is needed where callers `are_known` before they say anything, as by their certificates. Raises
+        ConfigError for an address that other machines reach without a token, for a token that is none, and for one of
+        `allow_hosts` that is no name.
         """
         token, where = environment.get(TOKEN_VARIABLE), TOKEN_VARIABLE
         if token_file is not None:
@@ -61,7 +63,7 @@ class Exposure:
                 f"{len(token)} characters; `openssl rand -hex 32` makes one"
             )
         is_local = is_loopback(host)
-        if token is None and not is_local:
+        if token is None and not is_local and not are_known:
             raise ConfigError(
                 f"--host {host}: other machines could change items and events there, so it needs an admin token; name "
                 f"a file that holds one with --admin-token-file, or set {TOKEN_VARIABLE}"

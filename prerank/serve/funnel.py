@@ -131,8 +131,8 @@ class Funnel:
 
         `workers` native threads rank, one a core unless told otherwise; with 0, and where there are no native kernels,
         torch does on the calling thread. With a `shared` engine its threads do, and it stays open. Where there are
-        index `hosts`, which stay open too, they are asked in place of the version's own index. On a `device`, which
-        stays open as well, that ranks, and the threads where it fails.
+        index `hosts`, which stay open too, they are asked in place of the version's own index, which is not read. On a
+        `device`, which stays open as well, that ranks, and the host where it fails.
         Raises RegistryError if there is no such version, BundleError for one that is damaged, DataError for a user
         store that is. Nothing half-loaded is ever returned. What happens meanwhile is kept in the store's
         `events.lmdb` and `items.lmdb`, which are made if they are not there.
@@ -142,7 +142,7 @@ class Funnel:
         if chosen is None:
             raise RegistryError(f"{store}: no version is live; promote one, or name one with --version")
         path = registry.path(chosen)
-        bundle = load(path)
+        bundle = load(path, with_index=hosts is None)
         engine = shared or engine_of(workers)
         if engine is not None:
             bundle.accelerate(engine)

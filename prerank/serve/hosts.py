@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from prerank.errors import ConfigError, PrerankError, RequestError
+from prerank.serve.host_tls import SCHEME, CallerTls
 from prerank.serve.index_host import AsksHost, Found, Holding, HostFailed, NotHeld, Search
 from prerank.serve.user_towers import UserTowers
 from prerank.stores.breaker import Breaker
@@ -118,10 +119,11 @@ class IndexHosts:
     """The replicas of each shard, and the user `towers` for what they hold. Threads may share one.
 
     `refresh` looks at all of them; from `start` to `close` a thread does each second, and when `look_soon` says so.
+    A server that asks them is ready while at least `least` shards are not `missing`.
     """
 
-    def __init__(self, shards: Sequence[Sequence[Replica]], towers: UserTowers) -> None:
-        self.shards, self.towers = [list(replicas) for replicas in shards], towers
+    def __init__(self, shards: Sequence[Sequence[Replica]], towers: UserTowers, least: int = 1) -> None:
+        self.shards, self.towers, self.least = [list(replicas) for replicas in shards], towers, least
         replicas = [one for shard in self.shards for one in shard]
         self._replicas = replicas
         self.pool = ThreadPoolExecutor(_AT_ONCE * len(replicas), thread_name_prefix="index-host")
@@ -134,17 +136,20 @@ class IndexHosts:
         self._thread = threading.Thread(target=self._watch, name="index-hosts", daemon=True)
 
     @classmethod
-    def open(cls, said: str, store: Path) -> IndexHosts:
+    def open(cls, said: str, store: Path, least: int = 1, tls: CallerTls | None = None) -> IndexHosts:
         """Of a list as `parse_hosts` reads it, for the funnel in `store`; looked at once. Raises ConfigError."""
         from prerank.serve.index_flight import open_hosts  # Flight is only needed here
 
-        shards = open_hosts(said)
+        shards = open_hosts(said, tls=tls)
+        if not 0 <= least <= len(shards):
+            raise ConfigError(f"--least-shards {least}: expected a number from 0 to {len(shards)}, the shards listed")
         hosts = cls(
             [
                 [Replica(one.address, number, len(shards), one) for one in replicas]
                 for number, replicas in enumerate(shards)
             ],
             UserTowers(store),
+            least,
         )
         hosts.refresh()
         return hosts
@@ -201,6 +206,12 @@ class IndexHosts:
         """The versions that each host holds, by its address; none where it does not answer."""
         return {one.name: () if one.holding is None else tuple(one.holding.versions) for one in self._replicas}
 
+    def missing(self) -> list[int]:
+        """The numbers of the shards of which no replica answers and holds a version, when they were last heard of."""
+        return [
+            n for n, shard in enumerate(self.shards) if not any(one.holding and one.holding.versions for one in shard)
+        ]
+
     def close(self) -> None:
         """Look no more, and let the connections go."""
         self._ended.set()
@@ -226,7 +237,7 @@ _EXPECTED = "expected 0=host:port|host:port,1=host:port and so on, a shard each,
 
 
 def parse_hosts(said: str) -> list[list[str]]:
-    """The replicas' addresses of each shard, of "0=host:port|host:port,1=..." or a file that has a shard a line.
+    """The replicas' addresses of each shard, of "0=host:port|grpc+tls://host:port,1=..." or a file, a shard a line.
 
     Raises ConfigError naming what is wrong.
     """
@@ -254,5 +265,5 @@ def parse_hosts(said: str) -> list[list[str]]:
 
 
 def _is_address(said: str) -> bool:
-    host, colon, port = said.rpartition(":")
-    return bool(host and colon) and port.isdecimal() and 0 < int(port) < 65536
+    host, colon, port = said.removeprefix(SCHEME).rpartition(":")
+    return bool(host and colon) and port.isdecimal() and 0 < int(port) < 65536 and "://" not in host

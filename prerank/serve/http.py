@@ -33,6 +33,7 @@ from prerank.serve.ending import MOST_S, EndingServer
 from prerank.serve.envelope import Envelope, Refused, read_body, refused_by_routing
 from prerank.serve.exposure import LOCAL, Exposure
 from prerank.serve.graph import Deadline
+from prerank.serve.host_tls import CallerTls
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.live_version import LiveVersion
 from prerank.serve.log_lines import log_to_stderr
@@ -41,6 +42,7 @@ from prerank.serve.open_inference import OpenInference
 from prerank.serve.open_inference_http import routes as open_inference_routes
 from prerank.serve.openapi import docs_page, openapi
 from prerank.serve.ranking import Ranking
+from prerank.serve.readiness import readiness
 from prerank.serve.recommender import Recommender
 from prerank.serve.seeing import AS_USUAL, Seeing, Sight, spans_of
 from prerank.serve.seen import Seen
@@ -93,12 +95,10 @@ def create_app(
 
     A `LiveVersion` may become another version, or ready, at any time. When `door` is closed it takes nothing new. The
     Open Inference Protocol is spoken over gRPC too as long as it lives, at the host and port `grpc` if said. What it
-    asks `hosts` is among the metrics.
+    asks `hosts` is among the metrics, and /readyz needs `hosts.least` shards.
     Raises ConfigError where that cannot be.
     """
-    server = _Server(funnel, limits, exposure, door or Door(), Seeing(sight))
-    if hosts is not None:
-        server.metrics.asks(hosts)
+    server = _Server(funnel, limits, exposure, door or Door(), Seeing(sight), hosts)
     beside = None if grpc is None else server.grpc(*grpc)
 
     @contextlib.asynccontextmanager
@@ -153,12 +153,15 @@ def serve(
     otel: bool | None = None,
     allow_hosts: Sequence[str] = (),
     index_hosts: str | None = None,
+    least_shards: int = 1,
+    hosts_tls: CallerTls | None = None,
 ) -> None:
     """Serve the live version of the funnel at `store`, and each that goes live later, until a signal ends it.
 
     Or `version` for good, if it is named. `workers`, `tail` and `users` are as `Funnel.open`'s, `token_file` and
     `allow_hosts` as `Exposure.of`'s, `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if
-    it is said. `otel` sends spans, as `spans_of` has it; `index_hosts` are as `parse_hosts` reads them.
+    it is said. `otel` sends spans, as `spans_of` has it; `index_hosts` are as `parse_hosts` reads them, and it is
+    ready while `least_shards` of their shards answer; `hosts_tls` is for those that speak TLS.
     Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token. A
     version or store that cannot be loaded is said on stderr in one line, and by /readyz until one can be.
     """
@@ -166,7 +169,7 @@ def serve(
     sight = replace(sight, spans=spans_of(otel))
     log_to_stderr()
     torch.set_num_threads(1)  # two requests that share cores by spinning cost each other more than they gain
-    hosts = None if index_hosts is None else IndexHosts.open(index_hosts, store)
+    hosts = None if index_hosts is None else IndexHosts.open(index_hosts, store, least_shards, hosts_tls)
     watch = VersionWatch.open(store, version, workers, tail, settled=_settle, users=users, hosts=hosts)
     try:
         if hosts is not None:
@@ -209,15 +212,18 @@ class _Server:
         exposure: Exposure,
         door: Door,
         seeing: Seeing,
+        hosts: IndexHosts | None,
     ) -> None:
         self.live = funnel if isinstance(funnel, LiveVersion) else LiveVersion(funnel)
-        self.limits, self.exposure, self.door, self.seeing = limits, exposure, door, seeing
+        self.limits, self.exposure, self.door, self.seeing, self.hosts = limits, exposure, door, seeing, hosts
         self.metrics = ServeMetrics()
         refused = self.metrics.refused
         self.answers = Lane("recommend", limits.threads, limits.waiting, self.metrics.in_flight, door, refused)
         self.records = Lane("events", 1, limits.waiting, self.metrics.events_in_flight, door, refused)
         self.open_inference = OpenInference(self._ranks)
         self.metrics.serves(self.live)
+        if hosts is not None:
+            self.metrics.asks(hosts)
         if seeing.spans is not None:
             self.metrics.sends(seeing.spans)
         if seeing.requests is not None:
@@ -329,11 +335,7 @@ class _Server:
 
     async def readyz(self, _: HttpRequest) -> Response:
         self.door.check()
-        if (error := self.live.error) is not None:
-            # the error names files, which is nothing to tell other machines
-            why = str(error) if self.exposure.is_local else "the server's log says why"
-            raise Refused(503, "NotReady", f"{type(error).__name__}: {why}")
-        return JSONResponse({"status": "ready", "version": self.live.version})
+        return JSONResponse(readiness(self.live, self.hosts, self.exposure.is_local))
 
     async def metrics_text(self, _: HttpRequest) -> Response:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})

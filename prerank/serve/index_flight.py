@@ -28,6 +28,7 @@ from prerank.errors import ConfigError, PrerankError, RequestError
 from prerank.serve.callers import Callers
 from prerank.serve.envelope import Refused
 from prerank.serve.exposure import LOCAL, Exposure
+from prerank.serve.host_tls import SCHEME, CallerTls, HostTls, why_not
 from prerank.serve.hosts import parse_hosts
 from prerank.serve.index_host import Found, Holding, HostFailed, IndexHost, NotHeld, Search, follow_live, hold_live
 from prerank.serve.index_messages import (
@@ -56,14 +57,29 @@ ACTIONS = {"holding": "what the host holds", "load": "hold a version too", "unlo
 class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
     """`host` at an address and `port` (0: any that is free), listening from here on; `serve` waits for the end.
 
-    Raises ConfigError where the address cannot be listened on.
+    Over TLS alone where there is `tls`. Raises ConfigError where the address cannot be listened on.
     """
 
-    def __init__(self, host: IndexHost, address: str = "127.0.0.1", port: int = 0, exposure: Exposure = LOCAL) -> None:
+    def __init__(
+        self,
+        host: IndexHost,
+        address: str = "127.0.0.1",
+        port: int = 0,
+        exposure: Exposure = LOCAL,
+        tls: HostTls | None = None,
+    ) -> None:
         self._host, self._exposure, self._callers = host, exposure, Callers()
         at = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         try:
-            super().__init__(f"grpc://{at}")
+            if tls is None:
+                super().__init__(f"grpc://{at}")
+            else:
+                super().__init__(
+                    f"{SCHEME}{at}",
+                    tls_certificates=[(tls.cert, tls.key)],
+                    verify_client=tls.client_ca is not None,
+                    root_certificates=tls.client_ca,
+                )
         except (pa.ArrowException, OSError):
             raise ConfigError(
                 f"index-host cannot listen on {at}: expected an address of this machine and a port that is free; "
@@ -94,9 +110,8 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
                 raise RequestError(f"action: expected one of {list(ACTIONS)}, got {action.type!r}")
             if action.type != "holding":
                 change = CHANGE.decode(action.body.to_pybytes())
-                if (
-                    self._exposure.token is not None
-                ):  # without one only this machine calls, and no browser speaks Flight
+                # without one only this machine calls, where no browser speaks Flight, or who shows a certificate
+                if self._exposure.token is not None:
                     self._exposure.check_changes({"authorization": change.authorization})
                 (self._host.load if action.type == "load" else self._host.unload)(change.version)
             answer = encode(HoldingMessage.made_of(self._host.holding()))
@@ -124,11 +139,18 @@ def _told(error: Exception) -> flight.FlightError:
 
 
 class FlightHost:
-    """The index host at "host:port". Threads may share one; `token` is what `load` and `unload` show."""
+    """The index host at "host:port", or at "grpc+tls://host:port" by `tls`. Threads may share one.
 
-    def __init__(self, address: str, token: str | None = None) -> None:
+    `token` is what `load` and `unload` show.
+    """
+
+    def __init__(self, address: str, token: str | None = None, tls: CallerTls | None = None) -> None:
         self.address, self._authorization = address, "" if token is None else f"Bearer {token}"
-        self._client = flight.FlightClient(f"grpc://{address}", generic_options=_OPTIONS)
+        shown = {}
+        if address.startswith(SCHEME) and tls is not None:
+            shown = {"tls_root_certs": tls.ca, "cert_chain": tls.cert, "private_key": tls.key}
+        where = address if "://" in address else f"grpc://{address}"
+        self._client = flight.FlightClient(where, generic_options=_OPTIONS, **shown)
 
     def holding(self, timeout_s: float | None = None) -> Holding:
         """See `AsksHost.holding`."""
@@ -173,7 +195,7 @@ class FlightHost:
 
     def _understood(self, error: Exception) -> PrerankError:
         why = str(error).partition(". Detail: ")[0].partition(". gRPC client")[0]
-        said = f"{self.address}: {why}"
+        said = f"{self.address}: {why_not(self.address, why)}"
         extra = getattr(error, "extra_info", b"")
         if not extra:
             return HostFailed(said)
@@ -190,9 +212,15 @@ def _within(timeout_s: float | None) -> flight.FlightCallOptions:
     return flight.FlightCallOptions(timeout=timeout_s)
 
 
-def open_hosts(said: str, token: str | None = None) -> list[list[FlightHost]]:
-    """The replicas of each shard, of a list as `parse_hosts` reads it; none is asked yet. Raises ConfigError."""
-    return [[FlightHost(one, token) for one in replicas] for replicas in parse_hosts(said)]
+def open_hosts(said: str, token: str | None = None, tls: CallerTls | None = None) -> list[list[FlightHost]]:
+    """The replicas of each shard, of a list as `parse_hosts` reads it; none is asked yet.
+
+    Raises ConfigError for a list that is wrong, and for `tls` where none of it speaks TLS.
+    """
+    shards = parse_hosts(said)
+    if tls is not None and not any(one.startswith(SCHEME) for replicas in shards for one in replicas):
+        raise ConfigError(f"{said}: no host is listed as {SCHEME}host:port, and only to those certificates are shown")
+    return [[FlightHost(one, token, tls) for one in replicas] for replicas in shards]
 
 
 def serve_index_host(
@@ -205,20 +233,23 @@ def serve_index_host(
     follow: bool = True,
     token_file: Path | None = None,
     threads: int = 1,
+    tls: HostTls | None = None,
 ) -> None:
     """Serve shard `place` of the funnel at `store` until a signal ends it, and searches that run have ended.
 
     It holds the version that is live and each that is promoted later, at most `most` at once; without `follow` what
-    `load` tells it alone. A search uses `threads` threads; `token_file` is as `Exposure.of`'s. Raises ConfigError for
-    an address that cannot be listened on, or that needs a token. A version that cannot be loaded is logged, and tried
-    again each minute.
+    `load` tells it alone. A search uses `threads` threads; `token_file` is as `Exposure.of`'s. It speaks TLS
+    alone where there is `tls`, and needs no token where that says whose certificates callers show. Raises ConfigError
+    for an address that cannot be listened on, or that needs a token. A version that cannot be loaded is logged, and
+    tried again each minute.
     """
-    exposure, ended = Exposure.of(host, token_file), threading.Event()
+    exposure = Exposure.of(host, token_file, are_known=tls is not None and tls.client_ca is not None)
+    ended = threading.Event()
     torch.set_num_threads(threads)
     one = IndexHost(store, place, most)
     if follow:
         hold_live(one)
-    server = FlightServer(one, host, port, exposure)
+    server = FlightServer(one, host, port, exposure, tls)
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
@@ -226,7 +257,7 @@ def serve_index_host(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    _log.info("index host listens", shard=place.number, of=place.of, host=host, port=server.port)
+    _log.info("index host listens", shard=place.number, of=place.of, host=host, port=server.port, tls=tls is not None)
     watching = threading.Thread(target=follow_live, args=(one, ended), name="live-version", daemon=True)
     if follow:
         watching.start()

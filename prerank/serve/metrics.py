@@ -87,6 +87,12 @@ class _Hosts(Collector):
             for version in versions:
                 holds.add_metric([name, version], 1)
         yield holds
+        missing = set(self._hosts.missing())
+        about = "1 for a shard of which a host answers and holds a version, 0 for one that is missing."
+        answers = GaugeMetricFamily("prerank_index_shard_up", about, labels=["shard"])
+        for number in range(len(self._hosts.shards)):
+            answers.add_metric([str(number)], number not in missing)
+        yield answers
         towers = GaugeMetricFamily("prerank_user_tower", "1 for a user tower that is loaded.", labels=["version"])
         for version in self._hosts.towers.loaded:
             towers.add_metric([version], 1)

@@ -90,7 +90,7 @@ def openapi(
             "/healthz": {"get": _get("Is the process alive?", {"200": _answer("It is.", _text())})},
             "/readyz": {
                 "get": _get(
-                    "Is a version loaded, with its golden answers reproduced?",
+                    "Is a version loaded, with its golden answers reproduced, and do enough index shards answer?",
                     {"200": _answer("Yes.", _json("ReadyBody")), "503": _answer("No, and why.", _json("ErrorBody"))},
                 )
             },

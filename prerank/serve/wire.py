@@ -219,10 +219,12 @@ class ErrorBody(msgspec.Struct):
 
 
 class ReadyBody(msgspec.Struct):
-    """A version is loaded and gave its golden answers."""
+    """A version is loaded and gave its golden answers, and of its index enough shards answer."""
 
     status: str
     version: str
+    shards: Annotated[int, Meta(description="Of the index, where it is on hosts of its own.")] | None = None
+    missing_shards: Annotated[list[int], Meta(description="Those of which no host answers, by number.")] = []
 
 
 _request = msgspec.json.Decoder(RecommendBody)

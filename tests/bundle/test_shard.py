@@ -14,7 +14,7 @@ from prerank.bundle.user_side import load_user_side
 from prerank.errors import BundleError
 from tests.bundle import world
 
-SHARD_READS = (manifest.CONFIG, manifest.SCORER, manifest.INDEX)
+SHARD_READS = (manifest.CONFIG, manifest.SCORER, manifest.INDEX, manifest.GOLDEN)
 USER_READS = (manifest.CONFIG, manifest.TRANSFORMS, manifest.RETRIEVAL, manifest.SCORER)
 RESIDENT = {"resident": {"top": 100, "by": "bid"}, "slack": 7}
 
@@ -115,3 +115,36 @@ def test_an_index_of_other_towers_is_refused(version):
     index.save(version / manifest.INDEX, {"retrieval": "0123456789ab"})
     with pytest.raises(BundleError, match=r"expected vectors of the towers .*, found those of .*0123456789ab"):
         a_shard(world.sign_again(version))
+
+
+def with_vectors(version, change):
+    """The version with other vectors, and hashes that fit."""
+    tensors, note = read_tensors(version / manifest.INDEX)
+    write_tensors(version / manifest.INDEX, {n: change(t.clone()) for n, t in tensors.items()}, note)
+    return world.sign_again(version)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: t * 1.01, lambda t: t.roll(1, 0), lambda t: t * torch.nan],
+    ids=["scaled", "of other items", "of none"],
+)
+def test_a_shard_that_does_not_find_what_was_retrieved_is_refused(version, change):
+    said = (
+        r"shard 0 of 2 does not reproduce golden request \d: expected item -?\d+ of similarity \S+ in place \d+ among"
+    )
+    with pytest.raises(BundleError, match=said + " those retrieved of this shard, got "):
+        a_shard(with_vectors(version, change))
+
+
+def test_a_shard_that_cannot_be_cut_is_asked_for_what_was_retrieved_of_it(version, monkeypatch):
+    monkeypatch.setattr("prerank.bundle.shard.ExactIndex", type("Another", (), {}))
+    assert a_shard(version).rows is not None
+    with pytest.raises(BundleError, match="shard 0 of 2 does not reproduce golden request"):
+        a_shard(with_vectors(version, lambda t: t.roll(1, 0)))
+
+
+def test_a_shard_of_a_version_without_user_vectors_is_held_unasked(version):
+    tensors, note = read_tensors(version / manifest.GOLDEN)
+    write_tensors(version / manifest.GOLDEN, {n: t.clone() for n, t in tensors.items() if n != "query"}, note)
+    assert a_shard(with_vectors(version, lambda t: t * 1.01)).place == Place(0, 2)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from prerank.bundle.shard import Place
+from prerank.serve.host_tls import HostTls
 from prerank.serve.index_flight import FlightServer
 from prerank.serve.index_host import IndexHost
 from tests.cli.test_cli import run, run_alone
-from tests.serve import spaces
+from tests.serve import certificates, spaces
 
 
 @pytest.fixture
@@ -51,3 +52,25 @@ def test_a_host_that_cannot_begin_says_why(two: tuple[str, list[IndexHost], list
     told = run_alone("index-host", "--store", tmp_path, "--shard", 0, "--of", 2, "--port", port, code=1)
     assert "a port that is free" in told
     assert "expected a number from 0 to 1" in run("index-host", "--store", tmp_path, "--shard", 2, "--of", 2, code=1)
+
+
+def test_hosts_that_speak_tls_are_asked_with_the_files_named(
+    two: tuple[str, list[IndexHost], list[str]], tmp_path: Path
+) -> None:
+    _, hosts, versions = two
+    made = certificates.make(tmp_path)
+    server = FlightServer(hosts[0], tls=HostTls.read(made.host.cert, made.host.key, made.ca))
+    said, ours = f"0=grpc+tls://127.0.0.1:{server.port}", ("--hosts-ca", made.ca)
+    ours += ("--hosts-cert", made.caller.cert, "--hosts-key", made.caller.key)
+    try:
+        assert "its certificate is" in run("index-hosts", said, code=1)
+        assert versions[0] in run("index-hosts", said, *ours)
+        # each host is of 2 shards, and one is listed: nothing is deleted
+        told = run("clean", "--store", tmp_path, "--index-hosts", said, *ours, code=1)
+        assert "it says that it is shard 0 of 2; mend the list of hosts" in told
+    finally:
+        server.shutdown()
+    told = run("index-host", "--store", tmp_path, "--shard", 0, "--of", 2, "--tls-cert", made.host.cert, code=1)
+    assert "--tls-cert and --tls-key belong together, and --tls-key is missing" in told
+    told = run("serve", "--store", tmp_path, "--index-hosts", said, "--hosts-ca", tmp_path / "none", code=1)
+    assert "expected a file of PEM: No such file" in told

@@ -315,6 +315,16 @@ def test_without_the_library_it_is_said_what_to_install(monkeypatch):
         prepared(vectors())
 
 
+def test_a_saved_graph_is_searched_where_the_library_is_not(monkeypatch, tmp_path):
+    built = prepared(vectors())
+    built.save(tmp_path / "i", {})
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    index = HNSWIndex.load(tmp_path / "i")
+    widths, query = asked_graph(index, monkeypatch), queries(2)
+    assert torch.equal(index.search(query, K, None).rows, built.search(query, K, None).rows)
+    assert widths, "by the graph"
+
+
 def test_the_library_is_imported_only_for_a_graph():
     code = "import sys, prerank.index.base; sys.exit('faiss' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -266,3 +266,42 @@ def test_the_operation_is_one_that_torch_can_see_through():
     for eligible in (None, torch.rand(50) < 0.5, torch.tensor([1, 7])):
         checked = torch.library.opcheck(torch.ops.prerank.scan_top_k, (vectors, None, query, 3, eligible, 1))
         assert set(checked.values()) == {"SUCCESS"}
+
+
+odd = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.3, 1e-38, 3e-20, 1e20, 3e38, np.nan, np.inf, -np.inf])
+
+
+@pytest.mark.parametrize("level", HERE)
+@given(data=st.data())
+def test_bytes_that_are_sieved_are_found_as_those_that_are_not(level, data):
+    """A lone query goes by a bound first; beside a second one every row is looked at exactly, in the same order."""
+    num, dim = data.draw(st.integers(1, 300)), data.draw(st.sampled_from([4, 16, 32, 64, 96, 33]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
+    vectors = torch.from_numpy(rng.integers(-128, 128, (num, dim)).astype(np.int8))
+    scales = data.draw(npst.arrays(np.float32, num, elements=odd, fill=st.just(np.float32(0.5))))
+    drawn = rng.standard_normal(dim).astype(np.float32) * 10.0 ** data.draw(st.integers(-30, 30))
+    query = torch.from_numpy(data.draw(npst.arrays(np.float32, (1, dim), elements=odd) | st.just(drawn[None])))
+    k = data.draw(st.integers(1, 20))
+    mask = None if data.draw(st.booleans()) else torch.from_numpy(rng.random(num) < 0.6)
+    alone = scan.scan_natively(vectors, torch.from_numpy(scales), query, k, mask, 1, level)
+    beside = scan.scan_natively(vectors, torch.from_numpy(scales), query.repeat(2, 1), k, mask, 1, level)
+    assert torch.equal(alone[1][0], beside[1][0])
+    assert torch.equal(alone[0][0], beside[0][0])
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_query_that_whole_numbers_tell_badly_finds_the_same(level, sign):
+    """Its one large weight meets zeros; of the small ones, 1.49 units each, a third is lost; ever better rows come."""
+    rng = np.random.default_rng(5)
+    codes = rng.integers(0, 101, (50_000, 64)) * sign
+    codes[:, 0] = 0
+    codes = codes[np.argsort(codes.sum(1) * sign)]
+    vectors, scales = torch.from_numpy(codes.astype(np.int8)), torch.ones(50_000)
+    query = torch.full((1, 64), sign * 1.49 / 32767)
+    query[0, 0] = 1.0
+    for mask in (None, torch.from_numpy(rng.random(50_000) < 0.5), torch.from_numpy(rng.random(50_000) < 0.1)):
+        alone = scan.scan_natively(vectors, scales, query, 5, mask, 2, level)
+        beside = scan.scan_natively(vectors, scales, query.repeat(2, 1), 5, mask, 1, level)
+        assert torch.equal(alone[1][0], beside[1][0])
+        assert torch.equal(alone[0][0], beside[0][0])

@@ -28,7 +28,7 @@ class Server:
         return self.now
 
     def watch(self, for_s: float = 20.0) -> Watch:
-        return Watch(self, for_s, Limits(), sleep=self._sleep, clock=lambda: self.at)
+        return Watch({"server": self}, for_s, Limits(), sleep=self._sleep, clock=lambda: self.at)
 
     def _sleep(self, seconds: float) -> None:
         self.at += max(seconds, 0.01)

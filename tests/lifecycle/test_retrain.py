@@ -212,7 +212,7 @@ def test_what_cannot_be_watched_is_not_begun(small: tuple[Config, Path], retrain
 
     live = Registry(retrained).live()
     with pytest.raises(PrerankError, match="nobody answers"):
-        retrain(Asked(*small, retrained, watch=Watch(gone, 1.0, Limits())))
+        retrain(Asked(*small, retrained, watch=Watch({"gone": gone}, 1.0, Limits())))
     assert Registry(retrained).live() == live
     assert len(Registry(retrained).versions()) == 1
 
@@ -221,7 +221,7 @@ def test_a_first_version_that_breaks_stays_for_there_is_nothing_to_go_back_to(
     small: tuple[Config, Path], tmp_path: Path
 ) -> None:
     home = tmp_path / "tastes"
-    with pytest.raises(BundleError, match=r"is broken \(5.0% of .*there is nothing to roll back to"):
+    with pytest.raises(BundleError, match=r"is broken \(server: 5.0% of .*there is nothing to roll back to"):
         retrain(Asked(*small, home, watch=Server(home, bad=5.0).watch()))
     with opened(home) as runs:
         (run,) = runs.latest()

@@ -103,6 +103,8 @@ def test_what_fails_ends_with_1_and_one_line(where: list[str]) -> None:
     (line,) = done.output.strip().splitlines()
     assert line.startswith("error: http://127.0.0.1:9/metrics: a server's metrics cannot be read there")
     assert run("status", *where[-2:]).exit_code == 1
+    done = run("retrain", *where, "--watch-url", "http://127.0.0.1:9", "--watch-url", "http://127.0.0.1:7")
+    assert all(f"http://127.0.0.1:{port}/metrics: a server's metrics" in done.output for port in (7, 9))
 
 
 def test_every_goes_on_so_long_after_the_last_began(where: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

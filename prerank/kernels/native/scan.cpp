@@ -45,7 +45,7 @@ struct Memory {
 
     int64_t bytes() const {
         return rounded(queries * sizeof(Best)) + rounded(8 * queries * room) + rounded(4 * queries * lanes) +
-               rounded(4 * MOST_LANES * lanes) + rounded(8 * CHUNK);
+               rounded(4 * MOST_LANES * lanes) + rounded(2 * lanes) + rounded(8 * CHUNK);
     }
 
     void lay_out(Worker& worker, uint8_t* at) const {
@@ -58,6 +58,7 @@ struct Memory {
         int64_t* const keys = reinterpret_cast<int64_t*>(take(8 * queries * room));
         worker.query = reinterpret_cast<float*>(take(4 * queries * lanes));
         worker.tile = reinterpret_cast<float*>(take(4 * MOST_LANES * lanes));
+        worker.weights = reinterpret_cast<int16_t*>(take(2 * lanes));
         worker.listed = reinterpret_cast<int64_t*>(take(8 * CHUNK));
         for (int64_t n = 0; n < queries; n++) worker.best[n] = {keys + n * room, 0, k, room, -INFINITY};
     }
@@ -128,7 +129,7 @@ PRERANK_EXPORT int32_t prerank_scan(const prerank::Scan* asked) {
         bool is_started[MOST_THREADS] = {};
         for (int64_t t = 0; t < threads; t++) {
             const int64_t num = std::min(memory.queries, scan.num_queries - first);
-            workers[t] = {&scan, &next, first, num, nullptr, nullptr, nullptr, nullptr};
+            workers[t] = {&scan, &next, first, num, nullptr, nullptr, nullptr, nullptr, nullptr};
             memory.lay_out(workers[t], start + t * memory.bytes());
             // one that cannot be started leaves its chunks to the others
             if (t) is_started[t] = pthread_create(&started[t], nullptr, work, &workers[t]) == 0;

@@ -39,6 +39,7 @@ struct Worker {
     Best* best;       // of each query
     float* query;     // of each query, in the lanes in which a row is read
     float* tile;      // rows as float32, read once for several queries
+    int16_t* weights;  // of the only query, in whole numbers
     int64_t* listed;  // the eligible rows of a chunk
 };
 

@@ -42,6 +42,25 @@ inline Floats sum_each(const Floats* s) {
     return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
+// Products of bytes and whole numbers: WHOLE of a row at a time.
+constexpr int64_t WHOLE = 16;
+typedef __m256i Wholes;
+
+inline Wholes no_wholes() { return _mm256_setzero_si256(); }
+inline Floats to_floats(Wholes v) { return _mm256_cvtepi32_ps(v); }
+
+inline Wholes add_wholes(const int8_t* row, const int16_t* weights, Wholes sum) {
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
+    const __m256i of_query = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(wide, of_query));
+}
+
+inline Floats magnitude(Floats v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+
+inline uint32_t above(Floats v, float least) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(least), _CMP_GT_OQ)));
+}
+
 inline uint32_t between(Floats v, float above) {
     const Floats enters = _mm256_cmp_ps(v, _mm256_set1_ps(above), _CMP_GT_OQ);
     const Floats is_finite = _mm256_cmp_ps(v, _mm256_set1_ps(__builtin_inff()), _CMP_LT_OQ);

@@ -3,9 +3,9 @@
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")
 #endif
 #include <immintrin.h>
 
@@ -51,6 +51,22 @@ inline Floats quarters(Floats a, Floats b) {
 inline Floats sum_each(const Floats* s) {
     return quarters(quarters(four(s), four(s + 4)), quarters(four(s + 8), four(s + 12)));
 }
+
+// Products of bytes and whole numbers: WHOLE of a row at a time.
+constexpr int64_t WHOLE = 32;
+typedef __m512i Wholes;
+
+inline Wholes no_wholes() { return _mm512_setzero_si512(); }
+inline Floats to_floats(Wholes v) { return _mm512_cvtepi32_ps(v); }
+
+inline Wholes add_wholes(const int8_t* row, const int16_t* weights, Wholes sum) {
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+    return _mm512_dpwssd_epi32(sum, wide, _mm512_loadu_si512(weights));
+}
+
+inline Floats magnitude(Floats v) { return _mm512_abs_ps(v); }
+
+inline uint32_t above(Floats v, float least) { return _mm512_cmp_ps_mask(v, _mm512_set1_ps(least), _CMP_GT_OQ); }
 
 inline uint32_t between(Floats v, float above) {
     const __mmask16 enters = _mm512_cmp_ps_mask(v, _mm512_set1_ps(above), _CMP_GT_OQ);

@@ -42,6 +42,26 @@ inline Floats sum_each(const Floats* sums) {
     return each;
 }
 
+// Products of bytes and whole numbers: WHOLE of a row at a time.
+constexpr int64_t WHOLE = 4;
+typedef int32_t Wholes __attribute__((vector_size(16)));
+
+inline Wholes no_wholes() { return Wholes{}; }
+inline Floats to_floats(Wholes v) { return __builtin_convertvector(v, Floats); }
+
+inline Wholes add_wholes(const int8_t* row, const int16_t* weights, Wholes sum) {
+    for (int n = 0; n < LANES; n++) sum[n] += row[n] * weights[n];
+    return sum;
+}
+
+inline Floats magnitude(Floats v) { return v < 0.0f ? -v : v; }
+
+inline uint32_t above(Floats v, float least) {
+    uint32_t bits = 0;
+    for (int n = 0; n < LANES; n++) bits |= static_cast<uint32_t>(v[n] > least) << n;
+    return bits;
+}
+
 inline uint32_t between(Floats v, float above) {
     uint32_t bits = 0;
     for (int n = 0; n < LANES; n++) bits |= static_cast<uint32_t>(v[n] > above && v[n] < __builtin_inff()) << n;
