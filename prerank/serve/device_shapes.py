@@ -132,8 +132,7 @@ def _columns(job: Job) -> dict[str, Tensor]:
 
 
 def _check_range(what: str, given: Tensor, valid: Tensor, least: int, end: int) -> None:
-    counted = given[valid]
-    if counted.numel():
-        low, high = (int(one) for one in counted.aminmax())
+    if given.numel():
+        low, high = (int(one) for one in torch.where(valid, given, 0).aminmax())
         if low < least or high >= end:
             raise DeviceFailed(f"{what}: expected {least} to {end - 1}, got {low} to {high}")

@@ -124,7 +124,7 @@ def test_what_a_version_cannot_answer_is_refused_before_a_device_sees_it():
         version = load(engine, world())
         those = asked(5)
         for side, candidates, k, wrong in [
-            (user(0.0), replace(those, rows=torch.full((1, 5), NUM_ITEMS)), 3, "rows: expected 0 to 399, got 400"),
+            (user(0.0), replace(those, rows=torch.full((1, 5), NUM_ITEMS)), 3, "rows: expected 0 to 399, got 0 to 400"),
             (user(0.0), replace(those, slots=those.rows), 3, "all items are resident"),
             (user(0.0), replace(those, values={"price": torch.ones(1, 5)}), 3, r"values \['price'\]"),
             (user(0.0), those, 21, "0 to 20 winners, got 1 and 21"),
