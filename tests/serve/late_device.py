@@ -1,6 +1,7 @@
 """A device that does nothing until somebody waits for it: what the order of streams and events does not say, breaks."""
 
 import threading
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ class LateEvent:
         self.stream, self.at = stream, at
 
     def wait(self):
+        self.stream.device.waits += 1
         self.stream.come_to(self.at)
 
 
@@ -29,7 +31,7 @@ class LateStream:
         self.steps.append(work)
 
     def follow(self, event):
-        self.steps.append(event.wait)
+        self.steps.append(partial(event.stream.come_to, event.at))
 
     def mark(self):
         return LateEvent(self, len(self.steps))
@@ -74,6 +76,7 @@ class LateDevice(CpuDevice):
     def __init__(self, lock, free=1 << 40):
         self.lock, self.free = lock, free
         self.capture_error = self.replay_error = None
+        self.waits = 0  # how often somebody waited
         self.may_capture, self.is_capturing = threading.Event(), threading.Event()
         self.may_capture.set()
 

@@ -76,7 +76,7 @@ def test_what_other_shapes_left_in_memory_changes_no_answer(device):
         futures = [version.submit(side, one, 9) for one in requests]
         found = [*alone[2:], *(future.result(60) for future in futures)]
         for top, one in zip(found, [*requests, *requests], strict=True):
-            assert same(top, host.rank(side, one, 9))
+            assert same(top, host.rank(side, one, 9), device)
         assert engine.snapshot().fallbacks == 0
 
 
