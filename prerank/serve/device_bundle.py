@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -12,14 +13,21 @@ from prerank.serve.device_buckets import Buckets
 from prerank.serve.device_version import DeviceVersion, Options
 from prerank.types import Features
 
+_ENOUGH = 1000
+"""Of so many requests the sizes say something of those to come."""
+
 
 @dataclass(frozen=True, slots=True)
 class OnDevice:
-    """The engine that ranks, and how versions are loaded for it; see `device_version.Options`."""
+    """The engine that ranks, and how versions are loaded for it; see `device_version.Options`.
+
+    Without `buckets` a version has those that pad least of what the engine was asked, or the common ones where that was
+    little.
+    """
 
     engine: DeviceEngine
     dtype: torch.dtype | None = torch.bfloat16
-    buckets: Buckets = field(default_factory=Buckets)
+    buckets: Buckets | None = None
 
     def load(self, bundle: Bundle, user: Features, most_k: int) -> DeviceVersion:
         """The bundle's scorer on the device, which is told of items that change; `user` are features of anybody.
@@ -28,7 +36,8 @@ class OnDevice:
         further from the golden answers than rounding explains.
         """
         scorer = bundle.scorer
-        options = Options(most_k, self.buckets, self.dtype, fallback=scorer.rank)
+        buckets = self.buckets or _buckets(bundle, self.engine.snapshot().sizes)
+        options = Options(most_k, buckets, self.dtype, fallback=scorer.rank)
         with torch.inference_mode():
             version = self.engine.load(scorer, scorer.ranker.user_side(user), options)
         try:
@@ -40,3 +49,12 @@ class OnDevice:
             raise
         scorer.tell(version.put)
         return version
+
+
+def _buckets(bundle: Bundle, seen: Mapping[int, int]) -> Buckets:
+    """Of requests of the sizes `seen`, and of as many candidates as the version retrieves."""
+    if sum(seen.values()) < _ENOUGH:
+        return Buckets()
+    config = bundle.config
+    retrieved = config.retrieval.keep + sum(one.quota for one in config.generators.values())
+    return Buckets.fit({**seen, retrieved: seen.get(retrieved, 0) + 1})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from prerank.serve.device_buckets import GRANULE
 
@@ -35,7 +35,7 @@ class Snapshot:
     eager_replays: int = 0
     eager: int = 0
     restarts: int = 0
-    sizes: Mapping[int, int] | None = None
+    sizes: Mapping[int, int] = field(default_factory=dict)
     waiting: int = 0
     graph_bytes: int = 0
     table_bytes: int = 0

@@ -119,8 +119,7 @@ class Replica:
             # where no candidate is stands what other shapes left there, and a slot must be one
             slots = torch.where(asked.valid & asked.has_slots.unsqueeze(1), asked.slots, slots)
         those = known(rows, asked.valid, live, {}, slots)
-        logits = self._ranker(asked.user_side, self._item_side.gather(those.slots))
-        return judged(those, logits.float().sigmoid(), self._utility, self._rules)
+        return judged(those, self._logits(asked.user_side, those.slots).sigmoid(), self._utility, self._rules)
 
     def winners(self, candidates: Judged, k: int) -> Ranked:
         """The k winners of what was judged; see `Scorer.winners`. Rows may have moved, so names order what is equal."""
@@ -136,6 +135,10 @@ class Replica:
             of_slots = {name: whole.index_select(0, slots) for name, whole in _by_slot(self._scorer).items()}
             pieces += [(self._slots[name], slots, taken) for name, taken in of_slots.items()]
         return Staged(pieces)
+
+    def _logits(self, user_side: Features, slots: Tensor) -> Tensor:
+        """A batch's users' sides [B, ...] and slots int64 [B, N] -> float32 [B, N, T], whatever it computes in."""
+        return self._ranker(user_side, self._item_side.gather(slots)).float()
 
     def _values(self, asked: Asked, rows: Tensor) -> dict[str, Tensor]:
         found = {}

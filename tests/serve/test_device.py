@@ -229,9 +229,9 @@ def test_an_end_answers_what_waits_and_takes_nothing_new():
 
 
 def test_a_request_that_nobody_waits_for_is_not_computed():
-    with DeviceEngine(CpuDevice(), 1, wait_ms=100) as engine:
+    with DeviceEngine(CpuDevice(), 1, wait_ms=800) as engine:
         version = load(engine, world())
-        late_one = version.submit(user(0.0), asked(40), 5, Deadline(time.perf_counter(), 60.0))
+        late_one = version.submit(user(0.0), asked(40), 5, Deadline(time.perf_counter(), 400.0))
         left = version.submit(user(0.0), asked(40), 5)
         assert left.cancel()
         with pytest.raises(DeadlineExceeded, match="passed while it waited for the device"):

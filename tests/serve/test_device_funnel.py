@@ -8,7 +8,7 @@ import torch
 
 from prerank.errors import BundleError, DeviceFull
 from prerank.serve.device import DeviceEngine
-from prerank.serve.device_buckets import Buckets
+from prerank.serve.device_buckets import COMMON, Buckets
 from prerank.serve.device_bundle import OnDevice
 from prerank.serve.device_replica import Replica
 from prerank.serve.device_streams import CpuDevice
@@ -68,6 +68,22 @@ def test_a_version_that_is_closed_leaves_the_device_and_another_is_there_beside_
         one.change([ItemChange(100, on=False)])
         assert 100 not in dict(said(one))
     assert on_device.engine.snapshot().table_bytes == 0
+
+
+def test_the_next_version_has_the_sizes_that_were_asked_if_they_were_asked_often(store, on_device, monkeypatch):
+    taken = []
+    right = DeviceEngine.load
+    monkeypatch.setattr(DeviceEngine, "load", lambda self, *of: taken.append(of[-1].buckets.sizes) or right(self, *of))
+    place = replace(on_device, buckets=None)
+    with Funnel.open(store, workers=0, device=place) as funnel:
+        assert taken == [COMMON]
+        ids = torch.full((250, 300), 101)
+        askers = [Asker(world.UNTIL + 1, 1, context=REQUEST.context)] * 250
+        for _ in range(4):
+            funnel.ranking.rank(ids, askers, 1)
+    with Funnel.open(store, workers=0, device=place) as funnel:
+        assert taken[1:] == [(256, 512)]  # what it retrieves, and what was asked
+        assert said(funnel)
 
 
 def test_a_version_that_is_far_off_on_the_device_is_not_served(store, on_device, monkeypatch):
