@@ -21,6 +21,18 @@ class CircuitOpen(StoreFailed):
     """A store was not asked: it failed too often just now."""
 
 
+class DeviceFailed(DataError):
+    """The device that ranks did not: what it failed with, or that it was lost."""
+
+
+class DeviceFull(DeviceFailed):
+    """The device has not the memory: what needs how much of it, and what to shrink."""
+
+
+class DeviceBusy(DeviceFailed):
+    """A request was refused because the device would not be done with it in time."""
+
+
 class SchemaMismatch(PrerankError):
     """Two things built from different features met; the text names the first difference."""
 

@@ -13,7 +13,7 @@ follows in that request is not compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -129,8 +129,11 @@ class Golden:
                 return different
         return None
 
-    def first_far_prob(self, scorer: Scorer) -> str | None:
-        """A sentence naming the first golden winner whose probability this scorer has ROUNDED off or more, or None."""
+    def first_far_prob(self, tasks: Sequence[str], probs: Callable[[Features, Tensor], Tensor]) -> str | None:
+        """A sentence naming the first golden winner whose probability is ROUNDED off or more, or None.
+
+        `probs` are of a user's features [1, ...] and rows int64 [1, N]: those of each of `tasks`, float32 [1, N, T].
+        """
         won = self.answers.won
         for g in range(len(won)):
             kept = won[g : g + 1, : int((won[g] >= 0).sum())]
@@ -138,13 +141,13 @@ class Golden:
                 continue
             one = {name: column[g : g + 1] for name, column in self.user.items()}
             with torch.inference_mode():
-                got = scorer.probs(one, scorer.items.slots_of(kept))[0]
+                got = probs(one, kept)[0]
             far = ~((got - self.answers.probs[g, : kept.shape[1]]).abs() < ROUNDED)
             for place, task in far.nonzero().tolist():
                 said = float(self.answers.probs[g, place, task])
                 return (
                     f"golden request {g}: expected item {int(self.answers.item_ids[g, place])} to have prob {said:.4g} "
-                    f"of {scorer.ranker.tasks[task]}, got {float(got[place, task]):.4g}"
+                    f"of {tasks[task]}, got {float(got[place, task]):.4g}"
                 )
         return None
 

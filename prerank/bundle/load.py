@@ -37,6 +37,7 @@ from prerank.models.ranker import Ranker
 from prerank.models.rankers import build_ranker
 from prerank.models.towers import TwoTower, build_towers
 from prerank.stores.metadata import MetadataTable
+from prerank.types import Features
 
 _DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 _ITEMS, _RANKER, _UTILITY, _ITEM_SIDE = "items.", "ranker.", "utility.", "item_side."
@@ -65,11 +66,20 @@ class Bundle:
         Raises BundleError if it is further from the golden answers than rounding explains.
         """
         self.scorer.accelerate(engine)
-        difference = _golden(self.path / manifest.GOLDEN, self.config).first_far_prob(self.scorer)
-        if difference:
+        slots_of, probs = self.scorer.items.slots_of, self.scorer.probs
+        try:
+            self.check_probs(f"the native kernels ({engine.level})", lambda user, rows: probs(user, slots_of(rows)))
+        except BundleError:
             self.scorer.accelerate(None)
-            raise BundleError(f"{self.path}: the native kernels ({engine.level}) are far off: {difference}")
+            raise
         self.index.threads = engine.threads
+
+    def check_probs(self, of: str, probs: Callable[[Features, Tensor], Tensor]) -> None:
+        """Raises BundleError if these are further off than rounding explains; see `Golden.first_far_prob`."""
+        golden = _golden(self.path / manifest.GOLDEN, self.config)
+        difference = golden.first_far_prob(self.scorer.ranker.tasks, probs)
+        if difference:
+            raise BundleError(f"{self.path}: {of} are far off: {difference}")
 
 
 def load(path: Path, with_index: bool = True) -> Bundle:

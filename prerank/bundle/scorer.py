@@ -5,15 +5,15 @@ Candidates come in as rows and winners go out; what a loser was worth never leav
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import embedding
 
 from prerank.bundle.executor import NativeRanker
 from prerank.bundle.item_table import ItemTable
+from prerank.bundle.judge import Judged, Ranked, judged, known, winners
 from prerank.business.diversity import Diversity, groups_of
 from prerank.business.live import LiveItems
 from prerank.business.rule import Rule
@@ -21,25 +21,10 @@ from prerank.business.targeting import Targeting
 from prerank.business.utility import Utility
 from prerank.errors import SchemaMismatch
 from prerank.kernels.engine import Engine
-from prerank.kernels.greedy import greedy_top_k
 from prerank.models.ranker import Ranker
-from prerank.types import CandidateSet, Features, TopK
+from prerank.types import CandidateSet, Features
 
 _ITEMS_AT_ONCE = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class Ranked(TopK):
-    """The winners, and how many valid candidates could not win.
-
-    num_nonfinite int64 [B] had a utility or a probability that is not finite; num_below int64 [B] of the others were
-    kept from it by a rule, such as a utility below the reserve or a probability below its floor; num_absent int64 [B]
-    are of items that are not resident, and whose features nobody fetched.
-    """
-
-    num_nonfinite: Tensor
-    num_below: Tensor
-    num_absent: Tensor
 
 
 class ItemSide(nn.Module):
@@ -105,6 +90,7 @@ class Scorer(nn.Module):
         )
         self.item_side = ItemSide(self._computed() if item_side is None else item_side)
         self._native: NativeRanker | None = None
+        self._changed: Callable[[Tensor | None, Tensor | None], None] | None = None
         for name, rule in self.rules.items():  # each under its own name in the state_dict, as every version has it
             assert not hasattr(self, name), f"a rule cannot be called {name!r}: a part of the scorer is"
             self.add_module(name, rule)
@@ -126,6 +112,11 @@ class Scorer(nn.Module):
         """
         self._native = None if engine is None else NativeRanker(self.ranker, self.item_side.tensors(), engine)
 
+    def tell(self, changed: Callable[[Tensor | None, Tensor | None], None] | None) -> None:
+        """From here on `changed` is told of rows, and of slots, that changed while this serves; None: nobody is."""
+        self._changed = changed
+        self.live.changed = None if changed is None else lambda rows: changed(rows, None)
+
     def put_side(self, slots: Tensor, side: Features) -> None:
         """Give slots int64 [n] the ranker's item side [n, ...]; no request of such a slot may be running."""
         with torch.inference_mode():
@@ -133,6 +124,8 @@ class Scorer(nn.Module):
                 tensor[slots] = side[name].to(tensor.dtype)
         if self._native is not None:
             self._native.update(slots)
+        if self._changed is not None:
+            self._changed(None, slots)
 
     def probs(self, user: Features, slots: Tensor) -> Tensor:
         """user [B, ...] and slots int64 [B, N] -> each task's probability, float32 [B, N, T]."""
@@ -164,40 +157,24 @@ class Scorer(nn.Module):
         and item_id -1. Equal utilities are ordered by item_id. A row given twice is ranked twice. What the candidates'
         `values` say, such as a bid of this request's own, counts in place of what is live of the item.
         """
+        return self.winners(self.judge(user_side, candidates), k)
+
+    def judge(self, user_side: Features, candidates: CandidateSet) -> Judged:
+        """The first half of `rank`: what each candidate is worth, whatever the others are."""
         rows = torch.where(candidates.valid, candidates.rows, 0)
-        on, pacing, values = self.live.gather(rows)
-        valid = candidates.valid & on
-        slots, num_absent = self._slots(candidates, rows, valid)
-        valid = valid & (slots >= 0)
-        probs = self._probs(user_side, slots.clamp_min(0))
-        utility = pacing * self.utility(probs, {**values, **candidates.values})
-        for rule in self.rules.values():
-            utility = rule.adjust(probs, utility, rows)
+        slots = self._slots_of(candidates, rows)
+        those = known(rows, candidates.valid, self.live.gather(rows), candidates.values, slots)
+        return judged(those, self._probs(user_side, those.slots), self.utility, self.rules.values())
+
+    def winners(self, candidates: Judged, k: int) -> Ranked:
+        """The second half: the k winners of all candidates, judged at once or in pieces that were `joined`."""
+        rows = candidates.rows
         # as published rows ascend with item_id, so the smaller row is the smaller item_id
         names = rows if self.items.is_in_order else self.items.item_ids[rows]
-        is_finite = valid & utility.isfinite() & probs.isfinite().all(-1)
-        is_enough = is_finite
-        for rule in self.rules.values():
-            is_enough = is_enough & rule.may_win(probs, utility, rows)
-        kept = greedy_top_k(utility, names, is_enough, *groups_of(self.diversity, rows), min(k, rows.shape[1]))
-        won = kept >= 0
-        kept = kept.clamp_min(0)
-        rows = rows.gather(1, kept)
-        missing = (0, k - kept.shape[1])
-        return Ranked(
-            rows=pad(rows.masked_fill(~won, -1), missing, value=-1),
-            item_ids=pad(self.items.item_ids[rows].masked_fill(~won, -1), missing, value=-1),
-            utility=pad(utility.gather(1, kept), missing),
-            probs=pad(probs.gather(1, kept.unsqueeze(-1).expand(-1, -1, probs.shape[-1])), (0, 0, *missing)),
-            valid=pad(won, missing),
-            num_nonfinite=(valid & ~is_finite).sum(1),
-            num_below=(is_finite & ~is_enough).sum(1),
-            num_absent=num_absent,
-        )
+        return winners(candidates, names, groups_of(self.diversity, rows), self.items.item_ids, k)
 
-    def _slots(self, candidates: CandidateSet, rows: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the features of rows int64 [B, N] are, and of how many valid ones nowhere, int64 [B]."""
-        if candidates.slots is None and self.items.slots is None:
-            return rows, rows.new_zeros(len(rows))
-        slots = self.items.slots_of(rows) if candidates.slots is None else candidates.slots
-        return slots, (valid & (slots < 0)).sum(1)
+    def _slots_of(self, candidates: CandidateSet, rows: Tensor) -> Tensor | None:
+        """Where the features of rows int64 [B, N] are, -1 nowhere; None where that is their rows."""
+        if candidates.slots is not None:
+            return candidates.slots
+        return None if self.items.slots is None else self.items.slots_of(rows)

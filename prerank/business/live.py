@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class LiveItems(nn.Module):
             self.register_buffer(f"value_{name}", column.float().clone(), persistent=False)
         self._num_on = self.num_items
         self._lock = threading.Lock()
+        self.changed: Callable[[Tensor], None] | None = None
+        """Told of rows int64 [n] that changed, when they have, on the thread that changed them."""
 
     def change(self, rows: Sequence[int], changes: Sequence[ItemChange]) -> None:
         """Change the items of these rows, one a change, in order; a row below 0 is none of ours and stays out."""
@@ -57,6 +59,8 @@ class LiveItems(nn.Module):
                 if column is self.on:
                     self._num_on += int(numbers.sum()) - int(column[at].sum())
                 column[at] = numbers
+        if writes and self.changed is not None:
+            self.changed(torch.tensor(sorted({row for new in wanted.values() for row in new})))
 
     def prepare(self, rows: Tensor, values: Features, pacing: Tensor) -> None:
         """What rows int64 [n] that nobody has taken will be worth: values float32 [n] by name, pacing float32 [n]."""
@@ -72,6 +76,8 @@ class LiveItems(nn.Module):
             self.num_items += len(taken) - len(left)
             self.on[left] = False
             self.on[taken] = on
+        if self.changed is not None:
+            self.changed(torch.cat([taken, left]))
 
     @property
     def num_on(self) -> int:

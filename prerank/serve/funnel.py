@@ -32,6 +32,8 @@ from prerank.kernels.engine import Engine
 from prerank.kernels.native import level, library
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed, Changes
+from prerank.serve.device_bundle import OnDevice
+from prerank.serve.device_version import DeviceVersion
 from prerank.serve.expand import ExpandUser
 from prerank.serve.generate import names_of
 from prerank.serve.graph import Deadline, GraphRun, Stage
@@ -69,6 +71,7 @@ class Funnel:
         tail: TailStore | None = None,
         counts: ReadCounts | None = None,
         hosts: IndexHosts | None = None,
+        device: OnDevice | None = None,
     ) -> None:
         items, config = bundle.scorer.items, bundle.config
         if metadata.columns and metadata.num_rows != items.num_published:
@@ -96,14 +99,18 @@ class Funnel:
         if tail is not None:
             self.tail = Tail(bundle, tail, self.inventory.readers)
         expand = ExpandUser(users, bundle.transforms, items, targeting)
-        self.ranking = Ranking(bundle, expand, self.tail, self.inventory.readers, self.max_k)
+        self._on_device: DeviceVersion | None = None
+        if device is not None:
+            anybody, _ = expand.expand(None, Request(0, 1, 0, self.example_context))
+            self._on_device = device.load(bundle, anybody, self.max_k)
+        self.ranking = Ranking(bundle, expand, self.tail, self.inventory.readers, self.max_k, self._on_device)
         self._pool = ThreadPoolExecutor(_STAGES_AT_ONCE, thread_name_prefix="stage")
         self._descriptions = Descriptions(config.metadata, metadata, items, bundle.version, counts)
         self._counts = counts
         if hosts is not None:
             hosts.towers.most = config.serve.towers
         self._bundle = bundle
-        self._graph = wire(bundle, users, self._descriptions, self.tail, self._pool, hosts)
+        self._graph = wire(bundle, users, self._descriptions, self.tail, self._pool, hosts, self._on_device)
 
     @classmethod
     def open(
@@ -115,6 +122,7 @@ class Funnel:
         shared: Engine | None = None,
         users: str | None = None,
         hosts: IndexHosts | None = None,
+        device: OnDevice | None = None,
     ) -> Funnel:
         """`version` of the funnel at `store`, the live one unless named.
 
@@ -123,7 +131,8 @@ class Funnel:
 
         `workers` native threads rank, one a core unless told otherwise; with 0, and where there are no native kernels,
         torch does on the calling thread. With a `shared` engine its threads do, and it stays open. Where there are
-        index `hosts`, which stay open too, they are asked in place of the version's own index, which is not read.
+        index `hosts`, which stay open too, they are asked in place of the version's own index, which is not read. On a
+        `device`, which stays open as well, that ranks, and the host where it fails.
         Raises RegistryError if there is no such version, BundleError for one that is damaged, DataError for a user
         store that is. Nothing half-loaded is ever returned. What happens meanwhile is kept in the store's
         `events.lmdb` and `items.lmdb`, which are made if they are not there.
@@ -147,7 +156,7 @@ class Funnel:
             opened += [] if rest is None else [rest]
             counts = ReadCounts.open(store / READS)
             opened.append(counts)
-            funnel = cls(bundle, known, metadata, engine, changes, rest, counts, hosts)
+            funnel = cls(bundle, known, metadata, engine, changes, rest, counts, hosts, device)
             funnel._owns_engine = shared is None
             # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
             with suppress(DeadlineExceeded):  # a stage's own deadline is for when it is warm
@@ -220,7 +229,7 @@ class Funnel:
 
     def look_up_in(self, users: Users) -> None:
         """Know those who ask from `users` from here on. Raises SchemaMismatch where they lack what is read."""
-        self._graph = wire(self._bundle, users, self._descriptions, self.tail, self._pool)
+        self._graph = wire(self._bundle, users, self._descriptions, self.tail, self._pool, device=self._on_device)
 
     def put_stages(self, *others: Stage) -> None:
         """Let these run from here on, in the places of the stages of their names."""
@@ -249,6 +258,9 @@ class Funnel:
     def close(self) -> None:
         """Let go of the stores and the threads; the funnel answers no more."""
         self._pool.shutdown()
+        if self._on_device is not None:
+            self.scorer.tell(None)
+            self._on_device.close()
         self._users.close()
         if self._store is not None:
             self._store.close()

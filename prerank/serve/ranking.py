@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from prerank._toml import nearest
+from prerank.bundle.judge import Ranked
 from prerank.bundle.load import Bundle
 from prerank.bundle.readers import Readers
-from prerank.bundle.scorer import Ranked
 from prerank.errors import RequestError
 from prerank.features.transforms import Transforms
 from prerank.serve.answer import check_request
+from prerank.serve.device_version import DeviceVersion
 from prerank.serve.expand import ExpandUser
 from prerank.serve.tail import Tail
 from prerank.types import CandidateSet, Features, Given, Request
@@ -61,11 +62,20 @@ class RankedItems:
 class Ranking:
     """The ranking stage of a loaded version. Threads may share one; each call computes on the thread that makes it."""
 
-    def __init__(self, bundle: Bundle, expand: ExpandUser, tail: Tail | None, readers: Readers, max_k: int) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        expand: ExpandUser,
+        tail: Tail | None,
+        readers: Readers,
+        max_k: int,
+        device: DeviceVersion | None = None,
+    ) -> None:
         self.name, self.version, self.max_k = bundle.config.name, bundle.version, max_k
         self.tasks = bundle.scorer.ranker.tasks
         self.values = bundle.scorer.utility.values
         self._scorer, self._expand, self._tail, self._readers = bundle.scorer, expand, tail, readers
+        self._rank = bundle.scorer.rank if device is None else device.rank
 
     @property
     def transforms(self) -> Transforms:
@@ -97,7 +107,7 @@ class Ranking:
                 if self._tail is not None:
                     candidates = self._tail.locate(candidates)
                 user = _joined([features for features, _ in expanded[part]])
-                ranked.append(self._scorer.rank(self._scorer.ranker.user_side(user), candidates, k))
+                ranked.append(self._rank(self._scorer.ranker.user_side(user), candidates, k))
             winners = {f.name: torch.cat([getattr(one, f.name) for one in ranked]) for f in fields(Ranked)}
             return RankedItems(
                 winners=Ranked(**winners),

@@ -11,13 +11,15 @@ from typing import ClassVar
 import torch
 
 from prerank.bundle.item_table import ItemTable
-from prerank.bundle.scorer import Ranked, Scorer
+from prerank.bundle.judge import Ranked
+from prerank.bundle.scorer import Scorer
 from prerank.business.diversity import Diversity, groups_of
 from prerank.business.live import LiveItems
 from prerank.business.targeting import Targeting
 from prerank.index.base import Index
 from prerank.kernels.greedy import greedy_top_k
 from prerank.models.towers import TwoTower
+from prerank.serve.device_version import DeviceVersion
 from prerank.serve.graph import Values
 from prerank.serve.metadata import Descriptions
 from prerank.types import CandidateSet, Request, TopK
@@ -125,10 +127,11 @@ class PrepareUser:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """The `k` of highest utility, by the scorer, of the CandidateSet that is called `candidates`."""
+    """The `k` of highest utility of the CandidateSet that is called `candidates`: by the scorer, or on a device."""
 
     scorer: Scorer
     candidates: str = "candidates"
+    device: DeviceVersion | None = None
 
     name: ClassVar[str] = "rank"
     writes: ClassVar[frozenset[str]] = frozenset({"winners", "rank_notes"})
@@ -140,7 +143,8 @@ class Rank:
 
     def run(self, values: Values) -> Values:
         """Ranker, utility and top-k in one module."""
-        winners: Ranked = self.scorer.rank(values["user_side"], values[self.candidates], values["request"].k)
+        rank = self.scorer.rank if self.device is None else self.device.rank
+        winners: Ranked = rank(values["user_side"], values[self.candidates], values["request"].k)
         lost = {
             "had no finite utility": int(winners.num_nonfinite.sum()),
             f"were {self.scorer.why_below}": int(winners.num_below.sum()),

@@ -21,6 +21,7 @@ import structlog
 from prerank.bundle.registry import Registry
 from prerank.errors import DeadlineExceeded, PrerankError, RegistryError, RequestError
 from prerank.kernels.engine import Engine
+from prerank.serve.device_bundle import OnDevice
 from prerank.serve.funnel import Funnel, engine_of
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.live_version import Held, LiveVersion
@@ -53,10 +54,11 @@ class VersionWatch:
         leave_s: float = LEAVE_S,
         users: str | None = None,
         hosts: IndexHosts | None = None,
+        device: OnDevice | None = None,
     ) -> None:
         self.live = live
         self._store, self._registry, self._engine = store, Registry(store), engine
-        self._tail, self._users, self._hosts = tail, users, hosts
+        self._tail, self._users, self._hosts, self._device = tail, users, hosts, device
         self._settled, self._poll_s, self._leave_s = settled, poll_s, leave_s
         self._leaving: list[Held] = []
         self._gave_up: tuple[str, float] | None = None
@@ -75,8 +77,9 @@ class VersionWatch:
         leave_s: float = LEAVE_S,
         users: str | None = None,
         hosts: IndexHosts | None = None,
+        device: OnDevice | None = None,
     ) -> VersionWatch:
-        """`version` of `store`, the live one unless named; `workers`, `tail`, `users`, `hosts` are as `Funnel.open`'s.
+        """`version` of `store`, the live one unless named; from `workers` to `device` all is as `Funnel.open` has it.
 
         One that cannot be loaded is `live.error`. Raises RegistryError where none is live and none is named.
         """
@@ -85,7 +88,7 @@ class VersionWatch:
             raise RegistryError(f"{store}: no version is live; promote one, or name one with --version")
         engine = engine_of(workers)
         try:
-            first = _opened(store, chosen, engine, tail, users, hosts)
+            first = _opened(store, chosen, engine, tail, users, hosts, device)
             try:
                 first.sweep()
             except BaseException:
@@ -94,7 +97,7 @@ class VersionWatch:
             live = LiveVersion(first)
         except PrerankError as error:
             live = LiveVersion(error)
-        watch = cls(store, live, engine, tail, settled, poll_s, leave_s, users, hosts)
+        watch = cls(store, live, engine, tail, settled, poll_s, leave_s, users, hosts, device)
         if live.error is not None:
             watch._gave_up = chosen, time.monotonic() + AGAIN_S
         return watch
@@ -147,7 +150,7 @@ class VersionWatch:
         start = time.perf_counter()
         self.live.note_changes()
         try:
-            following = _opened(self._store, wanted, self._engine, self._tail, self._users, self._hosts)
+            following = _opened(self._store, wanted, self._engine, self._tail, self._users, self._hosts, self._device)
         except Exception as error:
             return self._failed(wanted, error)
         try:
@@ -216,8 +219,9 @@ def _opened(
     tail: str | None,
     users: str | None,
     hosts: IndexHosts | None,
+    device: OnDevice | None,
 ) -> Funnel:
-    return Funnel.open(store, version, 0 if engine is None else None, tail, engine, users, hosts)
+    return Funnel.open(store, version, 0 if engine is None else None, tail, engine, users, hosts, device)
 
 
 def _warm(funnel: Funnel, requests: Iterable[Request]) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from prerank.bundle.load import Bundle
 from prerank.config import Serve
+from prerank.serve.device_version import DeviceVersion
 from prerank.serve.expand import ExpandStranger, ExpandTargeting, ExpandUser
 from prerank.serve.generate import Attribute, Generate, GenerateNothing, Merge, names_of
 from prerank.serve.graph import Limit, RequestGraph, Stage
@@ -33,9 +34,11 @@ def wire(
     tail: Tail | None,
     pool: Executor,
     hosts: IndexHosts | None = None,
+    device: DeviceVersion | None = None,
 ) -> RequestGraph:
-    """The graph from a `request` to `winners`, what is said of them, and who found them; by `hosts` if there are any.
+    """The graph from a `request` to `winners`, what is said of them, and who found them.
 
+    It is retrieved by `hosts` and ranked on a `device`, if there are any.
     Raises SchemaMismatch where `users` lack what this version reads.
     """
     config, scorer, items = bundle.config, bundle.scorer, bundle.scorer.items
@@ -50,7 +53,7 @@ def wire(
         if hosts is None
         else RetrieveFromHosts(bundle, users, hosts, keep_found, found),
         PrepareUser(scorer),
-        Rank(scorer, "candidates" if tail is None else "located"),
+        Rank(scorer, "candidates" if tail is None else "located", device),
         Describe(described),
     ]
     if targeting is not None:

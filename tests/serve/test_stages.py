@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prerank.bundle.item_table import ItemTable
-from prerank.bundle.scorer import Ranked
+from prerank.bundle.judge import Ranked
 from prerank.business.diversity import Diversity
 from prerank.business.reserve import Reserve
 from prerank.config import DiversityRule, Metadata

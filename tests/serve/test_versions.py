@@ -21,6 +21,10 @@ import structlog
 from prerank.bundle.registry import Registry
 from prerank.errors import BundleError, RegistryError
 from prerank.serve import watch as watching
+from prerank.serve.device import DeviceEngine
+from prerank.serve.device_buckets import Buckets
+from prerank.serve.device_bundle import OnDevice
+from prerank.serve.device_streams import CpuDevice
 from prerank.serve.funnel import Funnel
 from prerank.serve.http import create_app
 from prerank.serve.live_version import LiveVersion
@@ -96,7 +100,7 @@ def again_and_again(
             one.result()
 
 
-def under_load(store: Path, first: str, second: str, num_switches: int) -> None:
+def under_load(store: Path, first: str, second: str, num_switches: int, device: OnDevice | None = None) -> None:
     known = {version: facts(store, version) for version in (first, second)}
     assert all(title.startswith("title") for title, _ in known[first].values())
     assert all(title.startswith("second") for title, _ in known[second].values())
@@ -131,7 +135,10 @@ def under_load(store: Path, first: str, second: str, num_switches: int) -> None:
             assert is_on or item_id not in winners, "what was answered with 200 holds for every request after"
 
     me, rss = psutil.Process(), []
-    with closing(VersionWatch.open(store, poll_s=0.02)) as watch, listening(create_app(watch.live)) as address:
+    with (
+        closing(VersionWatch.open(store, poll_s=0.02, device=device)) as watch,
+        listening(create_app(watch.live)) as address,
+    ):
         watch.start()
         left: list[weakref.ref[object]] = []
 
@@ -184,6 +191,16 @@ def under_load(store: Path, first: str, second: str, num_switches: int) -> None:
 
 def test_versions_change_under_load_and_no_request_fails_or_is_of_two(store: Path, two: tuple[Path, str, str]) -> None:
     under_load(store, *two[1:], num_switches=8)
+
+
+def test_versions_change_on_a_device_under_load_and_it_answers_every_request(
+    two: tuple[Path, str, str], store: Path
+) -> None:
+    with DeviceEngine(CpuDevice(), 2, wait_ms=0.1) as engine:
+        under_load(store, *two[1:], 5, OnDevice(engine, None, Buckets((4, 16), 64, 4)))
+        counts = engine.snapshot()
+        assert counts.requests > 50
+        assert (counts.fallbacks, counts.eager, counts.restarts, counts.table_bytes) == (0, 0, 0, 0)
 
 
 @pytest.mark.slow

@@ -1,0 +1,214 @@
+"""A worker's part of a version on a device: its stream, its captured graphs, and the memory they read and write.
+
+Nothing waits for the device between the first copy of a batch and the event after its last one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from prerank.bundle.judge import Judged, Ranked, joined
+from prerank.errors import DeviceFull
+from prerank.serve.device_batches import Job
+from prerank.serve.device_buckets import Buckets, Shape
+from prerank.serve.device_counts import Counts
+from prerank.serve.device_replica import Asked, Replica
+from prerank.serve.device_shapes import Shapes
+from prerank.serve.device_streams import Device, Graph, Stream
+from prerank.serve.device_times import Times
+from prerank.serve.device_updates import Turns
+from prerank.types import Features
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What the seats of a version share."""
+
+    device: Device
+    loading: Stream
+    replica: Replica
+    turns: Turns
+    buckets: Buckets
+    times: Times
+    counts: Counts
+
+
+class Seat:
+    """The seat `number`, for users' sides `like` [1, ...] and up to `most_k` winners; one thread at a time.
+
+    Every shape is captured, the largest first. One that cannot be is done by torch, and counted. Raises DeviceFull
+    where there is no memory for one.
+    """
+
+    def __init__(self, number: int, ground: Ground, like: Features, most_k: int) -> None:
+        self._number, self._ground = number, ground
+        buckets = ground.buckets
+        self._shapes = Shapes(ground.replica, like, most_k)
+        self._stream, self._pool = ground.device.stream(), ground.device.pool()
+        shapes = buckets.shapes()
+        self._in = {shape: self._shapes.inputs(shape) for shape in shapes}
+        self._out = {count: self._shapes.outputs(count) for count in {shape.requests for shape in shapes}}
+        self._whole = Shape(1, buckets.largest)
+        try:
+            ground.loading.do(self._allocate)
+            ground.loading.mark().wait()
+            self._graphs: dict[Shape | None, Graph] = {}
+            for shape in shapes:
+                self._capture(shape, partial(self._rank, shape))
+                self._time(shape)
+            self._capture(None, self._judge)
+        except torch.OutOfMemoryError as error:
+            raise DeviceFull(
+                f"the device has no memory for the shapes of worker {number}, the largest of which is {shapes[0]}: "
+                f"{error}; ask for smaller or fewer buckets, fewer workers, or bfloat16"
+            ) from None
+
+    @property
+    def graph_bytes(self) -> int:
+        """What the captured graphs hold."""
+        return self._pool.num_bytes
+
+    def close(self) -> None:
+        """Let go of the graphs, which may hold what holds them; nothing may be running."""
+        self._graphs.clear()
+
+    def rank(self, jobs: Sequence[Job]) -> list[Ranked]:
+        """The winners of each job, [1, k]; they are of one size, and if one must be cut there is no other."""
+        pieces = self._ground.buckets.pieces(max(job.num for job in jobs))
+        start = time.perf_counter()
+        if len(pieces) > 1:
+            assert len(jobs) == 1
+            shape, sent = self._whole, [self._fill(self._whole, jobs, at, piece) for at, piece in enumerate(pieces)]
+        else:
+            shape = self._ground.buckets.shape_of([job.num for job in jobs])
+            sent = [self._fill(shape, jobs, 0, pieces[0])]
+        with self._ground.turns.reading(self._number, self._stream):
+            if len(sent) > 1:
+                self._enqueue_pieces(sent)
+            else:
+                self._enqueue(shape, sent[0])
+        self._stream.mark().wait()
+        self._ground.times.note(shape.candidates, len(jobs), (time.perf_counter() - start) / len(sent))
+        num = sum(job.num for job in jobs)
+        computed = shape.requests * shape.candidates * len(sent)
+        self._ground.counts.add(
+            requests=len(jobs), batches=1, candidates=num, padding=computed - num, cut=int(len(sent) > 1)
+        )
+        return self._read(shape.requests, jobs)
+
+    def _enqueue(self, shape: Shape, num_bytes: int) -> None:
+        do = self._stream.do
+        do(partial(self._send, 0, num_bytes))
+        do(partial(self._run, shape, partial(self._rank, shape)))
+        do(partial(self._fetch, shape.requests))
+
+    def _enqueue_pieces(self, sent: Sequence[int]) -> None:
+        """Judge one piece after the other, and take the winners once."""
+        do, found = self._stream.do, list[Judged]()
+
+        def keep() -> None:
+            found.append(Judged(*(getattr(self._piece, one.name).clone() for one in fields(Judged))))
+
+        for at, num_bytes in enumerate(sent):
+            do(partial(self._send, at, num_bytes))
+            do(partial(self._run, None, self._judge))
+            do(keep)
+        do(lambda: self._win(1, joined(found)))
+        do(partial(self._fetch, 1))
+
+    def _fill(self, shape: Shape, jobs: Sequence[Job], at: int, piece: tuple[int, int]) -> int:
+        """Write jobs, or a piece of one, where they are copied from; how many bytes are to be copied."""
+        while len(self._staging) <= at:
+            self._staging.append(self._ground.device.locked(self._there.shape, torch.uint8))
+        layout = self._in[shape]
+        last = self._shapes.fill(layout.views(self._staging[at]), jobs, piece)
+        return layout.end_of(last)
+
+    def _send(self, at: int, num_bytes: int) -> None:
+        self._there[:num_bytes].copy_(self._staging[at][:num_bytes], non_blocking=True)
+
+    def _fetch(self, num_requests: int) -> None:
+        num_bytes = self._out[num_requests].num_bytes
+        self._answers[:num_bytes].copy_(self._back[:num_bytes], non_blocking=True)
+
+    def _read(self, num_requests: int, jobs: Sequence[Job]) -> list[Ranked]:
+        views = self._out[num_requests].views(self._answers)
+        return [self._shapes.read(views, at, job.k) for at, job in enumerate(jobs)]
+
+    def _rank(self, shape: Shape) -> None:
+        self._win(shape.requests, self._ground.replica.judge(self._asked(shape)))
+
+    def _win(self, num_requests: int, candidates: Judged) -> None:
+        ranked = self._ground.replica.winners(candidates, self._shapes.most_k)
+        for name, view in self._out[num_requests].views(self._back).items():
+            view.copy_(getattr(ranked, name))
+
+    def _judge(self) -> None:
+        judged = self._ground.replica.judge(self._asked(self._whole))
+        for one in fields(Judged):
+            getattr(self._piece, one.name).copy_(getattr(judged, one.name))
+
+    def _asked(self, shape: Shape) -> Asked:
+        return self._shapes.asked(self._in[shape].views(self._there))
+
+    def _run(self, key: Shape | None, work: Callable[[], None]) -> None:
+        """The graph of a shape, or of the judgement of a piece; its work by torch where there is none."""
+        graph = self._graphs.get(key)
+        if graph is not None:
+            try:
+                graph.replay()
+                return
+            except Exception as error:
+                if self._ground.device.is_lost(error):
+                    raise
+                del self._graphs[key]
+                self._ground.counts.add(eager_replays=1)
+                _log.warning("a graph of %s cannot be replayed, torch does its work from here on: %s", key, error)
+        self._ground.counts.add(eager=1)
+        work()
+
+    def _capture(self, key: Shape | None, work: Callable[[], None]) -> None:
+        # once before: what is compiled or grown when it is needed first is so then
+        self._pool.stream.do(work)
+        self._pool.stream.mark().wait()
+        try:
+            self._graphs[key] = self._pool.capture(work)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self._ground.device.is_lost(error):
+                raise
+            self._ground.counts.add(eager_captures=1)
+            _log.warning("%s cannot be captured, torch does its work: %s", key or "a piece", error)
+
+    def _time(self, shape: Shape) -> None:
+        """A first guess at how long a shape takes, before anybody has asked."""
+        start = time.perf_counter()
+        if (graph := self._graphs.get(shape)) is not None:
+            self._pool.stream.do(graph.replay)
+        else:
+            self._pool.stream.do(partial(self._rank, shape))
+        self._pool.stream.mark().wait()
+        self._ground.times.note(shape.candidates, shape.requests, time.perf_counter() - start)
+
+    def _allocate(self) -> None:
+        """The memory that graphs read and write, of which every shape takes as much as it needs."""
+        most_in, most_out = (max(one.num_bytes for one in kind.values()) for kind in (self._in, self._out))
+        judged = self._shapes.judged(self._ground.buckets.largest)
+        self._there, self._back, piece = map(self._on_device, (most_in, most_out, judged.num_bytes))
+        self._piece = Judged(**judged.views(piece))
+        self._answers = self._ground.device.locked((most_out,), torch.uint8)
+        self._staging = [self._ground.device.locked((most_in,), torch.uint8)]
+        self.buffer_bytes = most_in + most_out + judged.num_bytes
+
+    def _on_device(self, num_bytes: int) -> Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self._ground.device.where)

@@ -1,0 +1,296 @@
+"""A version on a device: its replica, a seat a worker, and what happens when the device fails.
+
+Another version is loaded beside it, its graphs captured while this one's are replayed; whoever asks then takes the
+other, and this one is closed when the last of its requests has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass, field, fields
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from prerank.bundle.judge import Ranked
+from prerank.bundle.scorer import Scorer
+from prerank.errors import DeviceBusy, DeviceFailed
+from prerank.kernels import stop
+from prerank.serve.device_batches import Job, Lines
+from prerank.serve.device_buckets import Buckets
+from prerank.serve.device_counts import Counts
+from prerank.serve.device_replica import Asked, Replica
+from prerank.serve.device_seat import Ground, Seat
+from prerank.serve.device_shapes import Shapes
+from prerank.serve.device_streams import Device, Stream
+from prerank.serve.device_times import Backlog, Times
+from prerank.serve.device_updates import Updates
+from prerank.serve.graph import Deadline
+from prerank.types import CandidateSet, Features
+
+Fallback: TypeAlias = Callable[[Features, CandidateSet, int], Ranked]
+"""As `Scorer.rank`: what ranks where the device cannot."""
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 0.02  # between two looks at whether anybody still waits
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a version is loaded.
+
+    `most_k` winners at most; floats of the ranker and its tables as `dtype`, which is theirs unless given. `fallback`
+    ranks where the device fails; without it such a request fails. After a device was lost it is tried again, and every
+    `retry_s` seconds.
+    """
+
+    most_k: int
+    buckets: Buckets = field(default_factory=Buckets)
+    dtype: torch.dtype | None = None
+    fallback: Fallback | None = None
+    retry_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the versions of an engine share; there are `num_workers`, each a thread.
+
+    All that a version brings to the device comes through the stream `loading`, and what it leaves is taken by the next:
+    an allocator keeps memory by streams.
+    """
+
+    device: Device
+    loading: Stream
+    lines: Lines
+    counts: Counts
+    backlog: Backlog
+    num_workers: int
+
+
+class DeviceVersion:
+    """`scorer` on a device, whose requests have users' sides like `like` [1, ...]. Threads may share one.
+
+    Raises DeviceFull where it does not fit; nothing of it is then left on the device.
+    """
+
+    def __init__(self, shared: Shared, scorer: Scorer, like: Features, options: Options) -> None:
+        self._shared, self._scorer, self._like, self._options = shared, scorer, dict(like), options
+        self._times = Times(options.buckets)
+        self._writing, self._reviving = threading.Lock(), threading.Lock()
+        self._changed = threading.Condition()
+        self._num_waiting, self._is_closed, self._retry_at = 0, False, 0.0
+        self._updates: Updates | None = None
+        self._seats: list[Seat] | None = None
+        self._build()
+
+    def submit(
+        self, user_side: Features, candidates: CandidateSet, k: int, deadline: Deadline | None = None
+    ) -> Future[Ranked]:
+        """The k winners [1, k] of one request, the ranker's side of its user [1, ...] and candidates [1, N].
+
+        Raises DeviceBusy at once where the deadline would pass before the device is done with it, DeviceFailed where it
+        is not as this version's requests are. The future has DeviceFailed where the device failed and there is no
+        fallback, DeadlineExceeded where its time ran out as it waited; cancelled, nothing of it is done.
+        """
+        buckets, num = self._options.buckets, candidates.rows.shape[1]
+        is_cut, size = num > buckets.largest, buckets.size_of(num)
+        job = Job(user_side, candidates, k, (self, size, is_cut), 1 if is_cut else buckets.most_of(size), deadline)
+        self._shapes.check(job, self._scorer.items.num_rows, self._scorer.items.num_slots)
+        self._let_in(job)
+        with self._changed:
+            if self._is_closed:
+                raise DeviceFailed("this version has left the device; ask the one that serves now")
+            self._num_waiting += 1
+        self._shared.counts.saw(num)
+        job.expected_s = self._times.share_s(num)
+        self._shared.backlog.add(job.expected_s)
+        try:
+            self._shared.lines.put(job)
+        except DeviceFailed:
+            self.ended(job)
+            raise
+        return job.future
+
+    def rank(self, user_side: Features, candidates: CandidateSet, k: int) -> Ranked:
+        """As `Scorer.rank`, of B requests that are submitted one by one and waited for.
+
+        Raises what their futures have, and Cancelled where nobody waits for this any more (`kernels.stop`).
+        """
+        futures = [self.submit(*_one(user_side, candidates, n), k) for n in range(len(candidates.rows))]
+        try:
+            found = [_waited(future) for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        return Ranked(**{one.name: torch.cat([getattr(top, one.name) for top in found]) for one in fields(Ranked)})
+
+    def probs(self, user_side: Features, rows: Tensor) -> Tensor:
+        """The ranker's side of users [B, ...] and rows int64 [B, N] -> each task's probability, float32 [B, N, T].
+
+        By torch on the device, without graphs: to be held against answers that are known.
+        """
+        updates, found = self._updates, list[Tensor]()
+        if updates is None:
+            raise DeviceFailed("this version has left the device; ask the one that serves now")
+        replica, where = updates.replica, self._shared.device.where
+
+        def judge() -> None:
+            side = {name: tensor.to(where, replica.dtype_of(tensor)) for name, tensor in user_side.items()}
+            there = rows.to(where)
+            found.append(replica.judge(Asked(side, there, there >= 0)).probs.cpu())
+
+        self._shared.loading.do(judge)
+        self._shared.loading.mark().wait()
+        return found[0]
+
+    def put(self, rows: Tensor | None = None, slots: Tensor | None = None) -> None:
+        """Let every request that begins after this know what the scorer has of rows and slots, int64 [n], by now.
+
+        No request sees a part of it.
+        """
+        with self._writing:
+            updates = self._updates
+        if updates is None:
+            return
+        try:
+            updates.put(rows, slots)
+        except Exception as error:
+            if not self._shared.device.is_lost(error):
+                raise
+            _log.error("the device was lost as items changed; it will have them when it is back: %s", error)
+
+    def close(self) -> None:
+        """Take nothing new, wait for what runs, and leave the device's memory."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.wait_for(lambda: not self._num_waiting)
+        seats, self._seats, self._updates = self._seats or [], None, None
+        for one in seats:
+            one.close()
+
+    def answer(self, worker: int, jobs: Sequence[Job]) -> None:
+        """Settle the futures of a batch, from the thread of this worker."""
+        seats, error = self._seats, DeviceFailed("the device was lost, and is not back yet")
+        if seats is not None:
+            try:
+                found = seats[worker].rank(jobs)
+            except Exception as failed:
+                error = DeviceFailed(f"the device failed: {failed}")
+                self._failed(seats, failed)
+            else:
+                for job, ranked in zip(jobs, found, strict=True):
+                    self.ended(job)
+                    job.future.set_result(ranked)
+                return
+        for job in jobs:
+            self._answer_without(job, error)
+        self._revive()
+
+    def ended(self, job: Job) -> None:
+        """A job is no longer waited for."""
+        self._shared.backlog.add(-job.expected_s)
+        with self._changed:
+            self._num_waiting -= 1
+            self._changed.notify_all()
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Bytes of captured graphs, of tables and weights, and of what requests are copied through."""
+        seats, updates = self._seats or [], self._updates
+        tables = 0 if updates is None else updates.replica.num_bytes
+        return sum(one.graph_bytes for one in seats), tables, sum(one.buffer_bytes for one in seats)
+
+    def _let_in(self, job: Job) -> None:
+        """Raises DeviceBusy for one that would be late."""
+        if job.deadline is None:
+            return
+        wait_s, own_s = self._shared.backlog.seconds / self._shared.num_workers, self._times.own_s(job.num)
+        if wait_s + own_s > job.deadline.left_s(time.perf_counter()):
+            self._shared.counts.add(refused=1)
+            raise DeviceBusy(
+                f"the deadline of {job.deadline.ms:g} ms would pass first: what waits for the device takes about "
+                f"{1000 * wait_s:.3g} ms, and {job.num:,} candidates about {1000 * own_s:.3g}; try again later, or "
+                "allow more"
+            )
+
+    def _build(self) -> None:
+        """Everything on the device, from what the scorer has now."""
+        shared, options = self._shared, self._options
+        with torch.inference_mode():
+            with self._writing:  # what changes from here on is written to the new tables
+                made = list[Replica]()
+                shared.loading.do(lambda: made.append(Replica(self._scorer, shared.device, options.dtype)))
+                shared.loading.mark().wait()
+                self._updates = Updates(shared.device, made[0])
+            self._shapes = Shapes(made[0], self._like, options.most_k)
+            those = shared.device, shared.loading, made[0], self._updates.turns
+            ground = Ground(*those, options.buckets, self._times, shared.counts)
+            seats = [Seat(number, ground, self._like, options.most_k) for number in range(shared.num_workers)]
+            with self._changed:
+                self._seats = None if self._is_closed else seats
+
+    def _failed(self, seats: list[Seat], error: Exception) -> None:
+        is_lost = self._shared.device.is_lost(error)
+        _log.error("a batch failed on the device%s: %s", ", which is lost" if is_lost else "", error)
+        if is_lost:
+            with self._changed:
+                if self._seats is seats:  # of the workers the first that sees it
+                    self._seats = None
+                    self._shared.counts.add(restarts=1)
+
+    def _answer_without(self, job: Job, error: DeviceFailed) -> None:
+        fallback = self._options.fallback
+        try:
+            if fallback is None:
+                raise error
+            ranked = fallback(job.user_side, job.candidates, job.k)
+        except Exception as failed:
+            self.ended(job)
+            job.future.set_exception(failed)
+        else:
+            self._shared.counts.add(fallbacks=1)
+            self.ended(job)
+            job.future.set_result(ranked)
+
+    def _revive(self) -> None:
+        """Where the device was lost, begin again with everything anew, one worker for all."""
+        if self._seats is not None or self._is_closed or not self._reviving.acquire(blocking=False):
+            return
+        try:
+            if self._seats is None and time.monotonic() >= self._retry_at:
+                self._build()
+                _log.warning("the device is back")
+        except Exception as error:
+            self._retry_at = time.monotonic() + self._options.retry_s
+            _log.error("the device is still lost, next try in %g s: %s", self._options.retry_s, error)
+        finally:
+            self._reviving.release()
+
+
+def _one(user_side: Features, candidates: CandidateSet, n: int) -> tuple[Features, CandidateSet]:
+    """One request of a batch."""
+    part = slice(n, n + 1)
+    own = CandidateSet(
+        candidates.rows[part],
+        candidates.similarity[part],
+        candidates.valid[part],
+        None if candidates.slots is None else candidates.slots[part],
+        values={name: column[part] for name, column in candidates.values.items()},
+    )
+    return {name: tensor[part] for name, tensor in user_side.items()}, own
+
+
+def _waited(future: Future[Ranked]) -> Ranked:
+    while True:
+        try:
+            return future.result(_LOOK_S)
+        except NotYet:
+            if future.done():  # it is what the request ended with
+                raise
+            stop.current().check()
