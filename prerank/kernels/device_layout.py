@@ -39,8 +39,8 @@ class Cuts:
     """Where each register is cut, `edges` from 0 to its width, and which are held in float32.
 
     The others are held in the type that is multiplied, as no step reads them otherwise. `most` is how wide a piece is
-    at most. `places` are the registers that a tile has in its scratch, by their first column there, of `row` columns a
-    candidate; `gathered` those that stay where they are, in a table.
+    at most. `places` are the registers that a tile has in scratch, by their first column there, of `row` columns a
+    candidate, or of `full_row` for those held in float32; `gathered` are those that stay where they are, in a table.
     """
 
     edges: tuple[tuple[int, ...], ...]
@@ -49,6 +49,7 @@ class Cuts:
     most: int
     places: dict[int, int] = field(default_factory=dict)
     row: int = 0
+    full_row: int = 0
 
     def pieces(self, part: Part) -> list[Piece]:
         """What a part is made of, in order."""
@@ -125,16 +126,17 @@ def _full(program: Program) -> frozenset[int]:
 def _placed(program: Program, cuts: Cuts) -> Cuts:
     """The same with a place in scratch for what is wider than a step of a product or read after the next step."""
     spans = lifetimes(program)
-    places, taken, row = dict[int, int](), list[tuple[int, int, int]](), 0
+    places, rows = dict[int, int](), [0, 0]
+    taken: tuple[list[tuple[int, int, int]], ...] = ([], [])
     for number, step in enumerate(program.steps):
-        taken = [one for one in taken if one[2] >= number]
-        for register in {part.register for part in writes(step)} - cuts.full - cuts.gathered - set(places):
+        for register in {part.register for part in writes(step)} - cuts.gathered:
             size, (first, last) = cuts.columns(register), spans[register]
             if first == number and (size > STEP or (size > LEAST and last > number + 1)):
-                places[register] = first_free(taken, size)
-                taken.append((places[register], places[register] + size, last))
-                row = max(row, places[register] + size)
-    return replace(cuts, places=places, row=padded(row, STEP))
+                kind = int(register in cuts.full)
+                at = places[register] = first_free([one for one in taken[kind] if one[2] >= number], size)
+                taken[kind].append((at, at + size, last))
+                rows[kind] = max(rows[kind], at + size)
+    return replace(cuts, places=places, row=padded(rows[0], STEP), full_row=padded(rows[1], STEP))
 
 
 def _columns(piece: Piece) -> int:

@@ -30,7 +30,7 @@ from prerank.types import Features
 _TILE = 64  # candidates of a program
 _MOST = 128  # columns of a piece
 _WARPS = 8
-_BUDGET = 1024  # bytes of values a candidate: with more the compiler spills registers
+_BUDGET = 400  # bytes of values a candidate: with more the compiler spills registers
 _STAGES = 3
 _NUMBERS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -47,7 +47,7 @@ class FusedProgram:
         device = self._tables[0].device
         widths = {name: table.shape[1] if table.dim() == 2 else 1 for name, table in tables.items()}
         cuts = cut(program, _MOST, _BUDGET)
-        self.row = cuts.row
+        self._rows = (cuts.row, cuts.full_row)
         self.source = generate(program, cuts, widths)
         self._weights = self.source.weights.packed(dtype, device)
         self._vectors = self.source.vectors.packed(torch.float32, device)
@@ -64,9 +64,19 @@ class FusedProgram:
         if packing is None or not packing.fits(user):
             packing = self._packing = UserPacking(self.source.user.blocks, self.source.codes, user)
         tiles = triton.cdiv(num, _TILE)
-        at_once = _programs(rows.device) if self.row else tiles * num_requests
-        scratch = torch.empty(at_once * _TILE * self.row, dtype=self._dtype, device=rows.device)
-        rest = (rows.contiguous(), scratch, packing.numbers(user), packing.codes(user), self._weights, self._vectors)
+        at_once = _programs(rows.device) if any(self._rows) else tiles * num_requests
+        places = at_once * _TILE
+        kept = torch.empty(places * self._rows[0], dtype=self._dtype, device=rows.device)
+        kept_full = torch.empty(places * self._rows[1], device=rows.device)
+        rest = (
+            rows.contiguous(),
+            kept,
+            kept_full,
+            packing.numbers(user),
+            packing.codes(user),
+            self._weights,
+            self._vectors,
+        )
         with launching_on(rows):
             for first in range(0, tiles * num_requests, at_once):
                 self._kernel[(min(at_once, tiles * num_requests - first),)](

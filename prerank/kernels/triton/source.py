@@ -43,7 +43,8 @@ def program(
     num,
     num_items,
     rows,
-    scratch,
+    kept,
+    kept_full,
     user,
     codes,
     weights,
@@ -63,7 +64,9 @@ def program(
     is_row = (at >= 0) & (at < num_items)
     user += request * {user_size}
     codes += request * {num_matches} * CODES
-    kept = scratch + (tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)) * {row}
+    lanes = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    kept += lanes * {row}
+    kept_full += lanes * {full_row}
 '''
 
 
@@ -104,13 +107,14 @@ class _Writer:
             user_size=max(1, self.user.size),
             num_matches=max(1, len(self.codes)),
             row=self.cuts.row,
+            full_row=self.cuts.full_row,
         )
         text = head + "".join(f"    {line}\n" if line else "\n" for line in lines)
         return Source(text, self.weights, self.vectors, self.user, tuple(self.codes))
 
     def _separated(self, lines: list[str]) -> list[str]:
         """Threads read what others wrote to scratch, and write where others read, only after they met."""
-        touches = any("(kept + " in line or " kept + " in line for line in lines)
+        touches = any("kept" in line for line in lines)
         met = ["tl.debug_barrier()"] if touches and self.is_touched else []
         self.is_touched = touches or self.is_touched
         return [*met, *lines]
@@ -162,9 +166,9 @@ class _Writer:
                 yield f"y = filled({self._placed(step.bias, ONE, own, self.vectors)}, TILE, {out.padded})"
             for run in self._runs(step.x):
                 at, *_ = [self._placed(step.weight, Span.of(x, step.x), own, self.weights) for x in run]
-                if len(run) > 1:
-                    depth = sum(x.padded for x in run)
-                    yield f"y = streamed(y, kept + {self.cuts.column(run[0])}, {at}, {depth})"
+                depth = sum(x.padded for x in run)
+                if self._is_wide(run[0]) and depth > STEP:
+                    yield f"y = streamed(y, {self._at(run[0])}, {at}, {depth}, NUMBER)"
                 else:
                     yield f"y = multiplied(y, {self._got(run[0])}, {at}, NUMBER)"
             result = "y"
@@ -237,18 +241,22 @@ class _Writer:
     def _put(self, piece: Piece, value: str) -> str:
         """The line that computes a piece."""
         if self.cuts.is_placed(piece):
-            return f"stored(kept + {self.cuts.column(piece)}, {value})"
+            return f"stored({self._at(piece)}, {value})"
         is_full = piece.register in self.cuts.full or piece.padded == 1
         return f"{piece.name} = {value}" if is_full else f"{piece.name} = tl.cast({value}, NUMBER)"
 
     def _got(self, piece: Piece) -> str:
         """A piece that was computed, or that stays in its table."""
         if self.cuts.is_placed(piece):
-            return f"loaded(kept + {self.cuts.column(piece)}, {piece.padded})"
+            return f"loaded({self._at(piece)}, {piece.padded})"
         for step in self.gathers.get(piece.register, ()):
             if step.out.start <= piece.start < step.out.start + step.out.width:
                 return self._row_of(step, piece)
         return piece.name
+
+    def _at(self, piece: Piece) -> str:
+        """Where it is in scratch."""
+        return f"{'kept_full' if piece.register in self.cuts.full else 'kept'} + {self.cuts.column(piece)}"
 
     def _pairs(self, one: Part, other: Part) -> list[tuple[Piece, Piece]]:
         return list(zip(self.cuts.pieces(one), self.cuts.pieces(other), strict=True))

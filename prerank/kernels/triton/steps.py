@@ -52,14 +52,14 @@ def multiplied(summed: tl.tensor, x: tl.tensor, start: tl.tensor, NUMBER: tl.con
 
 
 @triton.jit
-def streamed(summed: tl.tensor, x: tl.tensor, start: tl.tensor, DEPTH: tl.constexpr) -> tl.tensor:
+def streamed(summed: tl.tensor, x: tl.tensor, start: tl.tensor, DEPTH: tl.constexpr, NUMBER: tl.constexpr) -> tl.tensor:
     """The same of DEPTH columns of scratch, whose rows begin at `x` [TILE], STEP after STEP."""
     WIDTH: tl.constexpr = summed.shape[1]
     steps = tl.arange(0, _STEP)
     for at in range(0, DEPTH, _STEP):
         part = tl.load(x[:, None] + at + steps[None, :])
         block = tl.load(start + (at + steps)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
-        summed = tl.dot(part, block, summed, input_precision="ieee")
+        summed = tl.dot(part.to(NUMBER), block.to(NUMBER), summed, input_precision="ieee")
     return summed
 
 
@@ -70,7 +70,7 @@ def loaded(x: tl.tensor, WIDTH: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def stored(x: tl.tensor, value: tl.tensor) -> tl.tensor:
+def stored(x: tl.tensor, value: tl.tensor) -> None:
     """value [TILE, WIDTH] to scratch, whose rows begin at `x` [TILE]; rounded to its type."""
     tl.store(x[:, None] + tl.arange(0, value.shape[1])[None, :], value.to(x.dtype.element_ty))
 
@@ -127,7 +127,7 @@ def matched(
 
 
 @triton.jit
-def put(logits: tl.tensor, x: tl.tensor, is_row: tl.tensor, inside: tl.tensor, WIDTH: tl.constexpr) -> tl.tensor:
+def put(logits: tl.tensor, x: tl.tensor, is_row: tl.tensor, inside: tl.tensor, WIDTH: tl.constexpr) -> None:
     """WIDTH columns of an answer, whose rows begin at `logits` [TILE]; NaN where is_row is not."""
     columns = tl.arange(0, x.shape[1])
     kept = inside[:, None] & (columns < WIDTH)[None, :]
