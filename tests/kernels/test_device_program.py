@@ -17,14 +17,18 @@ SIZES = [(8, 4, 2, 3), (33, 7, 3, 16), (64, 40, 1, 32), (150, 65, 2, 5)]
 REQUESTS = 2
 ITEMS = 90
 
-pytestmark = pytest.mark.skipif(not IS_INTERPRETED, reason="Triton is not installed, or runs on a GPU")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _sources(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("sources")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _interpreted_or_on_a_gpu(request):
+    if not IS_INTERPRETED and "gpu" not in request.keywords:
+        pytest.skip("Triton is not installed, or runs on a GPU")
 
 
 @pytest.fixture
@@ -210,6 +214,36 @@ def test_a_source_is_told_in_words_and_written_once():
     said = [line for line in one.source.text.splitlines() if line.strip().startswith("# ")]
     assert len(said) == len(program.steps) + 1
     assert said[0] == "    # 0: r0[0:8] = gather 'x'"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.1)], ids=str
+)
+@pytest.mark.parametrize("size", [*SIZES, (256, 64, 4, 16)])
+def test_on_a_gpu_it_is_what_torch_gives_but_for_the_types_rounding(size, dtype, most):
+    program, items, users = made(size)
+    rows = torch.randint(0, ITEMS, (REQUESTS, 3000), generator=torch.Generator().manual_seed(5))
+    device = DeviceProgram(program, {name: table.cuda() for name, table in items.items()}, dtype)
+    expected = expected_of(program, items, users, rows)
+    for _ in range(3):  # the scratch of before is written again
+        found = device({name: tensor.cuda() for name, tensor in batch(users).items()}, rows.cuda())
+        assert ((found.cpu() - expected).abs() <= most * expected.std()).all()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_launch_can_be_captured_and_replayed():
+    program, items, users = made(SIZES[3])
+    device = DeviceProgram(program, {name: table.cuda() for name, table in items.items()})
+    user = {name: tensor.cuda() for name, tensor in batch(users).items()}
+    rows = torch.zeros(REQUESTS, 3000, dtype=torch.int64, device="cuda")
+    device(user, rows)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = device(user, rows)
+    rows.copy_(torch.randint(0, ITEMS, rows.shape))
+    graph.replay()
+    assert torch.equal(found, device(user, rows))
 
 
 @pytest.mark.parametrize(
