@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from prerank.kernels import cross, device_program, eligible, gather_add, greedy
+from prerank.kernels import cross, device_program, eligible, gather_add, greedy, scan
 from prerank.kernels.shapes import FLOATS
 from tests.kernels.programs import made_items, made_program, made_user
 
@@ -49,6 +49,10 @@ def launch_everything() -> None:
         groups = torch.zeros(2, rules, num, dtype=torch.int32)
         rows, at_most = torch.arange(num).expand(2, num), torch.ones(rules, dtype=torch.int64)
         greedy.by_triton(torch.rand(2, num), rows, rows >= 0, groups, at_most, k)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        for mask in (None, torch.zeros(640, dtype=torch.bool), torch.arange(640)):
+            scales = torch.ones(640) if dtype == torch.int8 else None
+            scan.scan_by_triton(torch.zeros(640, 64, dtype=dtype), scales, torch.zeros(2, 64), 5, mask)
     for dtype in FLOATS:
         for width, crossing, rank in ((256, 320, 32), (100, 17, 3), (256, 1, 128)):
             rows = torch.zeros(2, 640, dtype=torch.int64)
