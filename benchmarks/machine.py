@@ -21,7 +21,7 @@ from prerank._machine import memory_gib, num_cores, processor, version_of
 
 REPOSITORY = Path(__file__).parents[1]
 _PACKAGES = (
-    *("prerank", "torch", "numpy", "pyarrow", "onnxruntime", "pyroaring", "lightgbm"),
+    *("prerank", "torch", "triton", "numpy", "pyarrow", "onnxruntime", "pyroaring", "lightgbm"),
     *("faiss-cpu", "hnswlib", "usearch"),
 )
 Args = TypeVarTuple("Args")

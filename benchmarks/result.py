@@ -57,6 +57,17 @@ class Row:
         """The row of one number that `bar` is the most of."""
         return replace(cls.of(name, value, unit), bar=bar, holds=value <= bar)
 
+    def within(self, bar: float, of: str = "value") -> Row:
+        """The same with the bar that its field `of` is to be at most."""
+        found = getattr(self, of)
+        assert found is not None, of
+        return replace(self, bar=_short(bar), holds=bool(found <= bar))
+
+    def over(self, bar: float) -> Row:
+        """The same with the bar that its value is to be at least."""
+        assert self.value is not None
+        return replace(self, bar=_short(bar), holds=self.value >= bar)
+
     @classmethod
     def skipped(cls, name: str, why: str) -> Row:
         """The row of something this machine could not measure."""

@@ -20,7 +20,7 @@ class Options:
     """How much to measure, and the folder of KuaiRand-Pure where there is one.
 
     `work` is a folder where what was trained is kept, so that a run that was cut short goes on; `only` names what to
-    train and `seeds` with which, all and the question's own where they are empty.
+    train or measure and `seeds` with which, all and the question's own where they are empty.
     """
 
     quick: bool = False
@@ -54,37 +54,64 @@ def arguments(description: str) -> ArgumentParser:
 
 
 def run(
-    question: str, description: str, measure: Measure, *, ablations: bool = False, trainings: Sequence[str] = ()
+    question: str,
+    description: str,
+    measure: Measure,
+    *,
+    ablations: bool = False,
+    trainings: Sequence[str] = (),
+    parts: Sequence[str] = (),
+    accelerator: Callable[[], str] | None = None,
 ) -> None:
-    """The whole command of one question; the last line printed is the result as one line of JSON."""
+    """The whole command of one question; the last line printed is the result as one line of JSON.
+
+    `trainings` or `parts` are what may be asked for alone. A question about an `accelerator` gives its name, and where
+    there is none it measures nothing, says so in a row without a number, and writes no file.
+    """
     parser = arguments(description.partition("\n")[0])
     if ablations:
         parser.add_argument("--ablate", action="store_true", help="also one changed option at a time, one seed each")
+    if trainings or parts:
+        parser.add_argument(
+            "--only", nargs="+", default=(), choices=[*trainings, *parts], help="these alone; writes no file"
+        )
     if trainings:
         parser.add_argument("--work", type=Path, help="keep what was trained there; the same command goes on from it")
-        parser.add_argument("--only", nargs="+", default=(), choices=trainings, help="these alone; writes no file")
         parser.add_argument("--seeds", nargs="+", type=int, default=(), help="instead of three where there is a bar")
     given = parser.parse_args()
     options = Options(given.quick, ablations and given.ablate, data_folder(given.data))
+    if trainings or parts:
+        options = replace(options, only=tuple(given.only))
     if trainings:
-        options = replace(options, work=given.work, only=tuple(given.only), seeds=tuple(given.seeds))
+        options = replace(options, work=given.work, seeds=tuple(given.seeds))
+    device = accelerator() if accelerator else ""
+    if accelerator and not device:
+        machine.say(f"{question}: no GPU here, so nothing is measured and nothing written")
+        nothing = Measured([Row.skipped(question, "no GPU here")], {})
+        print(_result(question, options, nothing, {}, machine.commit(), "").to_json())
+        return
     machine.say(f"{question}: measuring the machine's ceilings")
     ceilings, commit = machine.ceilings(), machine.commit()  # of what is measured, whatever is committed meanwhile
-    measured = measure(options, ceilings)
-    result = Result(
+    result = _result(question, options, measure(options, ceilings), ceilings, commit, device)
+    print(table(result.rows))
+    if given.results or not (options.quick or options.only):
+        machine.say(f"written: {result.write(given.results or RESULTS).name}")
+    print(result.to_json())
+
+
+def _result(
+    question: str, options: Options, measured: Measured, ceilings: Mapping[str, float], commit: str, device: str
+) -> Result:
+    return Result(
         question=question,
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         commit=commit,
-        hardware=machine.hardware(),
+        hardware=replace(machine.hardware(), accelerator=device),
         versions=machine.versions(),
         config={"quick": options.quick, **measured.config},
         ceilings={**ceilings, **measured.ceilings},
         rows=tuple(measured.rows),
     )
-    print(table(result.rows))
-    if given.results or not (options.quick or options.only):
-        machine.say(f"written: {result.write(given.results or RESULTS).name}")
-    print(result.to_json())
 
 
 def data_folder(given: Path | None) -> Path | None:

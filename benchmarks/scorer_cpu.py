@@ -21,10 +21,11 @@ import torch
 from benchmarks.machine import best_s, say, times_ms
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
+from benchmarks.scorer_agreement import agreement_rows
 from benchmarks.scorer_memory import memory_rows
 from benchmarks.scorer_peers import Peers, best_rows
 from benchmarks.scorer_whole import whole_rows
-from benchmarks.scorer_world import SEED, Drawn, agreement_rows, drawn_world
+from benchmarks.scorer_world import SEED, Drawn, drawn_world
 from prerank.bundle.executor import NativeRanker
 from prerank.kernels.engine import Engine
 from prerank.kernels.native import LEVELS, level

@@ -111,6 +111,22 @@ def _changes(live: LiveItems, num: int) -> Iterator[None]:
         thread.join()
 
 
+def drawn_diversity(world: Drawn, made: np.random.Generator) -> Diversity:
+    """Of each item its advertiser, a creative that two items or so share, and a campaign of fifty."""
+    num = len(world.items["price"])
+    groups = {"advertiser": world.items["advertiser"].numpy(), "creative": made.integers(0, num // 2, num)}
+    groups["campaign"] = made.integers(0, num // 50, num)
+    return Diversity.build({n: DiversityRule(m) for n, m in CAPS.items()}, pa.table(groups))
+
+
+def drawn_scorer(world: Drawn, diversity: Diversity) -> Scorer:
+    """The world's items and ranker; a click is worth the bid."""
+    columns = {name: tensor.numpy() for name, tensor in world.items.items()}
+    utility = Utility.build(world.ranker.tasks, {"click": UtilityTerm("bid_micros")})
+    items = ItemTable.build(np.arange(len(world.items["price"])), columns)
+    return Scorer(items, world.ranker, utility, world.item_side, diversity).eval()
+
+
 class _Stages:
     """The whole of a request over the items of a world."""
 
@@ -120,13 +136,8 @@ class _Stages:
         self.audience = Audience.draw(num, made)
         self.targeting = self.audience.targeting
         self.masks = list(self.audience.masks().values())  # the straightforward way's index
-        groups = {"advertiser": world.items["advertiser"].numpy(), "creative": made.integers(0, num // 2, num)}
-        groups["campaign"] = made.integers(0, num // 50, num)
-        self.diversity = Diversity.build({n: DiversityRule(m) for n, m in CAPS.items()}, pa.table(groups))
-        columns = {name: tensor.numpy() for name, tensor in world.items.items()}
-        utility = Utility.build(world.ranker.tasks, {"click": UtilityTerm("bid_micros")})
-        items = ItemTable.build(np.arange(num), columns)
-        self.scorer = Scorer(items, world.ranker, utility, world.item_side, self.diversity).eval()
+        self.diversity = drawn_diversity(world, made)
+        self.scorer = drawn_scorer(world, self.diversity)
         self.index = ExactIndex(torch.randn(num, DIM), "bfloat16")
         self.query = torch.randn(1, DIM)
         self.engine = Engine(len(os.sched_getaffinity(0)))
