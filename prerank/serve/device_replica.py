@@ -102,6 +102,11 @@ class Replica:
         return "slots" in self._rows
 
     @property
+    def on(self) -> Tensor:
+        """Which rows may win at all, bool [C]."""
+        return self._rows["on"]
+
+    @property
     def values(self) -> tuple[str, ...]:
         """What a request may say of its candidates in place of what is live."""
         return self._scorer.utility.values

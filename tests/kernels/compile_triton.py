@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from prerank.kernels import cross, device_program, eligible, gather_add, greedy, scan
+from prerank.kernels import cross, device_program, eligible, eligible_mask, gather_add, greedy, scan
 from prerank.kernels.shapes import FLOATS
 from tests.kernels.programs import made_items, made_program, made_user
 
@@ -45,6 +45,7 @@ def launch_everything() -> None:
         bitmaps = torch.zeros(3, eligible.num_words(num_items), dtype=torch.int64)
         chosen, starts = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([0, 1, 2])
         eligible.by_triton(bitmaps, chosen, starts, torch.tensor([False, True]), num_items)
+        eligible_mask.by_triton(bitmaps, chosen, starts, torch.tensor([False, True]), num_items)
     for num, rules, k in ((640, 2, 16), (641, 1, 1)):
         groups = torch.zeros(2, rules, num, dtype=torch.int32)
         rows, at_most = torch.arange(num).expand(2, num), torch.ones(rules, dtype=torch.int64)
