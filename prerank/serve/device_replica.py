@@ -5,6 +5,7 @@ The host's scorer stays the truth. What changes in it is copied over (`Replica.s
 
 from __future__ import annotations
 
+import logging
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import cast
@@ -12,14 +13,19 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from prerank.bundle.executor import DeviceRanker
 from prerank.bundle.judge import Judged, Ranked, judged, known, winners
 from prerank.bundle.scorer import ItemSide, Scorer
 from prerank.business.diversity import Diversity, groups_of
 from prerank.business.rule import Rule
 from prerank.errors import DeviceFull
+from prerank.kernels import triton
 from prerank.models.ranker import Ranker
+from prerank.models.segmented import SegmentedRanker
 from prerank.serve.device_streams import Device
 from prerank.types import Features
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,7 @@ class Replica:
             raise DeviceFull(_too_large(needs, device.free_bytes())) from None
         self._ranker = cast("Ranker", ranker.eval().requires_grad_(False))
         self._item_side = ItemSide(self._slots)
+        self._is_lost, self._fused = device.is_lost, self._as_program()
         self._rules = tuple(rules.values())
         for name, rule in rules.items():
             for of_rule, _ in list(rule.named_buffers()):
@@ -143,7 +150,25 @@ class Replica:
 
     def _logits(self, user_side: Features, slots: Tensor) -> Tensor:
         """A batch's users' sides [B, ...] and slots int64 [B, N] -> float32 [B, N, T], whatever it computes in."""
+        if self._fused is not None:
+            try:
+                return self._fused(user_side, slots)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of a compiler's many kinds
+                if self._is_lost(error):
+                    raise
+                self._fused = None
+                _log.warning("the ranker's program has no kernel here, torch ranks module by module: %s", error)
         return self._ranker(user_side, self._item_side.gather(slots)).float()
+
+    def _as_program(self) -> DeviceRanker | None:
+        """The ranker in one kernel, of products in half precision; which of several ranks, a graph cannot ask."""
+        ranker = self._scorer.ranker
+        is_one = hasattr(ranker, "program") and not isinstance(ranker, SegmentedRanker)
+        if self.dtype not in (torch.bfloat16, torch.float16) or not is_one or not triton.serves(self._where):
+            return None
+        return DeviceRanker(ranker, self._slots, self.dtype)
 
     def _values(self, asked: Asked, rows: Tensor) -> dict[str, Tensor]:
         found = {}

@@ -1,12 +1,15 @@
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from prerank.bundle.executor import DeviceRanker
 from prerank.bundle.item_table import ItemTable, Room
 from prerank.bundle.scorer import Scorer
 from prerank.business.utility import Utility
+from prerank.kernels import triton
 from prerank.models.rankers import RANKERS
 from prerank.models.segmented import SegmentedRanker
 from prerank.serve.device import DeviceEngine
@@ -18,6 +21,8 @@ from prerank.serve.device_version import Options
 from prerank.types import CandidateSet
 from tests.bundle.test_executor import asked, built, scorer_of
 from tests.bundle.test_scorer import ByNumber, halved, scorer
+from tests.kernels.ways import IS_INTERPRETED
+from tests.serve.late_device import LateDevice, Lost
 from tests.serve.test_device import same
 
 
@@ -153,3 +158,75 @@ def test_an_item_in_a_row_of_slack_keeps_its_place_among_equals():
     rows = torch.tensor([[0, 1, 2]])
     top = replica.winners(replica.judge(Asked({"u": torch.zeros(1)}, rows, rows >= 0)), 3)
     assert top.item_ids.tolist() == [[10, 20, 25]]
+
+
+def judged(replica, side, num):
+    rows = torch.arange(num).unsqueeze(0)
+    there = {name: tensor.to(replica.dtype_of(tensor)) for name, tensor in side.items()}
+    return replica.judge(Asked(there, rows, rows >= 0)).probs
+
+
+@pytest.fixture
+def interpreted(monkeypatch, tmp_path):
+    """As on a GPU: what has a kernel is given to Triton."""
+    if not IS_INTERPRETED:
+        pytest.skip("Triton is not installed, or runs on a GPU")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton, "serves", lambda device: True)
+
+
+@pytest.mark.parametrize("model", RANKERS)
+@pytest.mark.usefixtures("interpreted")
+@torch.inference_mode()
+def test_in_half_precision_a_ranker_is_its_program_in_one_kernel_and_reads_what_is_written_anew(
+    world, trained, monkeypatch, model
+):
+    torch.manual_seed(6)
+    host = scorer_of(trained, built(world, trained, model))
+    num, user = 20, asked(trained, world.config, host, 1)[0]
+    side, replica = host.ranker.user_side(user), Replica(host, CpuDevice(), torch.float16)
+    monkeypatch.setattr(replica._ranker, "forward", lambda *sides: pytest.fail("torch ranks module by module"))
+    assert (judged(replica, side, num) - host.probs(user, torch.arange(num).unsqueeze(0))).abs().max() < 0.01
+    slots = torch.tensor([3])
+    host.put_side(slots, {name: tensor[[4]] for name, tensor in host.item_side.tensors().items()})
+    staged = replica.staged(None, slots)
+    staged.send()
+    staged.write()
+    found = judged(replica, side, num)
+    assert torch.equal(found[:, 3], found[:, 4])
+
+
+@pytest.mark.usefixtures("interpreted")
+@torch.inference_mode()
+def test_where_a_program_has_no_kernel_torch_ranks_and_says_so_but_not_on_a_device_that_is_lost(
+    world, trained, monkeypatch, caplog
+):
+    host = scorer_of(trained, built(world, trained, "cross_feature"))
+    user = asked(trained, world.config, host, 1)[0]
+    side, device = host.ranker.user_side(user), LateDevice(threading.RLock())
+    error = {"raised": Lost("gone")}
+
+    def fails(self, user_side, rows):
+        raise error["raised"]
+
+    monkeypatch.setattr(DeviceRanker, "__call__", fails)
+    replica = Replica(host, device, torch.float16)
+    for raised in (Lost("gone"), torch.OutOfMemoryError("full")):
+        error["raised"] = raised
+        with pytest.raises(type(raised)):
+            judged(replica, side, 9)
+    error["raised"] = RuntimeError("registers ran out")
+    assert (judged(replica, side, 9) - host.probs(user, torch.arange(9).unsqueeze(0))).abs().max() < 0.01
+    assert caplog.text.count("no kernel here, torch ranks module by module: registers ran out") == 1
+    error["raised"] = AssertionError("is asked again")
+    judged(replica, side, 9)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_in_float32_and_by_segments_torch_ranks(world, trained):
+    one_ranker = scorer_of(trained, built(world, trained, "cross_feature"))
+    by = next(iter(world.config.features.context))
+    several = SegmentedRanker(by, [1], [built(world, trained, "cross_feature") for _ in range(2)]).eval()
+    assert Replica(one_ranker, CpuDevice(), torch.float16)._fused is not None
+    assert Replica(one_ranker, CpuDevice())._fused is None
+    assert Replica(scorer_of(trained, several), CpuDevice(), torch.float16)._fused is None
