@@ -20,6 +20,7 @@ QUESTIONS = (
     "ranking_market",
     "training_throughput",
     "scorer_cpu",
+    "device_ranker",
     "market_serving",
     "serving_parts",
     "rollout",

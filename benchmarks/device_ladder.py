@@ -26,6 +26,8 @@ from prerank.types import Features
 Answer: TypeAlias = Callable[[Asked], Sequence[int]]
 """One request -> the rows that win, best first."""
 NAIVE, COMPILED, FUSED = "naive", "torch.compile, graph", "fused program, graph"
+SLOW = (NAIVE, "+ items on the device", "+ bfloat16")
+"""What has Python's rules in it."""
 _ALIKE = 0.9  # of the winners: what is less is another computation
 
 
@@ -41,8 +43,8 @@ class Ladder:
         """By name, for requests as large as `like`: what answers, or the row that says why it cannot."""
         yield NAIVE, made(self.device, lambda: Naive(self.world, self.device.where))
         full, half = (self._stage(dtype) for dtype in (torch.float32, torch.bfloat16))
-        yield "+ items on the device", partial(self._scores_back, full)
-        yield "+ bfloat16", partial(self._scores_back, half)
+        yield SLOW[1], partial(self._scores_back, full)
+        yield SLOW[2], partial(self._scores_back, half)
         yield "+ rules on the device", partial(self._eager, half, half.logits)
         yield "+ graph", self._captured(half, half.logits, like)
         if self.compiles:

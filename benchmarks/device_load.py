@@ -46,8 +46,13 @@ class Engines:
         """The engine, and the world's scorer in bfloat16 as its version."""
         cores = sorted(os.sched_getaffinity(0))
         own = cores[-self.workers :] if len(cores) >= 4 * self.workers else None
-        with DeviceEngine(device, self.workers, self.wait_ms, own) as engine:
-            yield engine, self.load(engine, world)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as a server has it: threads that look for work would take the workers' cores
+        try:
+            with DeviceEngine(device, self.workers, self.wait_ms, own) as engine:
+                yield engine, self.load(engine, world)
+        finally:
+            torch.set_num_threads(threads)
 
     def load(self, engine: DeviceEngine, world: World) -> DeviceVersion:
         """Another version of the same."""

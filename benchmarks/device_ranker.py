@@ -41,7 +41,7 @@ class Section:
 
 # what matters most comes first; seconds are a guess until they were seen, compilers' time among them
 SECTIONS = {
-    "stage": Section(stage_rows, 100, once=False),
+    "stage": Section(stage_rows, 120, once=False),
     "whole": Section(whole_rows, 40),
     "batch": Section(batch_rows, 30),
     "retrieval": Section(retrieval_rows, 30),

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.device_ceilings import Roofline
 from benchmarks.device_graphs import Captured, joined, made
-from benchmarks.device_ladder import COMPILED, FUSED, NAIVE, Answer, Ladder, captured, check_alike, given, told
+from benchmarks.device_ladder import COMPILED, FUSED, NAIVE, SLOW, Answer, Ladder, captured, check_alike, given, told
 from benchmarks.device_load import Came, Engines, as_they_come, asked_once, changing, saturation
 from benchmarks.device_world import Asked, Stage, World
 from benchmarks.machine import say, times_ms
@@ -68,37 +68,44 @@ class Bench:
         return requests * (num * self.world.row_bytes(torch.bfloat16) + self.world.winner_bytes())
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Of requests of one size: milliseconds by rung, and the rows that win each."""
+
+    medians: dict[str, float]
+    wanted: list[list[int]]
+
+
 def stage_rows(bench: Bench) -> Iterator[Row]:
     """The ladder from the straightforward way to what is served, one request at a time."""
     yield Row.of(f"{bench.name}: FLOP a candidate", bench.world.flops, "FLOP")
     sizes = bench.sizes
+    found = {num: _Found({}, []) for num in (sizes.small, sizes.large)}
+    for num, one in found.items():
+        yield Row.of(bench.called("roofline", num), bench.least_ms(num), "ms", num)
+        yield Row.of(bench.called("roofline, nothing overlaps, with the link", num), bench.in_turn_ms(num), "ms", num)
+        ladder = Ladder(bench.world, bench.device, bench.compiles)
+        for name, rung in ladder.rungs(bench.asked(num)[0]):
+            yield Row(bench.called(rung.name, num)) if isinstance(rung, Row) else _rung(bench, num, name, rung, one)
     # alone there is nobody to wait for
     with Engines((sizes.small, sizes.large), workers=1, wait_ms=0).begun(bench.device, bench.world) as (_, version):
-        for num in (sizes.small, sizes.large):
-            yield from _ladder_rows(bench, num, version)
-
-
-def _ladder_rows(bench: Bench, num: int, version: DeviceVersion) -> Iterator[Row]:
-    requests, medians, wanted = bench.asked(num), dict[str, float](), list[list[int]]()
-    yield Row.of(bench.called("roofline", num), bench.least_ms(num), "ms", num)
-    yield Row.of(bench.called("roofline, nothing overlaps, with the link", num), bench.in_turn_ms(num), "ms", num)
-    ladder = Ladder(bench.world, bench.device, bench.compiles)
-    for name, rung in [*ladder.rungs(requests[0]), (ENGINE, partial(_by_engine, version))]:
-        if isinstance(rung, Row):
-            yield Row(bench.called(rung.name, num))
-            continue
-        found = [list(rung(one)) for one in requests]
-        wanted = wanted or found
-        for mine, theirs in zip(found, wanted, strict=True):
-            check_alike(name, mine, theirs)
-        calls = bench.sizes.slow_calls if name == NAIVE or name.endswith(("device", "bfloat16")) else bench.sizes.calls
-        spent = _times(rung, requests, calls)
-        medians[name] = float(np.median(spent))
-        row = Row.timed(bench.called(name, num), spent, num, NAIVE, medians[name] / medians[NAIVE])
-        yield row
-        if name == ENGINE:
+        for num, one in found.items():
+            row = _rung(bench, num, ENGINE, partial(_by_engine, version), one)
+            yield row
             yield from _bars(bench, num, row)
-    yield from _ratios(bench, num, medians)
+            yield from _ratios(bench, num, one.medians)
+
+
+def _rung(bench: Bench, num: int, name: str, rung: Answer, found: _Found) -> Row:
+    requests = bench.asked(num)
+    mine = [list(rung(one)) for one in requests]
+    found.wanted.extend([] if found.wanted else mine)
+    for own, theirs in zip(mine, found.wanted, strict=True):
+        check_alike(name, own, theirs)
+    calls = bench.sizes.slow_calls if name in SLOW else bench.sizes.calls
+    spent = _times(rung, requests, calls)
+    found.medians[name] = float(np.median(spent))
+    return Row.timed(bench.called(name, num), spent, num, NAIVE, found.medians[name] / found.medians[NAIVE])
 
 
 def _bars(bench: Bench, num: int, row: Row) -> Iterator[Row]:

@@ -31,16 +31,16 @@ Logits: TypeAlias = Callable[[Features, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request: its user's features, the ranker's side of the user [1, ...], and rows int64 [1, N], on the host."""
+    """One request: its user's features, the ranker's side of the user [1, ...], and candidates [1, N], on the host."""
 
     user: Features
     user_side: Features
-    rows: Tensor
+    candidates: CandidateSet
 
     @property
-    def candidates(self) -> CandidateSet:
-        """As the engine is asked."""
-        return CandidateSet(self.rows, torch.zeros(self.rows.shape), torch.ones_like(self.rows, dtype=torch.bool))
+    def rows(self) -> Tensor:
+        """int64 [1, N]."""
+        return self.candidates.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,8 @@ class World:
         for name, most in (("clicks", ADVERTISERS), ("topics_1d", TOPICS), ("advertiser_1h", ADVERTISERS)):
             user[name] = torch.randint(-1, most, user[name].shape, generator=made)
         rows = torch.randperm(len(self.drawn.items["price"]), generator=made)[:num].unsqueeze(0)
-        return Asked(user, self.drawn.ranker.user_side(user), rows)
+        candidates = CandidateSet(rows, torch.zeros(rows.shape), torch.ones_like(rows, dtype=torch.bool))
+        return Asked(user, self.drawn.ranker.user_side(user), candidates)
 
 
 class Stage:

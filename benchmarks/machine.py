@@ -6,6 +6,7 @@ Torch is imported only where it is used: a child process whose memory is measure
 from __future__ import annotations
 
 import multiprocessing
+import os
 import platform
 import subprocess
 import sys
@@ -38,12 +39,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit measured, with `+` where tracked or new files other than results differ from it."""
+    """The commit measured, with `+` where tracked or new files other than results differ from it.
+
+    Where there is no repository, as on a machine that was lent, what PRERANK_COMMIT says.
+    """
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("PRERANK_COMMIT", "unknown")
     return head + ("+" if changed else "")
 
 

@@ -85,7 +85,8 @@ class Shapes:
                 views[_USER + name][at].copy_(job.user_side[name][0])
             for name, column in _columns(job).items():
                 part = column[0, piece[0] : piece[1]]
-                views[name][at, : len(part)].copy_(part)
+                # not by torch, which would begin as many threads as there are cores, all on this worker's own
+                views[name][at, : len(part)].numpy()[:] = part.numpy()
                 if name not in ("rows", "valid"):
                     views[_HAS + name][at] = True
         for at in range(len(jobs), len(views["valid"])):  # nobody's: somebody's, for a ranker may look what is there
