@@ -99,7 +99,7 @@ class _Writer:
         lines = []
         for number, step in enumerate(self.program.steps):
             lines += ["", f"# {number}: {said(step)}", *self._separated(list(self._lines(step)))]
-        lines += ["", "# the answer", *self._answer()]
+        lines += ["", "# the answer", *self._separated(list(self._answer()))]
         head = _HEAD.format(
             num_steps=len(self.program.steps),
             tables="\n".join(f"    {kept},  # {name}" for name, kept in self.tables.items()),
