@@ -75,12 +75,6 @@ class DeviceRanker:
             one.update(rows)
 
 
-def has_program(ranker: Ranker) -> bool:
-    """Whether it can be run from one; a ranker of one's own need not."""
-    each = ranker.each() if isinstance(ranker, SegmentedRanker) else [ranker]
-    return all(hasattr(one, "program") for one in each)
-
-
 def _programs(ranker: Ranker, item_side: Features) -> Iterator[tuple[Program, Features]]:
     """Of each segment its program and its own item side."""
     if not isinstance(ranker, SegmentedRanker):

@@ -12,13 +12,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from prerank.bundle.executor import DeviceRanker, has_program
 from prerank.bundle.judge import Judged, Ranked, judged, known, winners
 from prerank.bundle.scorer import ItemSide, Scorer
 from prerank.business.diversity import Diversity, groups_of
 from prerank.business.rule import Rule
 from prerank.errors import DeviceFull
-from prerank.kernels import triton
 from prerank.models.ranker import Ranker
 from prerank.serve.device_streams import Device
 from prerank.types import Features
@@ -62,8 +60,7 @@ class Staged:
 class Replica:
     """`scorer` on `device`, floats of its ranker and of what that reads as `dtype`; utility is float32 in any case.
 
-    The ranker is run from its program, in one kernel, where it has one and Triton serves the device. Raises DeviceFull,
-    saying what needs how much, where it would not fit.
+    Raises DeviceFull, saying what needs how much, where it would not fit.
     """
 
     def __init__(self, scorer: Scorer, device: Device, dtype: torch.dtype | None = None) -> None:
@@ -90,10 +87,6 @@ class Replica:
             raise DeviceFull(_too_large(needs, device.free_bytes())) from None
         self._ranker = cast("Ranker", ranker.eval().requires_grad_(False))
         self._item_side = ItemSide(self._slots)
-        self._fused: DeviceRanker | None = None
-        if triton.serves(self._where) and has_program(scorer.ranker):
-            # of tables in `dtype` it has no copies, so what is written to them is all there is to be told
-            self._fused = DeviceRanker(scorer.ranker, self._slots, dtype or torch.float32)
         self._rules = tuple(rules.values())
         for name, rule in rules.items():
             for of_rule, _ in list(rule.named_buffers()):
@@ -145,8 +138,6 @@ class Replica:
 
     def _logits(self, user_side: Features, slots: Tensor) -> Tensor:
         """A batch's users' sides [B, ...] and slots int64 [B, N] -> float32 [B, N, T], whatever it computes in."""
-        if self._fused is not None:
-            return self._fused(user_side, slots)
         return self._ranker(user_side, self._item_side.gather(slots)).float()
 
     def _values(self, asked: Asked, rows: Tensor) -> dict[str, Tensor]:

@@ -1,17 +1,14 @@
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from prerank.bundle.executor import DeviceRanker, has_program
 from prerank.bundle.item_table import ItemTable, Room
 from prerank.bundle.scorer import Scorer
 from prerank.business.utility import Utility
 from prerank.models.rankers import RANKERS
 from prerank.models.segmented import SegmentedRanker
-from prerank.serve import device_replica
 from prerank.serve.device import DeviceEngine
 from prerank.serve.device_buckets import Buckets
 from prerank.serve.device_cuda import cuda_device
@@ -57,39 +54,6 @@ def test_every_ranker_gives_on_a_device_what_it_gives_on_the_host(world, trained
             worth = host.utility(found.probs, {})
             torch.testing.assert_close(found.utility, worth, rtol=1e-6, atol=0)
         assert engine.snapshot().batches == 1
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_where_there_is_triton_the_ranker_is_run_from_its_program(world, trained, monkeypatch, dtype):
-    """On a CPU the program is torch's, of the same tables and calls; changed items are ranked as they are then."""
-    monkeypatch.setattr(device_replica, "triton", SimpleNamespace(serves=lambda where: True))
-    calls, call = [], DeviceRanker.__call__
-    monkeypatch.setattr(DeviceRanker, "__call__", lambda self, *given: calls.append(1) or call(self, *given))
-    host = scorer_of(trained, built(world, trained, "cross_feature"))
-    num, most = host.items.num_items, 1e-5 if dtype is None else 0.03
-    with torch.inference_mode(), DeviceEngine(CpuDevice(), 1) as engine:
-        user, candidates = asked(trained, world.config, host, 1)
-        side = host.ranker.user_side(user)
-        version = engine.load(host, side, Options(num, Buckets((num,)), dtype))
-        slots = torch.arange(0, num, 2)
-        for _ in range(2):
-            found, wanted = version.submit(side, candidates, num).result(60), host.rank(side, candidates, num)
-            assert (by_row(found, num) - by_row(wanted, num)).abs().max() < most
-            tables = {name: tensor[slots].flip(0) for name, tensor in host.item_side.tensors().items()}
-            host.put_side(slots, tables)
-            version.put(None, slots)
-        assert calls
-        assert engine.snapshot().fallbacks == 0
-
-
-def test_a_ranker_without_a_program_is_run_as_it_is(monkeypatch):
-    monkeypatch.setattr(device_replica, "triton", SimpleNamespace(serves=lambda where: True))
-    host, side = scorer([3.0, 1.0, 2.0]), {"u": torch.zeros(1)}
-    rows = CandidateSet(torch.arange(3)[None], torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool))
-    assert not has_program(host.ranker)
-    with torch.inference_mode(), DeviceEngine(CpuDevice(), 1) as engine:
-        version = engine.load(host, side, Options(3, Buckets((3,))))
-        same(version.submit(side, rows, 3).result(60), host.rank(side, rows, 3))
 
 
 def test_what_other_shapes_left_in_memory_changes_no_answer(device):
