@@ -258,3 +258,13 @@ def test_tables_the_kernel_cannot_read_are_refused(table, said):
     program, items, _ = made(SIZES[0])
     with pytest.raises(ValueError, match=said):
         DeviceProgram(program, items | {"x": table})
+
+
+@pytest.mark.usefixtures("held")
+def test_there_may_be_more_tasks_than_a_piece_has_columns():
+    builder = Builder()
+    x = builder.add(Gather(builder.register(10), "x"))
+    program = builder.program(builder.linear(x, torch.randn(150, 10), torch.randn(150)))
+    items, rows = {"x": torch.randn(ITEMS, 10)}, torch.arange(ITEMS)
+    found = by_triton(program, items, torch.float32)({"u": torch.zeros(1, 1)}, rows.unsqueeze(0))[0]
+    assert_close(found, run(program, {}, items))

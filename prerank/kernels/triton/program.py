@@ -1,6 +1,6 @@
 """A whole program in one kernel: a tile of candidates a program of the grid.
 
-What a step computes stays in registers, or in the tile's scratch, which is so small that it stays in the second cache:
+What a step computes stays in registers, or in the tile's scratch, which is meant to stay in the second cache:
 launches are of as many tiles as run at once, and the next one writes the same scratch again.
 """
 
@@ -100,7 +100,8 @@ def _programs(device: torch.device) -> int:
     """Of one launch: as many as run at once, so that their scratch is written again before it leaves the cache."""
     if device.type != "cuda":
         return 2
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    # a large program takes every register of a multiprocessor
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _module(text: str) -> ModuleType:

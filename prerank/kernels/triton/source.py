@@ -25,6 +25,7 @@ from prerank.kernels.program import (
     Step,
     Weight,
 )
+from prerank.kernels.triton.words import said
 
 _HEAD = '''\
 """A ranker's program of {num_steps} steps as one kernel. Generated: `prerank.kernels.triton.source` says how."""
@@ -99,7 +100,7 @@ class _Writer:
         lines = []
         for number, step in enumerate(self.program.steps):
             lines += ["", f"# {number}: {said(step)}", *self._separated(list(self._lines(step)))]
-        lines += ["", "# the answer", *self._answer()]
+        lines += ["", "# the answer", *self._separated(list(self._answer()))]
         head = _HEAD.format(
             num_steps=len(self.program.steps),
             tables="\n".join(f"    {kept},  # {name}" for name, kept in self.tables.items()),
@@ -270,34 +271,3 @@ class _Writer:
 
     def _name(self, blocks: Blocks) -> str:
         return "weights" if blocks is self.weights else "vectors"
-
-
-def said(step: Step) -> str:
-    """A step in words, for who reads the source in a profiler."""
-    out = _named(step.out)
-    if isinstance(step, Gather):
-        return f"{out} = gather {step.table!r}"
-    if isinstance(step, Match):
-        return f"{out} = matches of {step.codes.name!r} in {step.table!r}"
-    if isinstance(step, Scale):
-        return f"{out} = {_named(step.x)} * {step.by.name!r}"
-    if isinstance(step, Dot):
-        return f"{out} = {_named(step.x)} . {step.by.name!r} + {_named(step.add)}"
-    if isinstance(step, Mix):
-        return f"{out} = mix of {', '.join(map(_named, step.experts))} by {_named(step.weights)}"
-    if isinstance(step, Linear):
-        return f"{out} = {_linear_said(step)}"
-    return f"{out} = {type(step).__name__.lower()} of {_named(step.x)}"
-
-
-def _linear_said(step: Linear) -> str:
-    by = f"{step.weight.name!r}" if isinstance(step.weight, OfUser) else "W"
-    product = f"{by} {_named(step.x)}" + (" + b" if step.bias is not None else "")
-    if step.cross is not None:
-        return f"{_named(step.cross[0])} * ({product}) + {_named(step.cross[1])}"
-    summed = product + (f" + {_named(step.add)}" if step.add is not None else "")
-    return f"gelu({summed})" if step.activation == "gelu" else summed
-
-
-def _named(part: Part) -> str:
-    return f"r{part.register}[{part.start}:{part.start + part.width}]"
