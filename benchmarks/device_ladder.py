@@ -25,7 +25,7 @@ from prerank.types import Features
 
 Answer: TypeAlias = Callable[[Asked], Sequence[int]]
 """One request -> the rows that win, best first."""
-NAIVE, COMPILED, FUSED = "naive", "torch.compile, graph", "fused program, graph"
+NAIVE, GRAPH, COMPILED, FUSED = "naive", "+ graph", "torch.compile, graph", "fused program, graph"
 SLOW = (NAIVE, "+ items on the device", "+ bfloat16")
 """What has Python's rules in it."""
 _ALIKE = 0.9  # of the winners: what is less is another computation
@@ -46,22 +46,15 @@ class Ladder:
         yield SLOW[1], partial(self._scores_back, full)
         yield SLOW[2], partial(self._scores_back, half)
         yield "+ rules on the device", partial(self._eager, half, half.logits)
-        yield "+ graph", self._captured(half, half.logits, like)
+        yield GRAPH, self._captured(GRAPH, half, lambda: half.logits, like)
         if self.compiles:
-            yield COMPILED, self._tried(COMPILED, lambda: self._captured(half, compiled(half), like))
+            yield COMPILED, self._captured(COMPILED, half, lambda: compiled(half), like)
         fused = made(self.device, half.fused)
         yield "fused program, no graph", partial(self._eager, half, fused)
-        yield FUSED, self._captured(half, fused, like)
+        yield FUSED, self._captured(FUSED, half, lambda: fused, like)
 
     def _stage(self, dtype: torch.dtype) -> Stage:
         return made(self.device, lambda: Stage(self.world, self.device.where, dtype))
-
-    def _tried(self, name: str, make: Callable[[], Answer]) -> Answer | Row:
-        try:
-            return make()
-        except Exception as error:  # of a compiler's many kinds
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            return Row(f"{name} (cannot run: {type(error).__name__}: {first})")
 
     def _scores_back(self, stage: Stage, asked: Asked) -> list[int]:
         """Rows up, every candidate's probability down, rules in Python."""
@@ -74,8 +67,11 @@ class Ladder:
         won = stage.winners(stage.judge(side, asked.rows.to(stage.where), logits))
         return told(won.rows.cpu(), won.valid.cpu())
 
-    def _captured(self, stage: Stage, logits: Logits, like: Asked) -> Answer:
-        graph = captured(self.device, stage, logits, given(stage, like))
+    def _captured(self, name: str, stage: Stage, make: Callable[[], Logits], like: Asked) -> Answer | Row:
+        try:
+            graph = captured(self.device, stage, make(), given(stage, like))
+        except Exception as error:  # of a compiler's many kinds, and of what cannot be captured
+            return Row(f"{name} (cannot run: {type(error).__name__}: {first_line(error)})")
 
         def answer(asked: Asked) -> list[int]:
             found = graph(given(stage, asked))
@@ -134,6 +130,11 @@ def told(rows: Tensor, valid: Tensor) -> list[int]:
     """Of the winners [1, k] those there are."""
     found: list[int] = rows[0][valid[0]].tolist()
     return found
+
+
+def first_line(error: BaseException) -> str:
+    """Of what it says."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def check_alike(name: str, found: Sequence[int], wanted: Sequence[int]) -> None:

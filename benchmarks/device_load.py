@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from threading import Semaphore
 
 import numpy as np
@@ -67,17 +68,25 @@ def asked_once(version: DeviceVersion, one: Asked) -> Ranked:
 
 
 def saturation(version: DeviceVersion, requests: Sequence[Asked], seconds: float, at_once: int) -> float:
-    """Requests a second with so many under way all the time; it takes longer where none is answered that soon."""
-    slots, done = Semaphore(at_once), list[float]()
+    """Requests a second with so many under way all the time; it takes longer where none is answered that soon.
+
+    Raises what a request ended with, if it was no answer.
+    """
+    slots, done, failed = Semaphore(at_once), list[float](), list[BaseException]()
 
     def ended(future: Future[Ranked]) -> None:
-        future.result()
-        done.append(time.perf_counter())
+        error = future.exception()
+        if error is None:
+            done.append(time.perf_counter())
+        else:
+            failed.append(error)
         slots.release()
 
     start = time.perf_counter()
-    for number in _forever():
+    for number in count():
         slots.acquire()
+        if failed:
+            raise failed[0]
         if done and done[-1] - start > seconds:
             break
         one = requests[number % len(requests)]
@@ -100,8 +109,8 @@ def as_they_come(
     """So many a second on average, a Poisson process, each to the version of its moment."""
     made, came = np.random.default_rng(seed), Came()
     due = np.cumsum(made.exponential(1 / rate, int(2 * rate * seconds) + 100))
+    settled, num_sent = Semaphore(0), 0
     start = time.perf_counter()
-    sent = []
     for number, at in enumerate(due[due < seconds].tolist()):
         _until(start + at)
         one = requests[number % len(requests)]
@@ -110,10 +119,10 @@ def as_they_come(
         except Exception as error:
             came.failed.append(error)
             continue
-        future.add_done_callback(partial(_ended, came, start + at))
-        sent.append(future)
-    for future in sent:
-        future.exception()
+        num_sent += 1
+        future.add_done_callback(partial(_ended, came, start + at, settled))
+    for _ in range(num_sent):
+        settled.acquire()
     return came
 
 
@@ -154,21 +163,15 @@ def _submitted(version: Callable[[], DeviceVersion], one: Asked) -> Future[Ranke
         return version().submit(one.user_side, one.candidates, WINNERS)  # the other left in between
 
 
-def _ended(came: Came, due: float, future: Future[Ranked]) -> None:
+def _ended(came: Came, due: float, settled: Semaphore, future: Future[Ranked]) -> None:
     error = future.exception()
     if error is not None:
         came.failed.append(error)
     else:
         came.ms.append(1000 * (time.perf_counter() - due))
+    settled.release()
 
 
 def _until(moment: float) -> None:
     while (left := moment - time.perf_counter()) > 0:
         time.sleep(left - _SPIN_S if left > 2 * _SPIN_S else 0)
-
-
-def _forever() -> Iterator[int]:
-    number = 0
-    while True:
-        yield number
-        number += 1

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.device_agreement import agreement_rows
 from benchmarks.device_ceilings import Roofline
+from benchmarks.device_ladder import first_line
 from benchmarks.device_retrieval import retrieval_rows, whole_rows
 from benchmarks.device_rows import Bench, Sizes, batch_rows, change_rows, load_rows, stage_rows
 from benchmarks.device_world import KINDS, World
@@ -90,8 +91,7 @@ def _section(name: str, section: Section, bench: Bench, left_s: float) -> Iterat
         yield from section.rows(bench)
     except Exception as error:
         say(traceback.format_exc())
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        yield Row(f"{name} (failed: {type(error).__name__}: {first})", holds=False)
+        yield Row(f"{name} (failed: {type(error).__name__}: {first_line(error)})", holds=False)
     yield Row.of(f"{name}: took", time.perf_counter() - start, "s")
 
 

@@ -76,6 +76,9 @@ def whole_rows(bench: Bench) -> Iterator[Row]:
     works = [partial(whole.rank, query, chosen, one.user_side) for one in requests]
     if not all(bool(work().valid.any()) for work in works):
         raise RuntimeError("a whole request has no winners, so nothing was ranked")
+    read = index.vectors.nbytes + _bitmap_bytes(audience) + bench.num_bytes(keep)
+    least = bench.roofline.least_ms(read, keep * bench.world.flops)
+    yield Row.of(bench.called("roofline of targeting, retrieval, ranking and rules", keep), least, "ms", keep)
     rounds = max(1, bench.sizes.calls // len(works))
     spent = [ms for _ in range(rounds) for work in works for ms in times_ms(work, 1, warm_up=0)]
     row = Row.timed(bench.called("targeting, retrieval, ranking and rules in one graph", keep), spent, keep)

@@ -12,7 +12,19 @@ import torch
 
 from benchmarks.device_ceilings import Roofline
 from benchmarks.device_graphs import Captured, joined, made
-from benchmarks.device_ladder import COMPILED, FUSED, NAIVE, SLOW, Answer, Ladder, captured, check_alike, given, told
+from benchmarks.device_ladder import (
+    COMPILED,
+    FUSED,
+    NAIVE,
+    SLOW,
+    Answer,
+    Ladder,
+    captured,
+    check_alike,
+    first_line,
+    given,
+    told,
+)
 from benchmarks.device_load import Came, Engines, as_they_come, asked_once, changing, saturation
 from benchmarks.device_world import Asked, Stage, World
 from benchmarks.machine import say, times_ms
@@ -50,11 +62,11 @@ class Bench:
 
     def least_ms(self, num: int, requests: int = 1) -> float:
         """The roofline of so many candidates: tables read and winners written, the ranker's arithmetic, a launch."""
-        return self.roofline.least_ms(self._bytes(num, requests), requests * num * self.world.flops)
+        return self.roofline.least_ms(self.num_bytes(num, requests), requests * num * self.world.flops)
 
     def in_turn_ms(self, num: int) -> float:
         """The same without overlap, and with the candidates' rows on the link."""
-        return self.roofline.in_turn_ms(self._bytes(num, 1), num * self.world.flops, 9 * num)
+        return self.roofline.in_turn_ms(self.num_bytes(num), num * self.world.flops, 9 * num)
 
     def asked(self, num: int) -> list[Asked]:
         """A few requests."""
@@ -64,7 +76,8 @@ class Bench:
         """The name of a row."""
         return f"{self.name}, {num:,} candidates: {what}"
 
-    def _bytes(self, num: int, requests: int) -> int:
+    def num_bytes(self, num: int, requests: int = 1) -> int:
+        """What is read of tables and written of winners."""
         return requests * (num * self.world.row_bytes(torch.bfloat16) + self.world.winner_bytes())
 
 
@@ -86,7 +99,7 @@ def stage_rows(bench: Bench) -> Iterator[Row]:
         yield Row.of(bench.called("roofline, nothing overlaps, with the link", num), bench.in_turn_ms(num), "ms", num)
         ladder = Ladder(bench.world, bench.device, bench.compiles)
         for name, rung in ladder.rungs(bench.asked(num)[0]):
-            yield Row(bench.called(rung.name, num)) if isinstance(rung, Row) else _rung(bench, num, name, rung, one)
+            yield Row(bench.called(rung.name, num)) if isinstance(rung, Row) else _tried(bench, num, name, rung, one)
     # alone there is nobody to wait for
     with Engines((sizes.small, sizes.large), workers=1, wait_ms=0).begun(bench.device, bench.world) as (_, version):
         for num, one in found.items():
@@ -94,6 +107,15 @@ def stage_rows(bench: Bench) -> Iterator[Row]:
             yield row
             yield from _bars(bench, num, row)
             yield from _ratios(bench, num, one.medians)
+
+
+def _tried(bench: Bench, num: int, name: str, rung: Answer, found: _Found) -> Row:
+    """The row of a rung, or the one that says how it failed; the others go on."""
+    try:
+        return _rung(bench, num, name, rung, found)
+    except Exception as error:
+        what = bench.called(f"{name} (failed: {type(error).__name__}: {first_line(error)})", num)
+        return Row(what, holds=False)
 
 
 def _rung(bench: Bench, num: int, name: str, rung: Answer, found: _Found) -> Row:
@@ -123,14 +145,14 @@ def _ratios(bench: Bench, num: int, medians: Mapping[str, float]) -> Iterator[Ro
     is_large, ours = num == bench.sizes.large, medians[ENGINE]
     faster = Row.of(bench.called("naive over engine", num), medians[NAIVE] / ours, "times", num)
     yield faster.over(100) if is_large else faster
-    if COMPILED in medians:
+    if {COMPILED, FUSED} <= medians.keys():
         name = bench.called(f"{COMPILED} over {FUSED}", num)
         yield Row.of(name, medians[COMPILED] / medians[FUSED], "times", num).over(2 if is_large else 3)
 
 
 def load_rows(bench: Bench) -> Iterator[Row]:
     """As many requests as can be, then as they come, at 70 % of that; with one worker and two, alone and in company."""
-    sizes = bench.sizes
+    sizes, best = bench.sizes, dict[tuple[int, int], float]()
     for num, most in ((sizes.large, 1), (sizes.small, 1), (sizes.small, BATCH)):
         requests, rates = bench.asked(num), dict[int, float]()
         for workers in (1, 2):
@@ -147,6 +169,11 @@ def load_rows(bench: Bench) -> Iterator[Row]:
                 yield from _came_rows(bench, num, f"at 70 % of saturation, {how}", came)
         name = bench.called(f"two workers over one, {most} in a batch", num)
         yield Row.of(name, rates[2] / rates[1], "times", num)
+        best[num, most] = rates[2]
+    company = best[sizes.small, BATCH] / best[sizes.small, 1]
+    yield Row.of(
+        bench.called(f"{BATCH} in a batch over each alone, 2 workers", sizes.small), company, "times", sizes.small
+    )
 
 
 def _came_rows(bench: Bench, num: int, how: str, came: Came) -> Iterator[Row]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -12,15 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import device_ranker
+from benchmarks import device_ranker, device_rows
 from benchmarks.device_agreement import CAPTURED, OVERLAP, agreement
 from benchmarks.device_ceilings import Roofline
 from benchmarks.device_graphs import Captured
-from benchmarks.device_ladder import check_alike
-from benchmarks.device_load import as_they_come
+from benchmarks.device_ladder import Ladder, check_alike
+from benchmarks.device_load import as_they_come, saturation
 from benchmarks.device_ranker import SECTIONS, Section
 from benchmarks.device_rows import Bench, Sizes
-from benchmarks.device_world import World
+from benchmarks.device_world import Stage, World
 from benchmarks.result import Hardware, Result, Row
 from prerank.errors import DeviceFailed
 from prerank.serve.device_streams import CpuDevice
@@ -228,3 +229,30 @@ def test_a_bar_is_what_a_field_is_at_most_or_the_value_at_least():
     row = Row.timed("a", [1.0, 3.0])
     assert (row.within(2.0).holds, row.within(2.0, "p99_ms").holds, row.over(2.0).holds) == (True, False, True)
     assert replace(row, value=1.9).over(2.0).holds is False
+
+
+def test_a_request_that_fails_ends_the_search_for_what_an_engine_can():
+    failed: Future = Future()
+    failed.set_exception(DeviceFailed("gone"))
+    with pytest.raises(DeviceFailed, match="gone"):
+        saturation(SimpleNamespace(submit=lambda *asked: failed), [ONE], 0.1, 2)
+
+
+def test_a_rung_that_fails_is_a_row_and_the_others_go_on(bench):
+    def fails(asked):
+        raise RuntimeError("no matrix units")
+
+    with torch.inference_mode():
+        row = device_rows._tried(bench, 50, "a", fails, device_rows._Found({}, []))
+    assert (row.name, row.holds) == ("a, 50 candidates: a (failed: RuntimeError: no matrix units)", False)
+
+
+def test_what_cannot_be_captured_is_a_row_that_says_why(bench):
+    def cannot():
+        raise NotImplementedError("\n\n  a shape that depends on a value\nmore")
+
+    device = bench.device
+    with torch.inference_mode():
+        stage = Stage(bench.world, device.where, torch.bfloat16)
+        row = Ladder(bench.world, device)._captured("a graph", stage, cannot, bench.world.asked(9))
+    assert row == Row("a graph (cannot run: NotImplementedError: a shape that depends on a value)")
