@@ -13,12 +13,14 @@ from prerank.business.targeting import Targeting
 from prerank.config import TargetingRule
 from prerank.errors import DeviceFailed
 from prerank.index.exact import ExactIndex
+from prerank.kernels import triton
 from prerank.serve.device_cuda import cuda_device
 from prerank.serve.device_replica import Replica
 from prerank.serve.device_streams import CpuDevice
 from prerank.serve.device_updates import Updates
 from prerank.serve.device_whole import Chosen, DeviceWhole, Sizes
 from prerank.types import ItemChange
+from tests.kernels.ways import IS_INTERPRETED
 from tests.serve.late_device import LateDevice
 from tests.serve.test_device import LIKE, NUM_ITEMS, same, user, world
 
@@ -81,6 +83,18 @@ def test_it_answers_as_the_stages_do_one_after_the_other(device, storage):
             wanted = stages(model, who, found, query(seed), profile, seed / 10)
             assert same(one.rank(query(seed), chosen(who, profile), user(seed / 10)), wanted, device)
             assert wanted.valid.any()
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="Triton is not installed, or runs on a GPU")
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_by_the_kernels_of_a_gpu_it_answers_the_same(monkeypatch, storage):
+    model, who, found = world(), targeting(), index(storage)
+    profiles = [{"country": country, "topics": ["a"]} for country in VALUES]
+    wanted = [stages(model, who, found, query(seed), profile, 0.0) for seed, profile in enumerate(profiles)]
+    monkeypatch.setattr(triton, "serves", lambda device: True)
+    one, _ = whole(CpuDevice(), model, who, found)
+    for seed, profile in enumerate(profiles):
+        assert same(one.rank(query(seed), chosen(who, profile), user(0.0)), wanted[seed])
 
 
 @given(countries=st.lists(st.sampled_from(VALUES), max_size=3), topics=st.lists(st.sampled_from(VALUES), max_size=3))
