@@ -11,8 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from prerank.bundle.judge import Ranked
 from prerank.bundle.scorer import Scorer
 from prerank.errors import DeviceBusy, DeviceFailed
-from prerank.kernels import stop
+from prerank.serve.device_asking import rank_each
 from prerank.serve.device_batches import Job, Lines
 from prerank.serve.device_buckets import Buckets
 from prerank.serve.device_counts import Counts
@@ -38,7 +37,6 @@ Fallback: TypeAlias = Callable[[Features, CandidateSet, int], Ranked]
 """As `Scorer.rank`: what ranks where the device cannot."""
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.02  # between two looks at whether anybody still waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +87,11 @@ class DeviceVersion:
         self._seats: list[Seat] | None = None
         self._build()
 
+    @property
+    def name(self) -> str:
+        """Of the device."""
+        return self._shared.device.name
+
     def submit(
         self, user_side: Features, candidates: CandidateSet, k: int, deadline: Deadline | None = None
     ) -> Future[Ranked]:
@@ -118,18 +121,8 @@ class DeviceVersion:
         return job.future
 
     def rank(self, user_side: Features, candidates: CandidateSet, k: int) -> Ranked:
-        """As `Scorer.rank`, of B requests that are submitted one by one and waited for.
-
-        Raises what their futures have, and Cancelled where nobody waits for this any more (`kernels.stop`).
-        """
-        futures = [self.submit(*_one(user_side, candidates, n), k) for n in range(len(candidates.rows))]
-        try:
-            found = [_waited(future) for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
-        return Ranked(**{one.name: torch.cat([getattr(top, one.name) for top in found]) for one in fields(Ranked)})
+        """As `Scorer.rank`, of B requests; see `device_asking.rank_each`."""
+        return rank_each(self.submit, user_side, candidates, k)
 
     def probs(self, user_side: Features, rows: Tensor) -> Tensor:
         """The ranker's side of users [B, ...] and rows int64 [B, N] -> each task's probability, float32 [B, N, T].
@@ -271,26 +264,3 @@ class DeviceVersion:
             _log.error("the device is still lost, next try in %g s: %s", self._options.retry_s, error)
         finally:
             self._reviving.release()
-
-
-def _one(user_side: Features, candidates: CandidateSet, n: int) -> tuple[Features, CandidateSet]:
-    """One request of a batch."""
-    part = slice(n, n + 1)
-    own = CandidateSet(
-        candidates.rows[part],
-        candidates.similarity[part],
-        candidates.valid[part],
-        None if candidates.slots is None else candidates.slots[part],
-        values={name: column[part] for name, column in candidates.values.items()},
-    )
-    return {name: tensor[part] for name, tensor in user_side.items()}, own
-
-
-def _waited(future: Future[Ranked]) -> Ranked:
-    while True:
-        try:
-            return future.result(_LOOK_S)
-        except NotYet:
-            if future.done():  # it is what the request ended with
-                raise
-            stop.current().check()

@@ -237,7 +237,9 @@ class Funnel:
 
     @property
     def ranks_by(self) -> str:
-        """What ranks: one of `kernels.native.LEVELS`, or "torch"."""
+        """What ranks: a device by its name, one of `kernels.native.LEVELS`, or "torch"."""
+        if self._on_device is not None:
+            return self._on_device.name
         return "torch" if self.engine is None else self.engine.level
 
     @property

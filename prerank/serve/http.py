@@ -29,6 +29,7 @@ from starlette.routing import Route
 from prerank.errors import ConfigError, PrerankError
 from prerank.serve import arrow
 from prerank.serve.admission import Door, Lane, leaving
+from prerank.serve.device_bundle import OnDevice
 from prerank.serve.ending import MOST_S, EndingServer
 from prerank.serve.envelope import Envelope, Refused, read_body, refused_by_routing
 from prerank.serve.exposure import LOCAL, Exposure
@@ -155,6 +156,7 @@ def serve(
     index_hosts: str | None = None,
     least_shards: int = 1,
     hosts_tls: CallerTls | None = None,
+    device: OnDevice | None = None,
 ) -> None:
     """Serve the live version of the funnel at `store`, and each that goes live later, until a signal ends it.
 
@@ -162,6 +164,7 @@ def serve(
     `allow_hosts` as `Exposure.of`'s, `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if
     it is said. `otel` sends spans, as `spans_of` has it; `index_hosts` are as `parse_hosts` reads them, and it is
     ready while `least_shards` of their shards answer; `hosts_tls` is for those that speak TLS.
+    On a `device`, which stays open, that ranks.
     Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token. A
     version or store that cannot be loaded is said on stderr in one line, and by /readyz until one can be.
     """
@@ -170,7 +173,7 @@ def serve(
     log_to_stderr()
     torch.set_num_threads(1)  # two requests that share cores by spinning cost each other more than they gain
     hosts = None if index_hosts is None else IndexHosts.open(index_hosts, store, least_shards, hosts_tls)
-    watch = VersionWatch.open(store, version, workers, tail, settled=_settle, users=users, hosts=hosts)
+    watch = VersionWatch.open(store, version, workers, tail, settled=_settle, users=users, hosts=hosts, device=device)
     try:
         if hosts is not None:
             hosts.start()

@@ -48,7 +48,7 @@ class _Serving(Collector):
             return
         with self._live.taken() as funnel:
             yield _one("prerank_version", "1 for the version that serves.", "version", funnel.version)
-            about = "1 for what ranks: the instructions of the native kernels, or torch where there are none."
+            about = "1 for what ranks: a device, the instructions of the native kernels, or torch where there are none."
             yield _one("prerank_ranks_by", about, "level", funnel.ranks_by)
             free = "Rows of slack that items which come may take."
             yield GaugeMetricFamily("prerank_items_free_rows", free, funnel.free_rows)
