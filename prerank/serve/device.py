@@ -60,6 +60,10 @@ class DeviceEngine:
         now = {"graph_bytes": graphs, "table_bytes": tables, "buffer_bytes": buffers}
         return self._counts.snapshot(waiting=len(self._lines), **now)
 
+    def snapshots(self) -> dict[str, Snapshot]:
+        """The same by the name of the device."""
+        return {self._shared.device.name: self.snapshot()}
+
     def close(self) -> None:
         """Take nothing new, answer what waits, and end the threads."""
         self._lines.close()

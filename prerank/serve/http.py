@@ -91,15 +91,16 @@ def create_app(
     grpc: tuple[str, int] | None = None,
     sight: Sight = AS_USUAL,
     hosts: IndexHosts | None = None,
+    device: OnDevice | None = None,
 ) -> Starlette:
     """The application around `funnel`, or, given the error that kept it from loading, one that says it is not ready.
 
     A `LiveVersion` may become another version, or ready, at any time. When `door` is closed it takes nothing new. The
     Open Inference Protocol is spoken over gRPC too as long as it lives, at the host and port `grpc` if said. What it
-    asks `hosts` is among the metrics, and /readyz needs `hosts.least` shards.
+    asks `hosts` is among the metrics, and /readyz needs `hosts.least` shards; so is what the engine of a `device` did.
     Raises ConfigError where that cannot be.
     """
-    server = _Server(funnel, limits, exposure, door or Door(), Seeing(sight), hosts)
+    server = _Server(funnel, limits, exposure, door or Door(), Seeing(sight), hosts, device)
     beside = None if grpc is None else server.grpc(*grpc)
 
     @contextlib.asynccontextmanager
@@ -184,7 +185,7 @@ def serve(
         if version is None:
             watch.start()
         grpc = None if grpc_port is None else (host, grpc_port)
-        app = create_app(watch.live, limits, exposure, door, grpc, sight, hosts)
+        app = create_app(watch.live, limits, exposure, door, grpc, sight, hosts, device)
         config = uvicorn.Config(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=int(MOST_S))
         with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when all is done
             EndingServer(config, door, linger_s).run()
@@ -216,6 +217,7 @@ class _Server:
         door: Door,
         seeing: Seeing,
         hosts: IndexHosts | None,
+        device: OnDevice | None,
     ) -> None:
         self.live = funnel if isinstance(funnel, LiveVersion) else LiveVersion(funnel)
         self.limits, self.exposure, self.door, self.seeing, self.hosts = limits, exposure, door, seeing, hosts
@@ -227,6 +229,8 @@ class _Server:
         self.metrics.serves(self.live)
         if hosts is not None:
             self.metrics.asks(hosts)
+        if device is not None:
+            self.metrics.ranks_on(device.engine)
         if seeing.spans is not None:
             self.metrics.sends(seeing.spans)
         if seeing.requests is not None:

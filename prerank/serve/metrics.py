@@ -11,6 +11,8 @@ from prometheus_client.registry import Collector
 
 from prerank.serve.answer import Answer
 from prerank.serve.changes import Changed
+from prerank.serve.device import DeviceEngine
+from prerank.serve.device_metrics import DeviceMetrics
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.live_version import LiveVersion
 from prerank.serve.record import Recorded
@@ -215,6 +217,10 @@ class ServeMetrics:
     def asks(self, hosts: IndexHosts) -> None:
         """Say of `hosts`, whenever somebody scrapes, what they hold and what came of asking them."""
         self._registry.register(_Hosts(hosts))
+
+    def ranks_on(self, engine: DeviceEngine) -> None:
+        """Say of `engine`, whenever somebody scrapes, what it counts itself."""
+        self._registry.register(DeviceMetrics(engine))
 
     def sends(self, spans: Spans) -> None:
         """Say, whenever somebody scrapes, what came of `spans`."""

@@ -124,6 +124,7 @@ def test_the_server_ranks_on_a_device_and_its_engine_ends_after_it(published: Pa
         assert not got["degraded"]
         text = httpx.get(f"{address}/metrics").text
         assert 'prerank_ranks_by{level="cpu"} 1.0' in text
+        assert 'prerank_device_restarts_total{device="cpu"} 0.0' in text
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
     assert process.returncode in (0, -signal.SIGINT)
