@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prerank.bundle.registry import Registry
-from prerank.cli.device import DeviceDtype, DeviceName, Dtype, placed
+from prerank.cli.device import DeviceDtype, DeviceNames, Dtype, placed
 from prerank.cli.options import (
     STORE,
     FunnelName,
@@ -48,7 +48,7 @@ def profile(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Native threads that rank; one a core by default, 0 lets torch rank.")
     ] = None,
-    device: DeviceName = None,
+    device: DeviceNames = [],  # noqa: B006 - typer reads the default
     device_dtype: DeviceDtype = Dtype.BFLOAT16,
     most: Annotated[int, typer.Option("--most", min=0, help="Of what runs in a stage, at most so many lines.")] = 6,
     measure: Annotated[bool, typer.Option(help="Measure what the machine can do at best, for the floors.")] = True,

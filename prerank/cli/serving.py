@@ -13,7 +13,7 @@ from prerank.bundle.manifest import CONFIG as CONFIG_FILE
 from prerank.bundle.manifest import METADATA
 from prerank.bundle.registry import Registry
 from prerank.cli import render, requests
-from prerank.cli.device import DeviceDtype, DeviceName, DeviceWaitMs, DeviceWorkers, Dtype, placed
+from prerank.cli.device import DeviceDtype, DeviceNames, DeviceWaitMs, DeviceWorkers, Dtype, placed
 from prerank.cli.options import (
     CONFIG,
     DATA,
@@ -57,7 +57,7 @@ def serve(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Native threads that rank; one a core by default, 0 lets torch rank.")
     ] = None,
-    device: DeviceName = None,
+    device: DeviceNames = [],  # noqa: B006 - typer reads the default
     device_workers: DeviceWorkers = 2,
     device_wait_ms: DeviceWaitMs = 0.2,
     device_dtype: DeviceDtype = Dtype.BFLOAT16,
@@ -155,7 +155,7 @@ def recommend(
     funnel: FunnelName = "",
     tail: TailUrl = None,
     users: UsersUrl = None,
-    device: DeviceName = None,
+    device: DeviceNames = [],  # noqa: B006 - typer reads the default
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as the server would send it.")] = False,
 ) -> None:
     """Answer for one user, without a server."""

@@ -42,6 +42,11 @@ class DeviceEngine:
             self._threads.append(threading.Thread(target=self._work, args=(number, core), name=f"device-{number}"))
             self._threads[-1].start()
 
+    @property
+    def name(self) -> str:
+        """Of the device."""
+        return self._shared.device.name
+
     def load(self, scorer: Scorer, like: Features, options: Options) -> DeviceVersion:
         """A version on the device, beside those that are there and go on meanwhile; `like` is a user's side [1, ...].
 
@@ -62,7 +67,7 @@ class DeviceEngine:
 
     def snapshots(self) -> dict[str, Snapshot]:
         """The same by the name of the device."""
-        return {self._shared.device.name: self.snapshot()}
+        return {self.name: self.snapshot()}
 
     def close(self) -> None:
         """Take nothing new, answer what waits, and end the threads."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from prerank.serve.device import DeviceEngine
+from prerank.serve.device_engines import Engine
 
 _COUNTS = {
     "requests": ("requests", "Requests that a device answered."),
@@ -27,7 +27,7 @@ _BYTES = {"graph_bytes": "graphs", "table_bytes": "tables", "buffer_bytes": "buf
 class DeviceMetrics(Collector):
     """Of an engine, by the name of its device."""
 
-    def __init__(self, engine: DeviceEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:

@@ -92,6 +92,34 @@ class DeviceVersion:
         """Of the device."""
         return self._shared.device.name
 
+    @property
+    def parts(self) -> tuple[DeviceVersion]:
+        """Itself: it is on one device."""
+        return (self,)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the device is not there, and every request would be the fallback's."""
+        return self._seats is None and not self._is_closed
+
+    @property
+    def may_revive(self) -> bool:
+        """Whether the device is lost, and would be begun again if it were asked now."""
+        return self.is_lost and not self._reviving.locked() and time.monotonic() >= self._retry_at
+
+    @property
+    def wait_s(self) -> float:
+        """How long what waits for the device will keep it, in seconds."""
+        return self._shared.backlog.seconds / self._shared.num_workers
+
+    def own_s(self, num: int) -> float:
+        """How long a batch with a request of `num` candidates may take, in seconds."""
+        return self._times.own_s(num)
+
+    def note_fallback(self) -> None:
+        """A request that this could not answer was answered without it."""
+        self._shared.counts.add(fallbacks=1)
+
     def submit(
         self, user_side: Features, candidates: CandidateSet, k: int, deadline: Deadline | None = None
     ) -> Future[Ranked]:
@@ -203,7 +231,7 @@ class DeviceVersion:
         """Raises DeviceBusy for one that would be late."""
         if job.deadline is None:
             return
-        wait_s, own_s = self._shared.backlog.seconds / self._shared.num_workers, self._times.own_s(job.num)
+        wait_s, own_s = self.wait_s, self.own_s(job.num)
         if wait_s + own_s > job.deadline.left_s(time.perf_counter()):
             self._shared.counts.add(refused=1)
             raise DeviceBusy(
@@ -247,7 +275,7 @@ class DeviceVersion:
             self.ended(job)
             job.future.set_exception(failed)
         else:
-            self._shared.counts.add(fallbacks=1)
+            self.note_fallback()
             self.ended(job)
             job.future.set_result(ranked)
 

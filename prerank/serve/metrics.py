@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from prerank.serve.answer import Answer
 from prerank.serve.changes import Changed
-from prerank.serve.device import DeviceEngine
+from prerank.serve.device_engines import Engine
 from prerank.serve.device_metrics import DeviceMetrics
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.live_version import LiveVersion
@@ -218,7 +218,7 @@ class ServeMetrics:
         """Say of `hosts`, whenever somebody scrapes, what they hold and what came of asking them."""
         self._registry.register(_Hosts(hosts))
 
-    def ranks_on(self, engine: DeviceEngine) -> None:
+    def ranks_on(self, engine: Engine) -> None:
         """Say of `engine`, whenever somebody scrapes, what it counts itself."""
         self._registry.register(DeviceMetrics(engine))
 

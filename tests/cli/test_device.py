@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prerank.cli.device import Dtype, placed
-from prerank.errors import DeviceFailed
+from prerank.errors import ConfigError, DeviceFailed
 from prerank.serve import device_cuda
 from prerank.serve.device_streams import CpuDevice
 from prerank.serve.device_version import Options
@@ -23,14 +23,14 @@ def devices(monkeypatch):
 
 
 def test_without_a_name_there_is_no_device(devices):
-    with placed(None) as place:
+    with placed([]) as place:
         assert place is None
     assert devices == []
 
 
 @pytest.mark.parametrize(("name", "number"), [("cuda", 0), ("cuda:0", 0), ("cuda:12", 12)])
 def test_a_device_has_so_many_workers_and_its_engine_ends_with_the_command(devices, name, number):
-    with placed(name, workers=3, wait_ms=0, dtype=Dtype.FLOAT32) as place:
+    with placed([name], workers=3, wait_ms=0, dtype=Dtype.FLOAT32) as place:
         assert devices == [number]
         assert place.dtype is torch.float32
         assert len([one for one in threading.enumerate() if one.name.startswith("device-")]) == 3
@@ -43,5 +43,22 @@ def test_a_device_has_so_many_workers_and_its_engine_ends_with_the_command(devic
 
 
 def test_floats_are_bfloat16_unless_told_otherwise(devices):
-    with placed("cuda") as place:
+    with placed(["cuda"]) as place:
         assert place.dtype is torch.bfloat16
+
+
+def test_several_devices_are_one_engine_which_ends_with_the_command(devices):
+    with placed(["cuda:1", "cuda"], workers=2) as place:
+        assert devices == [1, 0]
+        assert set(place.engine.snapshots()) == {"cuda:0", "cuda:1"}
+        assert len([one for one in threading.enumerate() if one.name.startswith("device-")]) == 4
+    assert not [one for one in threading.enumerate() if one.name.startswith("device-")]
+
+
+def test_a_device_that_is_named_twice_is_refused_before_anything_begins(devices):
+    with (
+        pytest.raises(ConfigError, match="--device 'cuda:0': named twice; one engine has all of a device"),
+        placed(["cuda", "cuda:0"]),
+    ):
+        pass
+    assert devices == []
