@@ -72,21 +72,29 @@ class DeviceGroup:
 
 
 @dataclass(slots=True, eq=False)
+class _Inner:
+    """What a request was last submitted as, until it ends: then nothing of it may keep a version in memory."""
+
+    future: Future[Ranked] | None = None
+
+    def left(self, outer: Future[Ranked]) -> None:
+        """Called when the request has ended: where nobody waits for it any more, nothing of it is done."""
+        inner, self.future = self.future, None
+        if inner is not None and outer.cancelled():
+            inner.cancel()
+
+
+@dataclass(slots=True, eq=False)
 class _Asked:
-    """A request on its way: whom it was `tried` with, and what it was last submitted as."""
+    """A request on its way, and whom it was `tried` with."""
 
     user_side: Features
     candidates: CandidateSet
     k: int
     deadline: Deadline | None
     tried: list[DeviceVersion] = field(default_factory=list)
-    inner: Future[Ranked] | None = None
+    inner: _Inner = field(default_factory=_Inner)
     future: Future[Ranked] = field(default_factory=Future)
-
-    def left(self, future: Future[Ranked]) -> None:
-        """Nobody waits for it any more."""
-        if future.cancelled() and self.inner is not None:
-            self.inner.cancel()
 
 
 class GroupVersion:
@@ -104,7 +112,7 @@ class GroupVersion:
     ) -> Future[Ranked]:
         """As `DeviceVersion.submit`; it is refused where the device that would be done first would be late."""
         asked = _Asked(user_side, candidates, k, deadline)
-        asked.future.add_done_callback(asked.left)
+        asked.future.add_done_callback(asked.inner.left)
         ways = [*filter(self._is_to_be_looked_at, self.parts), *self._ways(asked)]
         if ways:
             self._submit(asked, ways[0])
@@ -149,8 +157,9 @@ class GroupVersion:
     def _submit(self, asked: _Asked, way: DeviceVersion) -> None:
         asked.tried.append(way)
         inner = way.submit(asked.user_side, asked.candidates, asked.k, asked.deadline)
-        asked.inner = inner
-        asked.left(asked.future)  # who left before there was anything to cancel
+        asked.inner.future = inner
+        if asked.future.cancelled():  # before there was anything to cancel
+            asked.inner.left(asked.future)
         inner.add_done_callback(lambda done: self._ended(asked, done))
 
     def _ended(self, asked: _Asked, inner: Future[Ranked]) -> None:
