@@ -105,7 +105,7 @@ def test_options_that_cannot_be_are_one_line(store: Path, monkeypatch: pytest.Mo
     assert len(said.strip().splitlines()) == 1
 
 
-def test_a_device_that_is_not_there_is_one_line(store: Path) -> None:
+def test_a_device_that_is_not_there_is_one_line(store: Path, tmp_path: Path) -> None:
     for name, said in (
         ("cuda", "error: device cuda: "),
         ("cuda:3", "error: device cuda"),
@@ -116,7 +116,7 @@ def test_a_device_that_is_not_there_is_one_line(store: Path) -> None:
         told = run("serve", "--store", store, "--device", name, code=1, env={"CUDA_VISIBLE_DEVICES": ""})
         assert told.startswith(said)
         assert len(told.strip().splitlines()) == 1
-    for command in (("recommend", "--user", 1), ("profile",)):
+    for command in (("recommend", "--user", 1), ("profile", "--out", tmp_path / "trace.json")):
         told = run(*command, "--store", store, "--device", "cuda", code=1, env={"CUDA_VISIBLE_DEVICES": ""})
         assert told.startswith("error: device cuda: ")
     assert "Invalid value for '--device-dtype'" in run(
