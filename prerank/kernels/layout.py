@@ -79,7 +79,7 @@ def lay_out(program: Program) -> Layout:
 
     What is read as float32 or bfloat16 is kept so, and what a step would take as either as bfloat16, half the bytes.
     """
-    spans = _spans(program)
+    spans = lifetimes(program)
     widths, wide, narrow = list(map(padded, program.widths)), set[int](), set[int]()
     for part, use in _all_reads(program):
         (wide if use is Use.F32 else narrow).add(part.register)
@@ -100,7 +100,7 @@ def lay_out(program: Program) -> Layout:
             for name, bytes_each, kept in (("f32", 4, wide), ("bf16", 2, narrow)):
                 if register in kept:
                     size = widths[register] * bytes_each
-                    at = _free(taken, size)
+                    at = first_free(taken, size)
                     taken.append((at, at + size, last))
                     row_bytes = max(row_bytes, at + size)
                     places[register] = replace(places[register], **{name: at})
@@ -115,7 +115,8 @@ def _all_reads(program: Program) -> Iterator[tuple[Part, Use]]:
     yield program.logits, Use.F32
 
 
-def _spans(program: Program) -> dict[int, tuple[int, int]]:
+def lifetimes(program: Program) -> dict[int, tuple[int, int]]:
+    """Of each register, the first step that touches it and the last; the answer's last is the number of steps."""
     spans: dict[int, tuple[int, int]] = {}
     for number, step in enumerate(program.steps):
         for part in (*writes(step), *(part for part, _ in reads(step))):
@@ -125,8 +126,8 @@ def _spans(program: Program) -> dict[int, tuple[int, int]]:
     return spans | {program.logits.register: (first, len(program.steps))}
 
 
-def _free(taken: list[tuple[int, int, int]], size: int) -> int:
-    """The first place with room."""
+def first_free(taken: list[tuple[int, int, int]], size: int) -> int:
+    """The first byte with `size` free from it on; `taken` are (first byte, the one past the last, last step)."""
     at = 0
     for first, end, _ in sorted(taken):
         if at + size <= first:

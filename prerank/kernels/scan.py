@@ -1,7 +1,7 @@
 """The k rows most similar to a query, by looking at every eligible one: in torch, the reference, and natively.
 
 Natively a row is read once, where it lies: float32, bfloat16 or int8 becomes float32 in the processor, so what limits a
-scan is the memory's speed. There is no Triton version yet: on a GPU the torch one serves.
+scan is the memory's speed. On a GPU a Triton kernel does the same.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from prerank.kernels import native, ranges
+from prerank.kernels import native, ranges, triton
 from prerank.kernels.stop import current
 from prerank.kernels.top_k import NONE, order_keys, value_and_row
 from prerank.kernels.work import Work
@@ -57,6 +57,8 @@ def _here(
 ) -> tuple[Tensor, Tensor]:
     if eligible is not None and eligible.dtype == torch.int64:
         check_rows(eligible, len(vectors))
+    if triton.serves(vectors.device):
+        return scan_by_triton(vectors, scales, query, k, eligible)
     if vectors.device.type == "cpu" and native.library() is not None:
         threads = torch.get_num_threads() if threads is None else threads
         return scan_natively(vectors, scales, query, k, eligible, threads, native.level())
@@ -108,6 +110,20 @@ def scan_by_torch(
         keys = order_keys(similarity, found, None)
         best = torch.cat([best, keys.topk(min(k, keys.shape[1])).values], dim=1).topk(k).values
     return value_and_row(best)
+
+
+def scan_by_triton(
+    vectors: Tensor, scales: Tensor | None, query: Tensor, k: int, eligible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same by a Triton kernel, on a GPU or in Triton's interpreter; of `eligible` rows that were checked.
+
+    It is done once it has begun: `stop` is looked at before.
+    """
+    from prerank.kernels.triton.scan import top_k  # where there is no GPU there need be no triton
+
+    current().check()
+    is_rows = eligible is not None and eligible.dtype == torch.int64
+    return top_k(vectors, scales, query, k, None if is_rows else eligible, eligible if is_rows else None)
 
 
 def scan_natively(

@@ -73,4 +73,4 @@ def test_hosts_that_speak_tls_are_asked_with_the_files_named(
     told = run("index-host", "--store", tmp_path, "--shard", 0, "--of", 2, "--tls-cert", made.host.cert, code=1)
     assert "--tls-cert and --tls-key belong together, and --tls-key is missing" in told
     told = run("serve", "--store", tmp_path, "--index-hosts", said, "--hosts-ca", tmp_path / "none", code=1)
-    assert "expected a file of PEM: No such file" in told
+    assert "expected a file of PEM: No such file" in " ".join(told.split()), "in lines as wide as a terminal"

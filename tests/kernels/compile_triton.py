@@ -13,10 +13,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from prerank.kernels import cross, eligible, gather_add, greedy
+from prerank.kernels import cross, device_program, eligible, gather_add, greedy, scan
 from prerank.kernels.shapes import FLOATS
+from tests.kernels.programs import made_items, made_program, made_user
 
 CAPABILITIES = (80, 90)
+GENERATED = "a program"
+"""The name of every kernel that was generated from a program."""
 NAMES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
 
 
@@ -46,6 +49,10 @@ def launch_everything() -> None:
         groups = torch.zeros(2, rules, num, dtype=torch.int32)
         rows, at_most = torch.arange(num).expand(2, num), torch.ones(rules, dtype=torch.int64)
         greedy.by_triton(torch.rand(2, num), rows, rows >= 0, groups, at_most, k)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        for mask in (None, torch.zeros(640, dtype=torch.bool), torch.arange(640)):
+            scales = torch.ones(640) if dtype == torch.int8 else None
+            scan.scan_by_triton(torch.zeros(640, 64, dtype=dtype), scales, torch.zeros(2, 64), 5, mask)
     for dtype in FLOATS:
         for width, crossing, rank in ((256, 320, 32), (100, 17, 3), (256, 1, 128)):
             rows = torch.zeros(2, 640, dtype=torch.int64)
@@ -56,6 +63,20 @@ def launch_everything() -> None:
             gather_add.by_triton(table, rows, user, met, torch.zeros(width, crossing, dtype=dtype))
             sizes = ((640, width), (640, width), (rank, width), (width, rank), (width,))
             cross.by_triton(*(torch.zeros(*size, dtype=dtype) for size in sizes))
+        for size in ((24, 16, 2, 16), (100, 17, 2, 5)):  # of which one fits into registers
+            if size[0] < 100 or dtype == torch.bfloat16:
+                launch_program(size, dtype)
+
+
+def launch_program(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    width, _, _, dim = size
+    user = {name: tensor.unsqueeze(0) for name, tensor in made_user(width, dim).items()}
+    items = {name: table if name == "x" else _as(table, dtype) for name, table in made_items(9, width, dim).items()}
+    device_program.by_triton(made_program(*size), items, dtype)(user, torch.zeros(1, 100, dtype=torch.int64))
+
+
+def _as(table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return table.to(dtype) if table.is_floating_point() else table
 
 
 def stack_of(cubin: bytes) -> int:
@@ -78,9 +99,10 @@ def main() -> None:
             if isinstance(arg, torch.Tensor):
                 arg.zero_()
         floats = {str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor)} & set(NAMES)
+        is_generated = kernel.fn.__module__.startswith("prerank_program_")
         said = {
-            "kernel": f"{kernel.fn.__module__}.{kernel.fn.__name__}",
-            "floats": "".join(floats),
+            "kernel": GENERATED if is_generated else f"{kernel.fn.__module__}.{kernel.fn.__name__}",
+            "floats": "".join(floats - {"float32"} or floats),  # a program's vectors are always float32
             "capability": driver.active.get_current_device(),
             "target": made.asm["ptx"].split(".target ")[1].split()[0],
             "cubin": len(made.asm["cubin"]),

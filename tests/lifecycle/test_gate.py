@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from prerank._tensor_files import read_tensors, write_tensors
-from prerank.bundle import manifest
+from prerank.bundle import index_build, manifest
 from prerank.bundle import publish as publishing
 from prerank.bundle.golden import Golden
 from prerank.bundle.load import load
@@ -215,7 +215,8 @@ def test_weights_that_are_not_finite_are_refused_twice(
 
     with pytest.raises(BundleError, match=r"weights 'user_tower.encoder.tables.taste.weight': 8 are not finite"):
         second.publish(home, spoilt)
-    monkeypatch.setattr(publishing, "_refuse_nonfinite", lambda numbers, what: None)
+    for where in (publishing, index_build):
+        monkeypatch.setattr(where, "refuse_nonfinite", lambda numbers, what: None)
     version = second.publish(home, spoilt)
     gates = judged(home, version, second)
     assert gates["golden"].holds
