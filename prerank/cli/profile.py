@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prerank.bundle.registry import Registry
+from prerank.cli.device import DeviceDtype, DeviceNames, Dtype, placed
 from prerank.cli.options import (
     STORE,
     FunnelName,
@@ -47,6 +48,8 @@ def profile(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Native threads that rank; one a core by default, 0 lets torch rank.")
     ] = None,
+    device: DeviceNames = [],  # noqa: B006 - typer reads the default
+    device_dtype: DeviceDtype = Dtype.BFLOAT16,
     most: Annotated[int, typer.Option("--most", min=0, help="Of what runs in a stage, at most so many lines.")] = 6,
     measure: Annotated[bool, typer.Option(help="Measure what the machine can do at best, for the floors.")] = True,
     store: StoreFolder = STORE,
@@ -71,7 +74,11 @@ def profile(
     chosen = resolved(registry, version) if version else live_of(registry)
     files = [] if requests is None else request_files(requests)
     check_trace(trace)
-    with Funnel.open(home, chosen, workers, tail, users=users) as opened, progress(err) as report:
+    with (
+        placed(device, dtype=device_dtype) as on_device,
+        Funnel.open(home, chosen, workers, tail, users=users, device=on_device) as opened,
+        progress(err) as report,
+    ):
         asking: Asking
         if requests is None:
             asking = GoldenRequests(opened, registry.path(chosen))

@@ -13,6 +13,7 @@ from prerank.bundle.manifest import CONFIG as CONFIG_FILE
 from prerank.bundle.manifest import METADATA
 from prerank.bundle.registry import Registry
 from prerank.cli import render, requests
+from prerank.cli.device import DeviceDtype, DeviceNames, DeviceWaitMs, DeviceWorkers, Dtype, placed
 from prerank.cli.options import (
     CONFIG,
     DATA,
@@ -56,6 +57,13 @@ def serve(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Native threads that rank; one a core by default, 0 lets torch rank.")
     ] = None,
+    device: DeviceNames = [],  # noqa: B006 - typer reads the default
+    device_workers: DeviceWorkers = 2,
+    device_wait_ms: DeviceWaitMs = 0.2,
+    device_dtype: DeviceDtype = Dtype.BFLOAT16,
+    threads: Annotated[
+        int, typer.Option(min=1, max=1024, help="Requests that run at once; more where they wait for a --device.")
+    ] = 2,
     tail: TailUrl = None,
     users: UsersUrl = None,
     grpc_port: Annotated[
@@ -106,30 +114,35 @@ def serve(
     POST /v1/recommend answers; /docs describes it. The ranking stage alone is under /v2.
     """
     from prerank.serve.host_tls import CallerTls
-    from prerank.serve.http import serve as serve_http  # the HTTP stack is only needed here
+    from prerank.serve.http import Limits  # the HTTP stack is only needed here
+    from prerank.serve.http import serve as serve_http
     from prerank.serve.request_log import LogOptions
     from prerank.serve.seeing import Sight
 
     most_bytes = None if log_gb is None else int(log_gb * 1e9)
     logged = None if log_requests is None else LogOptions(log_requests, sample, most_bytes, log_days)
     sight = Sight(traces, lines, requests=logged)
-    serve_http(
-        found_in(store, funnel),
-        host=host,
-        port=port,
-        workers=workers,
-        tail=tail,
-        users=users,
-        token_file=admin_token_file,
-        linger_s=linger_s,
-        grpc_port=grpc_port,
-        sight=sight,
-        index_hosts=index_hosts,
-        least_shards=least_shards,
-        hosts_tls=CallerTls.read(hosts_ca, hosts_cert, hosts_key),
-        otel=otel,
-        allow_hosts=allow_host,
-    )
+    home = found_in(store, funnel)
+    with placed(device, device_workers, device_wait_ms, device_dtype) as on_device:
+        serve_http(
+            home,
+            host=host,
+            port=port,
+            limits=Limits(threads=threads),
+            workers=workers,
+            device=on_device,
+            tail=tail,
+            users=users,
+            token_file=admin_token_file,
+            linger_s=linger_s,
+            grpc_port=grpc_port,
+            sight=sight,
+            index_hosts=index_hosts,
+            least_shards=least_shards,
+            hosts_tls=CallerTls.read(hosts_ca, hosts_cert, hosts_key),
+            otel=otel,
+            allow_hosts=allow_host,
+        )
 
 
 @serving.command()
@@ -142,12 +155,14 @@ def recommend(
     funnel: FunnelName = "",
     tail: TailUrl = None,
     users: UsersUrl = None,
+    device: DeviceNames = [],  # noqa: B006 - typer reads the default
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as the server would send it.")] = False,
 ) -> None:
     """Answer for one user, without a server."""
     from prerank.serve.funnel import Funnel
 
-    with Funnel.open(found_in(store, funnel), tail=tail, users=users) as opened:
+    home = found_in(store, funnel)
+    with placed(device) as on_device, Funnel.open(home, tail=tail, users=users, device=on_device) as opened:
         said = dict(_field(one) for one in context)
         now_ms = int(time.time() * 1000)
         answer = opened.recommend(Request(user, k, now_ms, said, exclude=tuple(exclude)))

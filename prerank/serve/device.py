@@ -42,6 +42,11 @@ class DeviceEngine:
             self._threads.append(threading.Thread(target=self._work, args=(number, core), name=f"device-{number}"))
             self._threads[-1].start()
 
+    @property
+    def name(self) -> str:
+        """Of the device."""
+        return self._shared.device.name
+
     def load(self, scorer: Scorer, like: Features, options: Options) -> DeviceVersion:
         """A version on the device, beside those that are there and go on meanwhile; `like` is a user's side [1, ...].
 
@@ -59,6 +64,10 @@ class DeviceEngine:
         graphs, tables, buffers = (sum(column) for column in zip((0, 0, 0), *sizes, strict=True))
         now = {"graph_bytes": graphs, "table_bytes": tables, "buffer_bytes": buffers}
         return self._counts.snapshot(waiting=len(self._lines), **now)
+
+    def snapshots(self) -> dict[str, Snapshot]:
+        """The same by the name of the device."""
+        return {self.name: self.snapshot()}
 
     def close(self) -> None:
         """Take nothing new, answer what waits, and end the threads."""

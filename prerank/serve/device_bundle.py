@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from prerank.bundle.load import Bundle
-from prerank.serve.device import DeviceEngine
+from prerank.bundle.scorer import Scorer
 from prerank.serve.device_buckets import Buckets
+from prerank.serve.device_engines import Engine, LoadedVersion
 from prerank.serve.device_version import DeviceVersion, Options
 from prerank.types import Features
 
@@ -19,17 +21,17 @@ _ENOUGH = 1000
 
 @dataclass(frozen=True, slots=True)
 class OnDevice:
-    """The engine that ranks, and how versions are loaded for it; see `device_version.Options`.
+    """The engine that ranks, of a device or of several, and how versions are loaded; see `device_version.Options`.
 
     Without `buckets` a version has those that pad least of what the engine was asked, or the common ones where that was
     little.
     """
 
-    engine: DeviceEngine
+    engine: Engine
     dtype: torch.dtype | None = torch.bfloat16
     buckets: Buckets | None = None
 
-    def load(self, bundle: Bundle, user: Features, most_k: int) -> DeviceVersion:
+    def load(self, bundle: Bundle, user: Features, most_k: int) -> LoadedVersion:
         """The bundle's scorer on the device, which is told of items that change; `user` are features of anybody.
 
         Where the device fails the host's scorer ranks. Raises DeviceFull where it does not fit, BundleError where it is
@@ -41,14 +43,17 @@ class OnDevice:
         with torch.inference_mode():
             version = self.engine.load(scorer, scorer.ranker.user_side(user), options)
         try:
-            bundle.check_probs(
-                "the kernels of the device", lambda user, rows: version.probs(scorer.ranker.user_side(user), rows)
-            )
+            for one in version.parts:
+                bundle.check_probs(f"the kernels of {one.name}", _probs(scorer, one))
         except BaseException:
             version.close()
             raise
         scorer.tell(version.put)
         return version
+
+
+def _probs(scorer: Scorer, version: DeviceVersion) -> Callable[[Features, Tensor], Tensor]:
+    return lambda user, rows: version.probs(scorer.ranker.user_side(user), rows)
 
 
 def _buckets(bundle: Bundle, seen: Mapping[int, int]) -> Buckets:

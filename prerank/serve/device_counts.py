@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from prerank.serve.device_buckets import GRANULE
@@ -40,6 +40,14 @@ class Snapshot:
     graph_bytes: int = 0
     table_bytes: int = 0
     buffer_bytes: int = 0
+
+
+def total(snapshots: Sequence[Snapshot]) -> Snapshot:
+    """Those of several devices as one."""
+    sizes = Counter[int]()
+    for one in snapshots:
+        sizes.update(one.sizes)
+    return Snapshot(**{name: sum(getattr(one, name) for one in snapshots) for name in _NAMES - {"sizes"}}, sizes=sizes)
 
 
 _NAMES = frozenset(one.name for one in fields(Snapshot))

@@ -48,6 +48,11 @@ class CudaDevice:
 
     where: torch.device
 
+    @property
+    def name(self) -> str:
+        """Such as cuda:0."""
+        return str(self.where)
+
     def stream(self) -> Stream:
         """A new one, of no priority."""
         return CudaStream(torch.cuda.Stream(self.where))  # type: ignore[no-untyped-call]

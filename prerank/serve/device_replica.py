@@ -26,6 +26,7 @@ from prerank.serve.device_streams import Device
 from prerank.types import Features
 
 _log = logging.getLogger(__name__)
+_SIDE = "item_side."  # as no rule can be called, for a part of the scorer is
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +67,23 @@ class Staged:
 class Replica:
     """`scorer` on `device`, floats of its ranker and of what that reads as `dtype`; utility is float32 in any case.
 
-    Raises DeviceFull, saying what needs how much, where it would not fit.
+    Of its `part` only, if all items are resident: there rows count from the first of it. Raises DeviceFull, saying what
+    needs how much, where it would not fit.
     """
 
-    def __init__(self, scorer: Scorer, device: Device, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, scorer: Scorer, device: Device, dtype: torch.dtype | None = None, part: slice = slice(None)
+    ) -> None:
+        assert part == slice(None) or scorer.items.slots is None
         self._scorer, self._where, self.dtype = scorer, device.where, dtype
         self.tasks = scorer.ranker.tasks
-        by_row, by_slot = _by_row(scorer), _by_slot(scorer)
+        by_row, by_slot = ({name: one[part] for name, one in kind(scorer).items()} for kind in (_by_row, _by_slot))
         module = cast("nn.Module", scorer.ranker)
+        num_slots, num_rows = (len(range(num)[part]) for num in (scorer.items.num_slots, scorer.items.num_rows))
         needs = {
-            f"the ranker's side of {scorer.items.num_slots:,} items": sum(map(self._bytes, by_slot.values())),
+            f"the ranker's side of {num_slots:,} items": sum(map(self._bytes, by_slot.values())),
             "the ranker": sum(map(self._bytes, [*module.parameters(), *module.buffers()])),
-            f"what is live of {scorer.items.num_rows:,} rows": sum(one.nbytes for one in by_row.values()),
+            f"what is live of {num_rows:,} rows": sum(one.nbytes for one in by_row.values()),
         }
         self.num_bytes = sum(needs.values())
         free = device.free_bytes()
@@ -135,8 +141,26 @@ class Replica:
 
     def winners(self, candidates: Judged, k: int) -> Ranked:
         """The k winners of what was judged; see `Scorer.winners`. Rows may have moved, so names order what is equal."""
-        item_ids, rows = self._rows["item_ids"], candidates.rows
-        return winners(candidates, item_ids[rows], groups_of(self._diversity, rows), item_ids, k)
+        rows = candidates.rows
+        return winners(candidates, self.names(rows), self.groups(rows), self._rows["item_ids"], k)
+
+    def names(self, rows: Tensor) -> Tensor:
+        """The item_ids int64 [B, N] of rows int64 [B, N]."""
+        return self._rows["item_ids"][rows]
+
+    def groups(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The groups int32 [B, G, N] of rows int64 [B, N], and how many of one may win, int64 [G]."""
+        return groups_of(self._diversity, rows)
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """Every table that is read by row or by slot."""
+        return {**self._rows, **{_SIDE + name: one for name, one in self._slots.items()}}
+
+    def taken(self, rows: Tensor) -> dict[str, Tensor]:
+        """What the host's scorer has now of rows int64 [n] for each of `tables`, where all items are resident."""
+        by_slot = {_SIDE + name: one.index_select(0, rows) for name, one in _by_slot(self._scorer).items()}
+        return {**_taken(self._scorer, rows), **by_slot}
 
     def staged(self, rows: Tensor | None, slots: Tensor | None) -> Staged:
         """What the host's scorer has now of rows int64 [n] and of slots int64 [m]."""

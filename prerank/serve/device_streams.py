@@ -73,6 +73,11 @@ class Device(Protocol):
     """Where a replica of a scorer is and computes. Threads may share one."""
 
     @property
+    def name(self) -> str:
+        """What logs and metrics call it."""
+        ...
+
+    @property
     def where(self) -> torch.device:
         """Where its tensors are."""
         ...
@@ -142,6 +147,9 @@ class CpuDevice:
     """This machine's processor and memory."""
 
     where = torch.device("cpu")
+
+    def __init__(self, name: str = "cpu") -> None:
+        self.name = name
 
     def stream(self) -> Stream:
         """One that does at once what comes."""

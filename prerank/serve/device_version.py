@@ -11,8 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from prerank.bundle.judge import Ranked
 from prerank.bundle.scorer import Scorer
 from prerank.errors import DeviceBusy, DeviceFailed
-from prerank.kernels import stop
+from prerank.serve.device_asking import rank_each
 from prerank.serve.device_batches import Job, Lines
 from prerank.serve.device_buckets import Buckets
 from prerank.serve.device_counts import Counts
@@ -38,7 +37,6 @@ Fallback: TypeAlias = Callable[[Features, CandidateSet, int], Ranked]
 """As `Scorer.rank`: what ranks where the device cannot."""
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.02  # between two looks at whether anybody still waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +87,39 @@ class DeviceVersion:
         self._seats: list[Seat] | None = None
         self._build()
 
+    @property
+    def name(self) -> str:
+        """Of the device."""
+        return self._shared.device.name
+
+    @property
+    def parts(self) -> tuple[DeviceVersion]:
+        """Itself: it is on one device."""
+        return (self,)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the device is not there, and every request would be the fallback's."""
+        return self._seats is None and not self._is_closed
+
+    @property
+    def may_revive(self) -> bool:
+        """Whether the device is lost, and would be begun again if it were asked now."""
+        return self.is_lost and not self._reviving.locked() and time.monotonic() >= self._retry_at
+
+    @property
+    def wait_s(self) -> float:
+        """How long what waits for the device will keep it, in seconds."""
+        return self._shared.backlog.seconds / self._shared.num_workers
+
+    def own_s(self, num: int) -> float:
+        """How long a batch with a request of `num` candidates may take, in seconds."""
+        return self._times.own_s(num)
+
+    def note_fallback(self) -> None:
+        """A request that this could not answer was answered without it."""
+        self._shared.counts.add(fallbacks=1)
+
     def submit(
         self, user_side: Features, candidates: CandidateSet, k: int, deadline: Deadline | None = None
     ) -> Future[Ranked]:
@@ -118,18 +149,8 @@ class DeviceVersion:
         return job.future
 
     def rank(self, user_side: Features, candidates: CandidateSet, k: int) -> Ranked:
-        """As `Scorer.rank`, of B requests that are submitted one by one and waited for.
-
-        Raises what their futures have, and Cancelled where nobody waits for this any more (`kernels.stop`).
-        """
-        futures = [self.submit(*_one(user_side, candidates, n), k) for n in range(len(candidates.rows))]
-        try:
-            found = [_waited(future) for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
-        return Ranked(**{one.name: torch.cat([getattr(top, one.name) for top in found]) for one in fields(Ranked)})
+        """As `Scorer.rank`, of B requests; see `device_asking.rank_each`."""
+        return rank_each(self.submit, user_side, candidates, k)
 
     def probs(self, user_side: Features, rows: Tensor) -> Tensor:
         """The ranker's side of users [B, ...] and rows int64 [B, N] -> each task's probability, float32 [B, N, T].
@@ -210,7 +231,7 @@ class DeviceVersion:
         """Raises DeviceBusy for one that would be late."""
         if job.deadline is None:
             return
-        wait_s, own_s = self._shared.backlog.seconds / self._shared.num_workers, self._times.own_s(job.num)
+        wait_s, own_s = self.wait_s, self.own_s(job.num)
         if wait_s + own_s > job.deadline.left_s(time.perf_counter()):
             self._shared.counts.add(refused=1)
             raise DeviceBusy(
@@ -254,7 +275,7 @@ class DeviceVersion:
             self.ended(job)
             job.future.set_exception(failed)
         else:
-            self._shared.counts.add(fallbacks=1)
+            self.note_fallback()
             self.ended(job)
             job.future.set_result(ranked)
 
@@ -271,26 +292,3 @@ class DeviceVersion:
             _log.error("the device is still lost, next try in %g s: %s", self._options.retry_s, error)
         finally:
             self._reviving.release()
-
-
-def _one(user_side: Features, candidates: CandidateSet, n: int) -> tuple[Features, CandidateSet]:
-    """One request of a batch."""
-    part = slice(n, n + 1)
-    own = CandidateSet(
-        candidates.rows[part],
-        candidates.similarity[part],
-        candidates.valid[part],
-        None if candidates.slots is None else candidates.slots[part],
-        values={name: column[part] for name, column in candidates.values.items()},
-    )
-    return {name: tensor[part] for name, tensor in user_side.items()}, own
-
-
-def _waited(future: Future[Ranked]) -> Ranked:
-    while True:
-        try:
-            return future.result(_LOOK_S)
-        except NotYet:
-            if future.done():  # it is what the request ended with
-                raise
-            stop.current().check()

@@ -33,7 +33,7 @@ from prerank.kernels.native import level, library
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed, Changes
 from prerank.serve.device_bundle import OnDevice
-from prerank.serve.device_version import DeviceVersion
+from prerank.serve.device_engines import LoadedVersion
 from prerank.serve.expand import ExpandUser
 from prerank.serve.generate import names_of
 from prerank.serve.graph import Deadline, GraphRun, Stage
@@ -99,7 +99,7 @@ class Funnel:
         if tail is not None:
             self.tail = Tail(bundle, tail, self.inventory.readers)
         expand = ExpandUser(users, bundle.transforms, items, targeting)
-        self._on_device: DeviceVersion | None = None
+        self._on_device: LoadedVersion | None = None
         if device is not None:
             anybody, _ = expand.expand(None, Request(0, 1, 0, self.example_context))
             self._on_device = device.load(bundle, anybody, self.max_k)
@@ -237,7 +237,9 @@ class Funnel:
 
     @property
     def ranks_by(self) -> str:
-        """What ranks: one of `kernels.native.LEVELS`, or "torch"."""
+        """What ranks: a device by its name, one of `kernels.native.LEVELS`, or "torch"."""
+        if self._on_device is not None:
+            return self._on_device.name
         return "torch" if self.engine is None else self.engine.level
 
     @property

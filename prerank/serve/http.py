@@ -29,6 +29,7 @@ from starlette.routing import Route
 from prerank.errors import ConfigError, PrerankError
 from prerank.serve import arrow
 from prerank.serve.admission import Door, Lane, leaving
+from prerank.serve.device_bundle import OnDevice
 from prerank.serve.ending import MOST_S, EndingServer
 from prerank.serve.envelope import Envelope, Refused, read_body, refused_by_routing
 from prerank.serve.exposure import LOCAL, Exposure
@@ -90,15 +91,16 @@ def create_app(
     grpc: tuple[str, int] | None = None,
     sight: Sight = AS_USUAL,
     hosts: IndexHosts | None = None,
+    device: OnDevice | None = None,
 ) -> Starlette:
     """The application around `funnel`, or, given the error that kept it from loading, one that says it is not ready.
 
     A `LiveVersion` may become another version, or ready, at any time. When `door` is closed it takes nothing new. The
     Open Inference Protocol is spoken over gRPC too as long as it lives, at the host and port `grpc` if said. What it
-    asks `hosts` is among the metrics, and /readyz needs `hosts.least` shards.
+    asks `hosts` is among the metrics, and /readyz needs `hosts.least` shards; so is what the engine of a `device` did.
     Raises ConfigError where that cannot be.
     """
-    server = _Server(funnel, limits, exposure, door or Door(), Seeing(sight), hosts)
+    server = _Server(funnel, limits, exposure, door or Door(), Seeing(sight), hosts, device)
     beside = None if grpc is None else server.grpc(*grpc)
 
     @contextlib.asynccontextmanager
@@ -155,6 +157,7 @@ def serve(
     index_hosts: str | None = None,
     least_shards: int = 1,
     hosts_tls: CallerTls | None = None,
+    device: OnDevice | None = None,
 ) -> None:
     """Serve the live version of the funnel at `store`, and each that goes live later, until a signal ends it.
 
@@ -162,6 +165,7 @@ def serve(
     `allow_hosts` as `Exposure.of`'s, `linger_s` as `EndingServer`'s. At `grpc_port` of the same host there is gRPC, if
     it is said. `otel` sends spans, as `spans_of` has it; `index_hosts` are as `parse_hosts` reads them, and it is
     ready while `least_shards` of their shards answer; `hosts_tls` is for those that speak TLS.
+    On a `device`, which stays open, that ranks.
     Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token. A
     version or store that cannot be loaded is said on stderr in one line, and by /readyz until one can be.
     """
@@ -170,7 +174,7 @@ def serve(
     log_to_stderr()
     torch.set_num_threads(1)  # two requests that share cores by spinning cost each other more than they gain
     hosts = None if index_hosts is None else IndexHosts.open(index_hosts, store, least_shards, hosts_tls)
-    watch = VersionWatch.open(store, version, workers, tail, settled=_settle, users=users, hosts=hosts)
+    watch = VersionWatch.open(store, version, workers, tail, settled=_settle, users=users, hosts=hosts, device=device)
     try:
         if hosts is not None:
             hosts.start()
@@ -181,7 +185,7 @@ def serve(
         if version is None:
             watch.start()
         grpc = None if grpc_port is None else (host, grpc_port)
-        app = create_app(watch.live, limits, exposure, door, grpc, sight, hosts)
+        app = create_app(watch.live, limits, exposure, door, grpc, sight, hosts, device)
         config = uvicorn.Config(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=int(MOST_S))
         with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when all is done
             EndingServer(config, door, linger_s).run()
@@ -213,6 +217,7 @@ class _Server:
         door: Door,
         seeing: Seeing,
         hosts: IndexHosts | None,
+        device: OnDevice | None,
     ) -> None:
         self.live = funnel if isinstance(funnel, LiveVersion) else LiveVersion(funnel)
         self.limits, self.exposure, self.door, self.seeing, self.hosts = limits, exposure, door, seeing, hosts
@@ -224,6 +229,8 @@ class _Server:
         self.metrics.serves(self.live)
         if hosts is not None:
             self.metrics.asks(hosts)
+        if device is not None:
+            self.metrics.ranks_on(device.engine)
         if seeing.spans is not None:
             self.metrics.sends(seeing.spans)
         if seeing.requests is not None:

@@ -11,6 +11,8 @@ from prometheus_client.registry import Collector
 
 from prerank.serve.answer import Answer
 from prerank.serve.changes import Changed
+from prerank.serve.device_engines import Engine
+from prerank.serve.device_metrics import DeviceMetrics
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.live_version import LiveVersion
 from prerank.serve.record import Recorded
@@ -48,7 +50,7 @@ class _Serving(Collector):
             return
         with self._live.taken() as funnel:
             yield _one("prerank_version", "1 for the version that serves.", "version", funnel.version)
-            about = "1 for what ranks: the instructions of the native kernels, or torch where there are none."
+            about = "1 for what ranks: a device, the instructions of the native kernels, or torch where there are none."
             yield _one("prerank_ranks_by", about, "level", funnel.ranks_by)
             free = "Rows of slack that items which come may take."
             yield GaugeMetricFamily("prerank_items_free_rows", free, funnel.free_rows)
@@ -215,6 +217,10 @@ class ServeMetrics:
     def asks(self, hosts: IndexHosts) -> None:
         """Say of `hosts`, whenever somebody scrapes, what they hold and what came of asking them."""
         self._registry.register(_Hosts(hosts))
+
+    def ranks_on(self, engine: Engine) -> None:
+        """Say of `engine`, whenever somebody scrapes, what it counts itself."""
+        self._registry.register(DeviceMetrics(engine))
 
     def sends(self, spans: Spans) -> None:
         """Say, whenever somebody scrapes, what came of `spans`."""

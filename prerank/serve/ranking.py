@@ -18,7 +18,7 @@ from prerank.bundle.readers import Readers
 from prerank.errors import RequestError
 from prerank.features.transforms import Transforms
 from prerank.serve.answer import check_request
-from prerank.serve.device_version import DeviceVersion
+from prerank.serve.device_engines import LoadedVersion
 from prerank.serve.expand import ExpandUser
 from prerank.serve.tail import Tail
 from prerank.types import CandidateSet, Features, Given, Request
@@ -69,7 +69,7 @@ class Ranking:
         tail: Tail | None,
         readers: Readers,
         max_k: int,
-        device: DeviceVersion | None = None,
+        device: LoadedVersion | None = None,
     ) -> None:
         self.name, self.version, self.max_k = bundle.config.name, bundle.version, max_k
         self.tasks = bundle.scorer.ranker.tasks

@@ -19,7 +19,7 @@ from prerank.business.targeting import Targeting
 from prerank.index.base import Index
 from prerank.kernels.greedy import greedy_top_k
 from prerank.models.towers import TwoTower
-from prerank.serve.device_version import DeviceVersion
+from prerank.serve.device_engines import LoadedVersion
 from prerank.serve.graph import Values
 from prerank.serve.metadata import Descriptions
 from prerank.types import CandidateSet, Request, TopK
@@ -131,7 +131,7 @@ class Rank:
 
     scorer: Scorer
     candidates: str = "candidates"
-    device: DeviceVersion | None = None
+    device: LoadedVersion | None = None
 
     name: ClassVar[str] = "rank"
     writes: ClassVar[frozenset[str]] = frozenset({"winners", "rank_notes"})

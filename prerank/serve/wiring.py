@@ -8,7 +8,7 @@ import torch
 
 from prerank.bundle.load import Bundle
 from prerank.config import Serve
-from prerank.serve.device_version import DeviceVersion
+from prerank.serve.device_engines import LoadedVersion
 from prerank.serve.expand import ExpandStranger, ExpandTargeting, ExpandUser
 from prerank.serve.generate import Attribute, Generate, GenerateNothing, Merge, names_of
 from prerank.serve.graph import Limit, RequestGraph, Stage
@@ -34,7 +34,7 @@ def wire(
     tail: Tail | None,
     pool: Executor,
     hosts: IndexHosts | None = None,
-    device: DeviceVersion | None = None,
+    device: LoadedVersion | None = None,
 ) -> RequestGraph:
     """The graph from a `request` to `winners`, what is said of them, and who found them.
 

@@ -103,3 +103,23 @@ def test_options_that_cannot_be_are_one_line(store: Path, monkeypatch: pytest.Mo
     said = run_alone("serve", "--store", store, "--otel", code=1)
     assert said.startswith("error: OTEL_EXPORTER_OTLP_PROTOCOL: expected http/protobuf")
     assert len(said.strip().splitlines()) == 1
+
+
+def test_a_device_that_is_not_there_is_one_line(store: Path, tmp_path: Path) -> None:
+    for name, said in (
+        ("cuda", "error: device cuda: "),
+        ("cuda:3", "error: device cuda"),
+        ("gpu", "error: --device 'gpu': expected cuda, or cuda:N with the number of the device"),
+        ("cuda:x", "error: --device 'cuda:x': expected cuda"),
+        ("cuda:", "error: --device 'cuda:': expected cuda"),
+    ):
+        told = run("serve", "--store", store, "--device", name, code=1, env={"CUDA_VISIBLE_DEVICES": ""})
+        assert told.startswith(said)
+        assert len(told.strip().splitlines()) == 1
+    for command in (("recommend", "--user", 1), ("profile", "--out", tmp_path / "trace.json")):
+        told = run(*command, "--store", store, "--device", "cuda", code=1, env={"CUDA_VISIBLE_DEVICES": ""})
+        assert told.startswith("error: device cuda: ")
+    assert "Invalid value for '--device-dtype'" in run(
+        "serve", "--store", store, "--device", "cuda", "--device-dtype", "int8", code=2
+    )
+    assert "Invalid value for '--device-workers'" in run("serve", "--store", store, "--device-workers", 0, code=2)

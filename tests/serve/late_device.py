@@ -73,7 +73,8 @@ class LateDevice(CpuDevice):
     A capture says that it `is_capturing`, and waits until it `may_capture`.
     """
 
-    def __init__(self, lock, free=1 << 40):
+    def __init__(self, lock, free=1 << 40, name="late"):
+        super().__init__(name)
         self.lock, self.free = lock, free
         self.capture_error = self.replay_error = None
         self.waits = 0  # how often somebody waited

@@ -94,7 +94,7 @@ def test_a_version_that_is_far_off_on_the_device_is_not_served(store, on_device,
         return replace(judged, probs=1 - judged.probs)
 
     monkeypatch.setattr(Replica, "judge", wrong)
-    with pytest.raises(BundleError, match="the kernels of the device are far off: golden request 0: expected item"):
+    with pytest.raises(BundleError, match="the kernels of cpu are far off: golden request 0: expected item"):
         Funnel.open(store, workers=0, device=on_device)
     assert on_device.engine.snapshot().table_bytes == 0
 

@@ -73,13 +73,15 @@ def test_where_nothing_is_live_the_server_does_not_start(store: Path) -> None:
 
 
 @contextmanager
-def started(store: Path, before: str = "", more: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A ready server of its own process, and its address; `before` makes what it is given `more`."""
+def started(
+    store: Path, before: str = "", more: str = "", after: str = ""
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A ready server of its own process, and its address; `before` makes what it is given `more`, `after` ends it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = "from pathlib import Path; from prerank.serve.http import serve; "
-    program += f"{before or 'pass'}; serve(Path({str(store)!r}), port={port}, {more})"
+    program += f"{before or 'pass'}; serve(Path({str(store)!r}), port={port}, {more}); {after or 'pass'}"
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     try:
         address = f"http://127.0.0.1:{port}"
@@ -104,6 +106,29 @@ def test_the_server_starts_answers_and_ends_on_a_signal(published: Path) -> None
     assert process.returncode in (0, -signal.SIGTERM)
     assert "Traceback" not in said
     assert address in said
+
+
+def test_the_server_ranks_on_a_device_and_its_engine_ends_after_it(published: Path) -> None:
+    before = "from prerank.serve.device import DeviceEngine; from prerank.serve.device_streams import CpuDevice; "
+    before += "from prerank.serve.device_bundle import OnDevice; engine = DeviceEngine(CpuDevice(), 1)"
+    with (
+        started(published) as (_, without),
+        started(published, before, "device=OnDevice(engine, None)", "engine.close()") as (
+            process,
+            address,
+        ),
+    ):
+        body = BODY | {"deadline_ms": 60_000}
+        expected, got = (httpx.post(f"{one}/v1/recommend", json=body).json() for one in (without, address))
+        assert [one["item_id"] for one in got["winners"]] == [one["item_id"] for one in expected["winners"]]
+        assert not got["degraded"]
+        text = httpx.get(f"{address}/metrics").text
+        assert 'prerank_ranks_by{level="cpu"} 1.0' in text
+        assert 'prerank_device_restarts_total{device="cpu"} 0.0' in text
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode in (0, -signal.SIGINT)
+    assert "Traceback" not in said
 
 
 def test_the_server_asks_index_hosts_and_ends_on_a_signal(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from prerank.serve import watch as watching
 from prerank.serve.device import DeviceEngine
 from prerank.serve.device_buckets import Buckets
 from prerank.serve.device_bundle import OnDevice
+from prerank.serve.device_group import DeviceGroup
 from prerank.serve.device_streams import CpuDevice
 from prerank.serve.funnel import Funnel
 from prerank.serve.http import create_app
@@ -193,10 +194,13 @@ def test_versions_change_under_load_and_no_request_fails_or_is_of_two(store: Pat
     under_load(store, *two[1:], num_switches=8)
 
 
-def test_versions_change_on_a_device_under_load_and_it_answers_every_request(
-    two: tuple[Path, str, str], store: Path
+@pytest.mark.parametrize("num", [1, 2])
+def test_versions_change_on_devices_under_load_and_they_answer_every_request(
+    two: tuple[Path, str, str], store: Path, num: int
 ) -> None:
-    with DeviceEngine(CpuDevice(), 2, wait_ms=0.1) as engine:
+    with ExitStack() as engines:
+        each = [engines.enter_context(DeviceEngine(CpuDevice(str(at)), 2, wait_ms=0.1)) for at in range(num)]
+        engine = each[0] if num == 1 else DeviceGroup(each)
         under_load(store, *two[1:], 5, OnDevice(engine, None, Buckets((4, 16), 64, 4)))
         counts = engine.snapshot()
         assert counts.requests > 50
