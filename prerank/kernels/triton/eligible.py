@@ -73,6 +73,35 @@ def bits_of(words: tl.tensor, places: tl.tensor, num_items: tl.tensor) -> tl.ten
 
 
 @triton.jit
+def words_at(
+    bitmaps: tl.tensor,
+    chosen: tl.tensor,
+    starts: tl.tensor,
+    inverted: tl.tensor,
+    places: tl.tensor,
+    num_groups: tl.tensor,
+    num_words: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """The words int64 [BLOCK] of who is eligible at `places` of a bitmap."""
+    inside = places < num_words
+    eligible = tl.full((BLOCK,), -1, tl.int64)
+    group = 0
+    # `while`, as Triton 3.6 cannot interpret a `range` of a tensor with numpy 2.4
+    while group < num_groups:
+        any_of = tl.zeros((BLOCK,), tl.int64)
+        at, end = tl.load(starts + group), tl.load(starts + group + 1)
+        while at < end:
+            bitmap = tl.load(chosen + at).to(tl.int64)
+            any_of |= tl.load(bitmaps + bitmap * num_words + places, mask=inside, other=0)
+            at += 1
+        # all ones turn every bit around, zero none
+        eligible &= any_of ^ -tl.load(inverted + group).to(tl.int64)
+        group += 1
+    return eligible
+
+
+@triton.jit
 def decide(
     bitmaps: tl.tensor,
     chosen: tl.tensor,
@@ -88,21 +117,8 @@ def decide(
     """A program's words of the answer and how many rows they let through."""
     block = tl.program_id(0)
     places = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < num_words
-    eligible = tl.full((BLOCK,), -1, tl.int64)
-    group = 0
-    # `while`, as Triton 3.6 cannot interpret a `range` of a tensor with numpy 2.4
-    while group < num_groups:
-        any_of = tl.zeros((BLOCK,), tl.int64)
-        at, end = tl.load(starts + group), tl.load(starts + group + 1)
-        while at < end:
-            bitmap = tl.load(chosen + at).to(tl.int64)
-            any_of |= tl.load(bitmaps + bitmap * num_words + places, mask=inside, other=0)
-            at += 1
-        # all ones turn every bit around, zero none
-        eligible &= any_of ^ -tl.load(inverted + group).to(tl.int64)
-        group += 1
-    tl.store(words + places, eligible, mask=inside)
+    eligible = words_at(bitmaps, chosen, starts, inverted, places, num_groups, num_words, BLOCK)
+    tl.store(words + places, eligible, mask=places < num_words)
     tl.store(counts + block, tl.sum(tl.sum(bits_of(eligible, places, num_items), 1), 0).to(tl.int64))
 
 

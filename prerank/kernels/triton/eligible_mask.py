@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prerank.kernels.triton import launching_on
+from prerank.kernels.triton.eligible import words_at
 
 _BLOCK = 16  # words a program: 1024 rows, not tuned
 
@@ -44,20 +45,7 @@ def decide_mask(
 ) -> None:
     """A program's words of the answer, as a byte a row."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < num_words
-    eligible = tl.full((BLOCK,), -1, tl.int64)
-    group = 0
-    # `while`, as Triton 3.6 cannot interpret a `range` of a tensor with numpy 2.4
-    while group < num_groups:
-        any_of = tl.zeros((BLOCK,), tl.int64)
-        at, end = tl.load(starts + group), tl.load(starts + group + 1)
-        while at < end:
-            bitmap = tl.load(chosen + at).to(tl.int64)
-            any_of |= tl.load(bitmaps + bitmap * num_words + places, mask=inside, other=0)
-            at += 1
-        # all ones turn every bit around, zero none
-        eligible &= any_of ^ -tl.load(inverted + group).to(tl.int64)
-        group += 1
+    eligible = words_at(bitmaps, chosen, starts, inverted, places, num_groups, num_words, BLOCK)
     bit = tl.arange(0, 64).to(tl.int64)[None, :]
     rows = places[:, None] * 64 + bit
     tl.store(mask + rows, ((eligible[:, None] >> bit) & 1) != 0, mask=rows < num_items)
