@@ -143,5 +143,6 @@ def check_demo(told: str, store: Path, said: str) -> dict:
     summary = json.loads((store / "demo.json").read_text())
     assert len(summary["winners"]) == 3
     assert all(len(answer["winners"]) == 5 for answer in summary["winners"])
-    assert [stage["name"] for stage in summary["stages"]] == ["expand_user", "retrieve", "rank", "describe"]
+    stages = ["target", "expand_user", "retrieve", "prepare_user", "rank", "describe"]
+    assert [stage["name"] for stage in summary["stages"]] == stages
     return summary
