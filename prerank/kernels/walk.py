@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from prerank.kernels import native, ranges
+from prerank.kernels import layout, native, ranges
 from prerank.kernels.pages import in_large_pages
 from prerank.kernels.stop import current
 from prerank.kernels.work import Work
@@ -78,11 +78,9 @@ class Graph:
 
 
 def padded(codes: Array) -> Array:
-    """uint8 [I, D] -> [I, S], zeros behind."""
-    wide = -(-codes.shape[1] // _LANES) * _LANES
-    out = np.zeros((len(codes), wide), np.uint8)
-    out[:, : codes.shape[1]] = codes
-    return out
+    """uint8 [I, D] -> [I, S], zeros behind, in memory of its own."""
+    dim = codes.shape[1]
+    return np.pad(codes, ((0, 0), (0, layout.padded(dim, _LANES) - dim)))
 
 
 def weights_of(graph: Graph, query: Array) -> Array:
