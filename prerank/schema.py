@@ -90,12 +90,14 @@ class Rate:
     """How often an item's impressions had the label `of`, in the log's days before: log odds over those of all items.
 
     With `by`, a category of [features.item], of all items with the same value. Drawn towards 0, all items' rate, by
-    `prior` impressions. A number for models; the published version holds that of the whole log.
+    `prior` impressions. `history` begins with what is older than the training days, the history table's events too,
+    where the label is known. A number for models; the published version holds that of the whole log.
     """
 
     of: str
     by: str = ""
     prior: float = 20.0
+    history: bool = False
 
 
 Kind: TypeAlias = Category | Number | Bag | History | Embedding | Value | Rate

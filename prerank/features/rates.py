@@ -7,14 +7,20 @@ import numpy as np
 from prerank.types import Array
 
 
-def rates(shown: Array, happened: Array, group: Array, prior: float) -> Array:
+def rates(
+    shown: Array, happened: Array, group: Array, prior: float, before: tuple[Array, Array] | None = None
+) -> Array:
     """Log odds of each item's rate over all items' at the start of each day -> float32 [C + 1, I].
 
     shown, happened float [C, I]: impressions on each of C consecutive days, and those with the label. group int [I]
     joins items (np.arange(I) for none); 0 stays 0 for a group without impressions. With n impressions and h labels
     of the group before a day, and r the rate of all, p = (h + prior r) / (n + prior), the mean of a Beta distribution
     (Gelman et al. 2013, Bayesian Data Analysis, 2.4), and the number is logit p - logit r. Day C is after the last.
+    `before` is shown and happened [I] of all that is older than the first day; without it day 0 knows nothing.
     """
+    if before is not None:
+        older_shown, older_happened = before
+        return rates(np.vstack([older_shown, shown]), np.vstack([older_happened, happened]), group, prior)[1:]
     days, num_items = shown.shape
     out = np.zeros((days + 1, num_items), dtype=np.float32)
     groups = int(group.max(initial=-1)) + 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prerank.config import Config
+from prerank.errors import DataError
 from prerank.features.rates import rates
 from prerank.schema import IMPRESSION
 from prerank.train.examples import item_tensors
@@ -28,6 +29,11 @@ class Calendar:
     def place(self, day: Array) -> Tensor:
         """Days since 1970 int [B] -> int64 [B], at most the day after the last."""
         return torch.from_numpy((np.asarray(day, dtype=np.int64) - self.first).clip(0, self.num_days))
+
+    def before(self, happened: Array) -> Array:
+        """How many of the events marked bool [E] each item had before the first training day -> float64 [I]."""
+        rows = np.flatnonzero(happened & (self._day < 0))
+        return np.bincount(self._log["item"][rows], minlength=self._num_items).astype(np.float64)
 
     def counts(self, happened: Array) -> Array:
         """How many of the events marked bool [E] each item had each day -> float64 [C, I]."""
@@ -49,8 +55,20 @@ class DailyItems:
         counts = {event: self.calendar.counts(prepared.happened(event) & logged) for event in events}
         for name, rate in wanted.items():
             group = prepared.items[rate.by] if rate.by else np.arange(len(prepared.item_ids))
-            found = rates(counts[IMPRESSION], counts[rate.of], np.asarray(group, dtype=np.int64), rate.prior)
+            before = self._before(name, rate.of) if rate.history else None
+            found = rates(counts[IMPRESSION], counts[rate.of], np.asarray(group, dtype=np.int64), rate.prior, before)
             self.rates[name] = torch.from_numpy(found)
+
+    def _before(self, name: str, label: str) -> tuple[Array, Array]:
+        """Events with a known `label` and with it, of each item, before the first training day: float64 [I] each."""
+        told = self._prepared.told(label)
+        shown = self.calendar.before(told)
+        if not shown.any():
+            raise DataError(
+                f"features.item.{name}: history = true, and no event before the first training day says whether it was "
+                f"{label}; leave `history` out, or name a history table that has this label"
+            )
+        return shown, self.calendar.before(told & self._prepared.happened(label))
 
     @cached_property
     def lasting(self) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from prerank.train.served_log import ServedLog
 from prerank.train.spool import Spool
 from prerank.types import Array, Columns, Report, day_number, silent
 
-FORMAT = 2
+FORMAT = 3
 _ID = "__id__"  # the key column, beside features of any name
 SERVED = "__served__"
 """The column of `Prepared.events` that says which logged request an event is of."""
@@ -42,10 +42,10 @@ class Prepared:
 
     users, items: encoded features, leading shape [U] and [I]. events, leading shape [E], ordered by user, then time:
     user int32, item int32, time_ms int64, known_ms int64 (when the labels were known, at time_ms or later), day int32
-    (days since 1970 in the funnel's zone), flags uint32 (bit j is labels[j]; a label not known counts as 0), logged
-    bool (False for the history table) and each context feature; and, of a funnel with a log of requests, SERVED int32:
-    the place in `served` [R, ...], features as served, of the request that the event is of, or -1. `unserved` says how
-    many requests could not be read, by why.
+    (days since 1970 in the funnel's zone), flags uint32 (bit j is labels[j]; a label not known counts as 0), told
+    uint32 (bit j is set where labels[j] is known), logged bool (False for the history table) and each context feature;
+    and, of a funnel with a log of requests, SERVED int32: the place in `served` [R, ...], features as served, of the
+    request that the event is of, or -1. `unserved` says how many requests could not be read, by why.
     """
 
     transforms: Transforms
@@ -70,6 +70,13 @@ class Prepared:
             return np.ones(len(self.events["flags"]), dtype=bool)
         bit = np.uint32(1 << self.labels.index(event))
         marks: Array = (self.events["flags"] & bit) != 0
+        return marks
+
+    def told(self, label: str) -> Array:
+        """bool [E]: where it is known whether the label is 1, or everywhere for "impression"."""
+        if label == IMPRESSION:
+            return np.ones(len(self.events["told"]), dtype=bool)
+        marks: Array = (self.events["told"] & np.uint32(1 << self.labels.index(label))) != 0
         return marks
 
     def of_days(self, days: Sequence[str]) -> Array:
@@ -250,10 +257,12 @@ class _Preparation:
             yield {**self._event_columns(batch, is_logged), **encoded}
 
     def _event_columns(self, batch: pa.RecordBatch, logged: bool) -> dict[str, Array]:
-        flags = np.zeros(batch.num_rows, dtype=np.uint32)
+        flags, told = np.zeros((2, batch.num_rows), dtype=np.uint32)
         for bit, label in enumerate(self.labels):
-            happened = batch.column(label).cast(pa.bool_()).fill_null(False).to_numpy(zero_copy_only=False)
+            marks = batch.column(label).cast(pa.bool_())
+            happened = marks.fill_null(False).to_numpy(zero_copy_only=False)
             flags |= happened.astype(np.uint32) << np.uint32(bit)
+            told |= marks.is_valid().to_numpy(zero_copy_only=False).astype(np.uint32) << np.uint32(bit)
         time_ms = batch.column(self.keys[2]).to_numpy(zero_copy_only=False).astype(np.int64)
         user = self._positions(batch, "user").astype(np.int32)
         return {
@@ -263,6 +272,7 @@ class _Preparation:
             "known_ms": self._known_ms(batch, time_ms),
             "day": batch.column("day").to_numpy(zero_copy_only=False).astype(np.int32),
             "flags": flags,
+            "told": told,
             "logged": np.full(batch.num_rows, logged),
             **({} if self._served is None else {SERVED: self._served_at(self._served, batch, user, time_ms)}),
         }

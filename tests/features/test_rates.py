@@ -26,6 +26,16 @@ def test_a_rate_is_the_log_odds_of_the_days_before_drawn_towards_everybodys(seed
             assert np.isclose(found[day, item], np.log(p / (1 - p)) - np.log(rate / (1 - rate)), atol=1e-5)
 
 
+@given(st.integers(0, 1_000_000))
+def test_what_is_older_counts_as_a_day_before_the_first(seed):
+    rng = np.random.default_rng(seed)
+    shown = rng.integers(0, 30, (4, 6)).astype(float)
+    happened = np.floor(shown * rng.random(shown.shape))
+    group = rng.integers(0, 3, 6)
+    found = rates(shown[1:], happened[1:], group, 5.0, before=(shown[0], happened[0]))
+    np.testing.assert_array_equal(found, rates(shown, happened, group, 5.0)[1:])
+
+
 def test_a_day_changes_nothing_of_itself_or_before():
     shown, happened = np.full((3, 2), 10.0), np.full((3, 2), 4.0)
     before = rates(shown, happened, np.arange(2), 1.0)
