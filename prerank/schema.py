@@ -125,7 +125,7 @@ class Counter:
     either a `window`, a duration before the moment such as "90s", "30m", "1h" or "7d", or since the user's `last` so
     many impressions. With `on`, a category of [features.context], only events count whose context had the value that
     the request has, and `last` is of such impressions. With a `by` no more than the latest `length` of those events
-    count (of a bag, members).
+    count (of a bag, members). A `share` is how many of the impressions lately those events are, as log odds.
     """
 
     count: str = IMPRESSION
@@ -134,6 +134,7 @@ class Counter:
     window: str = ""
     last: int = 0
     length: int = 50
+    share: bool = False
 
     @property
     def window_ms(self) -> int:
@@ -209,6 +210,11 @@ class FeatureSchema:
             _ = counter.window and counter.window_ms
         except ConfigError as error:
             raise ConfigError(f"{key}.{error}") from None
+        if counter.share and (counter.by or counter.count == IMPRESSION):
+            raise ConfigError(
+                f'{key}: share = true: expected a label to count, such as count = "is_click", and no `by`, got '
+                f"count = {counter.count!r} and by = {counter.by!r}; a share is a label's among all impressions"
+            )
         on = self.context.get(counter.on)
         if counter.on and not (isinstance(on, Category) and not on.hash):
             known = [other for other, kind in self.context.items() if isinstance(kind, Category) and not kind.hash]

@@ -313,6 +313,11 @@ def test_a_window_that_is_no_duration_is_told(window):
          "few.on = 'place': expected a category of [features.context] without hash, one of ['tab']"),
         (('on = "tab"', 'on = "tags"'),
          "few.on = 'tags': expected a category of [features.context] without hash, one of ['tab']"),
+        (("last = 5", "last = 5, share = true"), "few: share = true: expected a label to count, such as count = "
+         "\"is_click\", and no `by`, got count = 'impression' and by = ''; a share is a label's among all impressions"),
+        (("length = 20", "share = true"), "lately: share = true: expected a label to count, such as count = "
+         "\"is_click\", and no `by`, got count = 'is_like' and by = 'tags'"),
+        (("last = 5", "last = 5, share = 3"), "few.share: expected true or false, got 3"),
         (("few = {", "clicks = {"), "clicks: the name is taken by features.user.clicks; choose another"),
         (("few = {", "tab = {"), "tab: the name is taken by features.context.tab; choose another"),
         (("few = {", "item_id = {"), "item_id: the name is taken by features.item.item_id; choose another"),

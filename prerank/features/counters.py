@@ -66,8 +66,9 @@ def counted(counter: Counter, num_users: int, user: Array, time_ms: Array, codes
 def encode(counter: Counter, line: Timeline, shown: Timeline, user: Array, time_ms: Array) -> Array:
     """The counter's feature for users int [B] (-1 is nobody) at moments int64 [B].
 
-    `line` is what `counted` gave, `shown` the users' impressions. With a `by` int32 [B, length], the codes of the
-    latest events, newest last, -1 on the left where fewer; without one int32 [B], how many events there were.
+    `line` is what `counted` gave, `shown` the users' impressions; of a counter `on` something those on it. With a `by`
+    int32 [B, length], the codes of the latest events, newest last, -1 on the left where fewer; without one int32 [B],
+    how many events there were. Of a share float32 [B], their log odds among the impressions; 0 where there was nothing.
     """
     last = counter.last
     since = shown.moment_of_last(user, time_ms, last) if last else time_ms - counter.window_ms
@@ -75,4 +76,16 @@ def encode(counter: Counter, line: Timeline, shown: Timeline, user: Array, time_
     if counter.by:
         return line.gather(user, end, counter.length, start)
     number: Array = (end - start).astype(np.int32)
+    if counter.share:
+        return _log_odds(number, shown.ends(user, time_ms) - shown.ends(user, since))
     return number
+
+
+def _log_odds(happened: Array, shown: Array) -> Array:
+    """The empirical logit log (h + 1/2) / (n - h + 1/2) of h in n, float32 (Cox & Snell 1989, Binary Data, 2.1).
+
+    A label may be known in a window that its impression is not in: then there are more of them than impressions.
+    """
+    missed = np.maximum(shown - happened, 0)
+    odds: Array = np.log((happened + 0.5) / (missed + 0.5)).astype(np.float32)
+    return odds

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-from prerank.schema import Bag, Category, Embedding, Kind, Number, Rate
+from prerank.schema import Bag, Category, Counter, Embedding, Kind, Number, Rate
 from prerank.types import Features
 
 
@@ -26,6 +26,11 @@ def masked_mean(vectors: Tensor, present: Tensor) -> Tensor:
     weights = present.to(vectors.dtype)
     total = torch.einsum("...md,...m->...d", vectors, weights)
     return total / weights.sum(-1, keepdim=True).clamp_min(1.0)
+
+
+def counter_numbers(counters: Mapping[str, Counter], user: Features) -> list[Tensor]:
+    """Of each counter by no item feature float32 [B]: log(1 + count), or of a share its log odds as they are."""
+    return [user[name].float() if one.share else user[name].float().log1p() for name, one in counters.items()]
 
 
 class FeatureSum(nn.Module):

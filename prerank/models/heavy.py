@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prerank.config import Config, HeavyRankerConfig
 from prerank.errors import ConfigError
-from prerank.models.embedding import MLP
+from prerank.models.embedding import MLP, counter_numbers
 from prerank.models.layers import CrossExpert, Gate
 from prerank.models.meeting import Meeting
 from prerank.models.towers import ItemTower, UserTower
@@ -43,7 +43,7 @@ class HeavyRanker(nn.Module):
             "item": [name for name, kind in schema.item.items() if isinstance(kind, Number | Rate)],
             "user": [name for name, kind in {**schema.user, **schema.context}.items() if isinstance(kind, Number)],
         }
-        self.counters = [name for name, counter in schema.interaction.items() if not counter.by]
+        self.counters = {name: counter for name, counter in schema.interaction.items() if not counter.by}
         numbers = sum(map(len, self.numbers.values())) + len(self.counters)
         together = 3 * side + numbers + self.meeting.width
         self.norm = nn.LayerNorm(together)
@@ -67,7 +67,7 @@ class HeavyRanker(nn.Module):
         """User and context features, counters [B, ...] -> x float32 [B, W / 2], numbers, and what `Meeting` needs."""
         tables = self.item_input.tables
         numbers = [user[name].float() for name in self.numbers["user"]]
-        numbers += [user[name].float().log1p() for name in self.counters]
+        numbers += counter_numbers(self.counters, user)
         return {
             "x": self.user_input(user, tables),
             "numbers": _stacked(numbers, user),

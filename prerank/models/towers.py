@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from prerank.config import Config, Retrieval
-from prerank.models.embedding import FeatureEncoder, FeatureSum, HistoryPooling
+from prerank.models.embedding import FeatureEncoder, FeatureSum, HistoryPooling, counter_numbers
 from prerank.schema import FeatureSchema, Kind, Owner
 from prerank.types import Features
 
@@ -76,7 +76,7 @@ class UserTower(nn.Module):
     ) -> None:
         super().__init__()
         self.histories = schema.histories()
-        self.counters = [name for name, one in schema.interaction.items() if not one.by]
+        self.counters = {name: one for name, one in schema.interaction.items() if not one.by}
         widths = {name: _width(item_tables, history.of) for name, history in self.histories.items()}
         self.pooling = nn.ModuleDict(
             {name: HistoryPooling(h.length, widths[name], dropout) for name, h in self.histories.items()}
@@ -95,7 +95,7 @@ class UserTower(nn.Module):
         for name, history in self.histories.items():
             pooled[name] = self.pooling[name](user[name], item_tables[history.of])
             lengths.append((user[name] >= 0).sum(-1).float().log1p() / 2)
-        lengths += [user[name].float().log1p() for name in self.counters]
+        lengths += counter_numbers(self.counters, user)
         start = [self.scale[n] * pooled[name] for n, name in enumerate(self.direct)]
         beside = torch.cat([*pooled.values(), torch.stack(lengths, dim=-1)], dim=-1) if lengths else None
         out: Tensor = self.encoder(user, beside, torch.stack(start).sum(0) if start else None)

@@ -53,7 +53,7 @@ class Past:
 
     def counter(self, counter: Counter) -> Array:
         """int32 [1, L] or [1], as `features.counters.encode` gives it."""
-        shown = self._line(Counter(on=counter.on if counter.last else ""))
+        shown = self._line(Counter(on=counter.on if counter.last or counter.share else ""))
         return encode(counter, self._line(counter), shown, _ONLY, self._moment)
 
     def _line(self, counter: Counter) -> Timeline:

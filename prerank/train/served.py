@@ -131,7 +131,7 @@ class _Pasts:
             line = Timeline.build(self._num, self._owner[places], moments, codes)
             made[name] = line.before(who, self._moment, history.length)
         for name, counter in schema.interaction.items():
-            shown = self._line(Counter(on=counter.on if counter.last else ""))
+            shown = self._line(Counter(on=counter.on if counter.last or counter.share else ""))
             made[name] = encode(counter, self._line(counter), shown, who, self._moment)
         return made
 

@@ -22,6 +22,10 @@ COUNTERS = {
     for by in CODES
     for on in ("", "surface")
     for when in ({"window": "1s"}, {"window": "5s"}, {"last": 1}, {"last": 3})
+} | {
+    f"share of {CLICK} on {on!r}, {when}": Counter(CLICK, on=on, share=True, **when)
+    for on in ("", "surface")
+    for when in ({"window": "5s"}, {"last": 1}, {"last": 3})
 }
 
 
@@ -92,6 +96,9 @@ def by_hand(counter, log, moment):
         since = shown[-counter.last] if len(shown) >= counter.last else -100
     lately = [e for e in mine if since <= known(e, counter.count) < moment.second]
     lately = [e for e in lately if counter.count == IMPRESSION or e.clicked]
+    if counter.share:
+        missed = max(sum(since <= second for second in shown) - len(lately), 0)
+        return float(np.float32(np.log((len(lately) + 0.5) / (missed + 0.5))))
     if not counter.by:
         return len(lately)
     lately.sort(key=lambda e: known(e, counter.count))
@@ -105,7 +112,7 @@ def by_hand(counter, log, moment):
 def test_a_counter_is_what_a_loop_over_the_events_counts(name, log, moments):
     counter = COUNTERS[name]
     found = encoded(counter, log, moments)
-    assert found.dtype == np.int32
+    assert found.dtype == (np.float32 if counter.share else np.int32)
     assert found.shape == ((len(moments), counter.length) if counter.by else (len(moments),))
     assert found.tolist() == [by_hand(counter, log, moment) for moment in moments]
 
@@ -160,6 +167,19 @@ def test_a_window_reaches_back_to_its_first_millisecond_and_ends_before_the_mome
     line = Timeline.build(1, array([0]), array([5000]), array([7]))
     for moment, count in ((5000, 0), (5001, 1), (6000, 1), (6001, 0)):
         assert encode(Counter(window="1s"), line, line, array([0]), array([moment])).tolist() == [count]
+
+
+def test_a_share_is_the_log_odds_of_the_impressions_that_had_the_label():
+    log = [Event(0, second, 0, 1, 1, second == 1) for second in (1, 2, 3)]
+    for last, odds in ((2, 0.5 / 2.5), (3, 1.5 / 2.5)):
+        found = encoded(Counter(CLICK, last=last, share=True), log, [Moment(0, 9, 1)])
+        np.testing.assert_allclose(found, [np.log(odds)], rtol=1e-6)
+
+
+def test_a_share_of_labels_whose_impressions_are_older_than_the_window_is_finite():
+    log = [Event(0, second, 4, 1, 1, True) for second in (1, 2)]
+    found = encoded(Counter(CLICK, window="2s", share=True), log, [Moment(0, 7, 1)])
+    np.testing.assert_allclose(found, [np.log(2.5 / 0.5)], rtol=1e-6)
 
 
 def test_the_last_impressions_are_the_users_own_not_the_events_counted():

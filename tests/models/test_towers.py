@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from prerank.models.embedding import FeatureEncoder, HistoryPooling, masked_mean
+from prerank.models.embedding import FeatureEncoder, HistoryPooling, counter_numbers, masked_mean
 from prerank.models.layers import VECTORS
 from prerank.models.rankers import RANKERS, build_ranker
 from prerank.models.towers import build_towers, owner_sizes
-from prerank.schema import Bag, Category, Embedding, Number, Value
+from prerank.schema import Bag, Category, Counter, Embedding, Number, Value
 from prerank.train.examples import UserExamples, item_tensors
 
 
@@ -41,6 +41,14 @@ def test_pooling_equals_its_formula():
 def test_pooling_knows_the_order_of_a_history():
     table, pooling = torch.nn.Embedding(9, 4), HistoryPooling(2, 4, 0.0)
     assert not torch.allclose(pooling(torch.tensor([[3, 7]]), table), pooling(torch.tensor([[7, 3]]), table))
+
+
+def test_a_counter_is_read_as_the_log_of_its_count_and_a_share_as_it_is():
+    counters = {"clicks": Counter("is_click", last=3), "share": Counter("is_click", last=3, share=True)}
+    user = {"clicks": torch.tensor([0, 3], dtype=torch.int32), "share": torch.tensor([-1.5, 0.25])}
+    clicks, share = counter_numbers(counters, user)
+    torch.testing.assert_close(clicks, torch.tensor([1.0, 4.0]).log())
+    assert torch.equal(share, user["share"])
 
 
 def test_masked_mean_is_the_mean_of_what_is_there():

@@ -116,7 +116,7 @@ def padded(values: list[int], length: int) -> list[int]:
     return [-1] * (length - len(kept)) + kept
 
 
-def by_hand(counter: Counter, rows: list[Row], moment_ms: int, context: Context) -> list[int]:
+def by_hand(counter: Counter, rows: list[Row], moment_ms: int, context: Context) -> list[int] | list[float]:
     if counter.on:
         value = context[counter.on]
         rows = [row for row in rows if row[4][counter.on] == value and value in KNOWN[counter.on]]
@@ -126,6 +126,9 @@ def by_hand(counter: Counter, rows: list[Row], moment_ms: int, context: Context)
     else:
         since = shown[-counter.last] if len(shown) >= counter.last else 0
     lately = [item for time_ms, item in happened(rows, counter.count, moment_ms) if time_ms >= since]
+    if counter.share:
+        missed = max(sum(time_ms >= since for time_ms in shown) - len(lately), 0)
+        return [float(np.float32(np.log((len(lately) + 0.5) / (missed + 0.5))))]
     if not counter.by:
         return [len(lately)]
     return padded([code for item in lately for code in codes(item, counter.by)], counter.length)
@@ -136,7 +139,7 @@ def test_a_counter_is_what_a_loop_over_the_events_counts(rows: list[Row], after_
     features = served(record(rows), T0 + after_ms, context)
     for name, counter in COUNTERS.items():
         found = features[name]
-        assert found.dtype == torch.int32
+        assert found.dtype == (torch.float32 if counter.share else torch.int32)
         assert found.shape == ((1, counter.length) if counter.by else (1,))
         assert found.reshape(-1).tolist() == by_hand(counter, rows, T0 + after_ms, context), name
 

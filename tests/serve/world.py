@@ -62,7 +62,10 @@ def config(**changes: object) -> Config:
 
 
 def counting() -> Config:
-    """The same with a bag, and counters of every kind: by nothing, a category or a bag; lately by time or exposures."""
+    """The same with a bag, and counters of every kind: by nothing, a category or a bag; lately by time or exposures.
+
+    And shares of clicks, lately by both.
+    """
     plain = config().to_dict()["features"]
     assert isinstance(plain, dict)
     plain["item"]["topics"] = {"kind": "bag", "dim": 4, "length": 3}
@@ -72,7 +75,7 @@ def counting() -> Config:
         for count in ("impression", "is_click")
         for by in ("", "genre", "topics")
         for n, when in enumerate(lately)
-    }
+    } | {f"share_{n}": {"count": "is_click", "share": True, **when} for n, when in enumerate(lately)}
     return config(features=plain)
 
 
