@@ -164,6 +164,7 @@ def late(world, tmp_path_factory) -> Late:
         for by in ("", "advertiser_id", "category")
         for n, when in enumerate(lately)
     }
+    counters |= {f"share_{n}": Counter("is_click", share=True, **when) for n, when in enumerate(lately)}
     counters |= {
         f"{name}_on_{on}": replace(counter, on=on)
         for name, counter in counters.items()
