@@ -60,10 +60,13 @@ class DailyItems:
             self.rates[name] = torch.from_numpy(found)
 
     def _before(self, name: str, label: str) -> tuple[Array, Array]:
-        """Events with a known `label` and with it, of each item, before the first training day: float64 [I] each."""
+        """Events with a known `label` and with it, of each item, before the first training day: float64 [I] each.
+
+        There may be no older events; where there are some and none says anything of the label, DataError.
+        """
         told = self._prepared.told(label)
         shown = self.calendar.before(told)
-        if not shown.any():
+        if not shown.any() and self.calendar.before(np.ones_like(told)).any():
             raise DataError(
                 f"features.item.{name}: history = true, and no event before the first training day says whether it was "
                 f"{label}; leave `history` out, or name a history table that has this label"

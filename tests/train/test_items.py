@@ -99,6 +99,13 @@ def test_days_of_the_log_before_the_training_days_are_older_too(tmp_path):
     assert not whole[2:].any()
 
 
+def test_without_older_events_it_begins_with_nothing(tmp_path):
+    found = daily(tmp_path, history(()))
+    for day in range(4):
+        items = found.on(FIRST_DAY + day)
+        np.testing.assert_array_equal(items["whole"], items["recent"])
+
+
 def test_a_history_that_does_not_know_the_label_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"features\.item\.whole: history = true, and no event .* is_click"):
         daily(tmp_path, history(((0, None), (1, None))))
