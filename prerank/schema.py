@@ -302,11 +302,14 @@ class FeatureSchema:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Mapping[str, Mapping[str, object]]]) -> FeatureSchema:
-        """The schema written by `to_dict`. Raises KeyError or TypeError on anything else."""
+        """The schema written by `to_dict`, also of when there were fewer options: those it does not say are as usual.
+
+        Raises KeyError or TypeError on anything else.
+        """
 
         def kind(options: Mapping[str, object]) -> Kind:
             chosen = KINDS[str(options["kind"])]
-            return chosen(**{f.name: options[f.name] for f in fields(chosen)})  # type: ignore[arg-type]
+            return chosen(**{f.name: options[f.name] for f in fields(chosen) if f.name in options})  # type: ignore[arg-type]
 
         counters = {name: Counter(**options) for name, options in plain[_INTERACTION].items()}  # type: ignore[arg-type]
         owners = {owner: {n: kind(o) for n, o in plain[owner].items()} for owner in OWNERS}

@@ -36,6 +36,7 @@ from prerank.kernels.engine import Engine
 from prerank.models.ranker import Ranker
 from prerank.models.rankers import build_ranker
 from prerank.models.towers import TwoTower, build_towers
+from prerank.schema import FeatureSchema
 from prerank.stores.metadata import MetadataTable
 from prerank.types import Features
 
@@ -159,6 +160,14 @@ def config_of(where: Path) -> Config:
         raise BundleError(f"{where}: not a configuration this prerank reads: {error}") from None
 
 
+def _schema_of(said: Mapping[str, object]) -> FeatureSchema | None:
+    """A manifest's schema, also one written when features had fewer options; None for what is none."""
+    try:
+        return FeatureSchema.from_dict(said["schema"])  # type: ignore[arg-type]
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
 def transforms_of(path: Path, config: Config, said: Mapping[str, object]) -> Transforms:
     """The fitted transforms. Raises BundleError unless they are of the features of the configuration and manifest."""
     where = path / manifest.TRANSFORMS
@@ -169,7 +178,7 @@ def transforms_of(path: Path, config: Config, said: Mapping[str, object]) -> Tra
     different = transforms.schema.first_difference(config.features)
     if different:
         raise BundleError(f"{where}: fitted for other features than {manifest.CONFIG} says: {different}")
-    if said["schema"] != json.loads(json.dumps(config.features.to_dict())):
+    if _schema_of(said) != config.features:
         raise BundleError(f"{path / manifest.MANIFEST}: its schema is not that of {manifest.CONFIG}")
     return transforms
 

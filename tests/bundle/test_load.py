@@ -111,6 +111,18 @@ def test_a_manifest_that_is_not_as_written_is_refused(version, change, said):
     refused(version, f"manifest.json: .*{said}")
 
 
+def test_a_version_from_when_features_had_fewer_options_loads(version):
+    path = version / "manifest.json"
+    said = json.loads(path.read_text())
+    features = [one for owner in said["schema"].values() for one in owner.values()]
+    newer = [(one, option) for one in features for option in ("history", "share", "log") if one.get(option) is False]
+    assert newer
+    for one, option in newer:
+        del one[option]
+    path.write_text(json.dumps(said))
+    load(version)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [("{", "expected JSON"), ("[]", "expected a JSON object, found list"), ("\ud800", "expected JSON")],
