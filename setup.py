@@ -14,8 +14,9 @@ SOURCES = (
     *("program_portable", "program_avx2", "program_avx512", "program_amx"),
     *("scan", "scan_portable", "scan_avx2", "scan_avx512"),
     "walk",
+    "turns",
 )
-HEADERS = ("export.h", "program.h", "program_block.inc", "scan.h", "scan_rows.inc")
+HEADERS = ("export.h", "program.h", "program_block.inc", "scan.h", "scan_rows.inc", "turns.h")
 FLAGS = (
     *("-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math"),  # neither is looked at, and both keep loops from becoming vectors

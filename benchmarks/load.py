@@ -1,7 +1,8 @@
 """Load over HTTP from a process of its own: so many clients that each wait for their answer, or requests that come
 when they come, whether or not those before were answered.
 
-In an open loop a request's time counts from when it was due, so one that could not even be sent is as late as it is.
+In an open loop a request's time counts from when it was due, so one that could not even be sent is as late as it is;
+how much of it is the sender's own, who may share the cores, is told too.
 `python -m benchmarks.load` takes a Plan as JSON on its input and gives what came of it.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import selectors
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from benchmarks.machine import REPOSITORY
+from prerank.kernels.turns import take_turns
 
 _VERSION = b'"version":"'
 
@@ -39,11 +42,12 @@ class Plan:
 class Loaded:
     """Of each request: when it was due, in seconds from the start, how long until it was answered, and the status.
 
-    `version` is that of the answer; a status of 0 is a connection that broke.
+    `late_ms` of it passed before it was sent. `version` is the answer's; a status of 0 is a connection that broke.
     """
 
     due_s: list[float] = field(default_factory=list)
     ms: list[float] = field(default_factory=list)
+    late_ms: list[float] = field(default_factory=list)
     status: list[int] = field(default_factory=list)
     version: list[str] = field(default_factory=list)
     degraded: list[bool] = field(default_factory=list)
@@ -52,6 +56,11 @@ class Loaded:
         """Milliseconds of the requests with this status that were due in that time."""
         found = zip(self.due_s, self.ms, self.status, strict=True)
         return [ms for due, ms, one in found if one == status and start <= due < end]
+
+    def from_sent(self, status: int = 200) -> list[float]:
+        """Milliseconds of the requests with this status from when they were sent."""
+        found = zip(self.ms, self.late_ms, self.status, strict=True)
+        return [ms - late for ms, late, one in found if one == status]
 
     def counts(self) -> dict[int, int]:
         """How many of each status."""
@@ -104,10 +113,12 @@ async def _send(plan: Plan) -> Loaded:
     start = time.perf_counter()
 
     async def one(number: int, due: float) -> None:
+        late = time.perf_counter() - start - due
         status, content = await connections.post(plan.path, bodies[number % len(bodies)])
         took = time.perf_counter() - start - due
         loaded.due_s.append(round(due, 5))
         loaded.ms.append(round(1000 * took, 4))
+        loaded.late_ms.append(round(1000 * late, 4))
         loaded.status.append(status)
         at = content.find(_VERSION)
         version = content[at + len(_VERSION) : content.index(b'"', at + len(_VERSION))].decode() if at >= 0 else ""
@@ -136,10 +147,17 @@ async def _send(plan: Plan) -> Loaded:
     return loaded
 
 
+def _punctual() -> asyncio.AbstractEventLoop:
+    # epoll waits for whole milliseconds, and who sends late seems to be answered late
+    return asyncio.SelectorEventLoop(selectors.SelectSelector())
+
+
 def main() -> None:
     plain = json.load(sys.stdin)
     plan = Plan(**{**plain, "bodies": tuple(plain["bodies"])})
-    print(json.dumps(asdict(asyncio.run(_send(plan)))))
+    take_turns(slice_ms=0.1)
+    with asyncio.Runner(loop_factory=_punctual) as runner:
+        print(json.dumps(asdict(runner.run(_send(plan)))))
 
 
 if __name__ == "__main__":

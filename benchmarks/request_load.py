@@ -3,7 +3,8 @@
 `prerank serve` over a million items with the large ranker, its weights as drawn, on all cores of this machine; requests
 come from a process beside it, on the same cores. First clients that wait for their answer: the most that can be
 answered a second is the capacity. Then requests that come by themselves, below it and at three times of it, and what a
-server needs to be itself again.
+server needs to be itself again. A deadline counts from when a request was sent: how late a sender is that shares the
+cores is a row of its own, and part of all other times.
 """
 
 from __future__ import annotations
@@ -68,9 +69,12 @@ def _overload(port: int, pid: int, capacity: float, seconds: float) -> Iterator[
         before = load(_plan(port, _AFTER_S, rate=0.3 * capacity))
         over = load(_plan(port, seconds, rate=OVER * capacity, seed=1))
         after = load(_plan(port, _AFTER_S, rate=0.3 * capacity, seed=2))
-    accepted, refused = over.times(200), over.times(503)
-    yield Row.timed(f"{name}: let in", accepted)
-    yield Row.timed(f"{name}: refused", refused)
+    accepted, refused = over.from_sent(200), over.from_sent(503)
+    yield Row.timed(f"{name}: let in", over.times(200))
+    yield Row.timed(f"{name}: refused", over.times(503))
+    yield Row.timed(f"{name}: sent after it was due", over.late_ms)
+    yield Row.timed(f"{name}: let in, from when it was sent", accepted)
+    yield Row.timed(f"{name}: refused, from when it was sent", refused)
     yield Row.of(f"{name}: answered a second", len(accepted) / seconds, "requests")
     yield Row.of(f"{name}: share refused", _share(over, 503), "share")
     others = len(over.ms) - len(accepted) - len(refused)

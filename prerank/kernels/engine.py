@@ -102,11 +102,12 @@ class _Slot(ctypes.Structure):
 class Engine:
     """`threads` worker threads, each pinned to a core where there are enough; programs and requests share them.
 
-    `level` is one of `native.LEVELS` that this processor has, its best unless given. Raises ValueError for another, and
+    `level` is one of `native.LEVELS` that this processor has, its best unless given. The threads are `nicer` than who
+    makes them, in steps of niceness: who shares their cores has a turn sooner. Raises ValueError for another level, and
     RuntimeError where there is no native library (`native.library` says why).
     """
 
-    def __init__(self, threads: int, level: str | None = None, is_pinned: bool = True) -> None:
+    def __init__(self, threads: int, level: str | None = None, is_pinned: bool = True, nicer: int = 0) -> None:
         library = native.library()
         if library is None:
             raise RuntimeError("no native kernels here: program.run is the same in torch")
@@ -117,7 +118,10 @@ class Engine:
         self.threads = threads
         library.prerank_engine_make.restype = ctypes.c_void_p
         made = library.prerank_engine_make(
-            ctypes.c_int64(threads), ctypes.c_int32(is_pinned), ctypes.c_int32(native.LEVELS.index(self.level))
+            ctypes.c_int64(threads),
+            ctypes.c_int32(is_pinned),
+            ctypes.c_int32(native.LEVELS.index(self.level)),
+            ctypes.c_int32(nicer),
         )
         self.handle = ctypes.c_void_p(made)
         self.library = library

@@ -24,6 +24,7 @@ from starlette.responses import Response
 from prerank.errors import Cancelled, DeadlineExceeded
 from prerank.serve.envelope import Refused
 from prerank.serve.graph import Deadline
+from prerank.serve.turns import stages_next
 
 T = TypeVar("T")
 _MOST_TIMES = 64
@@ -73,7 +74,7 @@ class Lane:
         door: Door,
         refused: Callable[[str], None],
     ) -> None:
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=stages_next)
         self._threads, self._most, self._num = threads, threads + waiting, 0
         self._note, self._door, self._refused = note, door, refused
         self._times: deque[float] = deque(maxlen=_MOST_TIMES)

@@ -46,6 +46,7 @@ from prerank.serve.record import Recorded, check_contexts, check_events
 from prerank.serve.seen import current
 from prerank.serve.served import Served
 from prerank.serve.tail import Tail
+from prerank.serve.turns import RANKING_NICER
 from prerank.serve.wiring import wire
 from prerank.stores.events import LiveEvent
 from prerank.stores.items import ItemStore
@@ -315,7 +316,7 @@ def engine_of(workers: int | None) -> Engine | None:
     """So many native threads, one a core unless told otherwise; None where torch ranks."""
     if workers == 0 or library() is None or level() == "portable":  # which is right, and slower than torch
         return None
-    return Engine(len(os.sched_getaffinity(0)) if workers is None else workers)
+    return Engine(len(os.sched_getaffinity(0)) if workers is None else workers, nicer=RANKING_NICER)
 
 
 _EXAMPLES: tuple[Given, ...] = (1, "text", True, [1], ["text"], None)

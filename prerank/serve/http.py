@@ -48,6 +48,7 @@ from prerank.serve.recommender import Recommender
 from prerank.serve.seeing import AS_USUAL, Seeing, Sight, spans_of
 from prerank.serve.seen import Seen
 from prerank.serve.trace_pages import trace_routes
+from prerank.serve.turns import loop_first
 from prerank.serve.watch import VersionWatch
 from prerank.serve.wire import (
     deadline_ms_of,
@@ -187,6 +188,7 @@ def serve(
         grpc = None if grpc_port is None else (host, grpc_port)
         app = create_app(watch.live, limits, exposure, door, grpc, sight, hosts, device)
         config = uvicorn.Config(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=int(MOST_S))
+        loop_first()
         with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when all is done
             EndingServer(config, door, linger_s).run()
     finally:

@@ -17,6 +17,7 @@
 
 #include "export.h"
 #include "program.h"
+#include "turns.h"
 
 namespace prerank {
 namespace {
@@ -31,7 +32,7 @@ struct Job {
 
 class Engine {
 public:
-    Engine(int64_t num_threads, bool is_pinned, Level level) : level_(level) {
+    Engine(int64_t num_threads, bool is_pinned, Level level, int32_t nicer) : level_(level), nicer_(nicer) {
         const std::vector<int> cores = allowed_cores();
         for (int64_t n = 0; n < num_threads; n++) {
             threads_.emplace_back([this] { work(); });
@@ -61,6 +62,7 @@ public:
 
 private:
     void work() {
+        take_turns(nicer_, 0);
         uint8_t* scratch = nullptr;
         size_t size = 0;
         std::unique_lock<std::mutex> held(lock_);
@@ -136,6 +138,7 @@ private:
     }
 
     const Level level_;
+    const int32_t nicer_;  // than who started it: others that wake have the core
     std::mutex lock_;
     std::condition_variable wake_;
     std::deque<Job*> jobs_;  // those with blocks that nobody took
@@ -157,8 +160,8 @@ uint16_t to_bf16(float value) {
 using prerank::Engine;
 
 // `level` is one the processor has.
-PRERANK_EXPORT Engine* prerank_engine_make(int64_t num_threads, int32_t is_pinned, int32_t level) {
-    return new (std::nothrow) Engine(num_threads, is_pinned != 0, static_cast<prerank::Level>(level));
+PRERANK_EXPORT Engine* prerank_engine_make(int64_t num_threads, int32_t is_pinned, int32_t level, int32_t nicer) {
+    return new (std::nothrow) Engine(num_threads, is_pinned != 0, static_cast<prerank::Level>(level), nicer);
 }
 
 PRERANK_EXPORT void prerank_engine_free(Engine* engine) { delete engine; }
