@@ -36,16 +36,28 @@ DeviceDtype = Annotated[
     Dtype, typer.Option(help="In what a --device has the ranker and its tables; float32 takes twice the memory.")
 ]
 
+DeviceWhole = Annotated[
+    bool,
+    typer.Option("--device-whole", help="Let a --device find the candidates too: exactly, of items it has itself."),
+]
+
 
 @contextmanager
 def placed(
-    names: Sequence[str], workers: int = 2, wait_ms: float = 0.2, dtype: Dtype = Dtype.BFLOAT16
+    names: Sequence[str],
+    workers: int = 2,
+    wait_ms: float = 0.2,
+    dtype: Dtype = Dtype.BFLOAT16,
+    whole: bool = False,
 ) -> Iterator[OnDevice | None]:
     """The devices of these names with an engine, which is closed when this ends; None where none is named.
 
-    Raises ConfigError for a name that is none or comes twice, or of a device that is not there.
+    Raises ConfigError for a name that is none or comes twice, or of a device that is not there; and for a `whole`
+    request on none.
     """
     if not names:
+        if whole:
+            raise ConfigError("--device-whole: no device is named; say which with --device")
         yield None
         return
     numbers = _numbers(names)
@@ -60,7 +72,7 @@ def placed(
     devices = [cuda_device(number) for number in numbers]
     with ExitStack() as engines:
         opened = [engines.enter_context(DeviceEngine(one, workers, wait_ms)) for one in devices]
-        yield OnDevice(opened[0] if len(opened) == 1 else DeviceGroup(opened), kept)
+        yield OnDevice(opened[0] if len(opened) == 1 else DeviceGroup(opened), kept, whole=whole)
 
 
 def _numbers(names: Sequence[str]) -> list[int]:

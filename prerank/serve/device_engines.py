@@ -10,7 +10,9 @@ from torch import Tensor
 from prerank.bundle.judge import Ranked
 from prerank.bundle.scorer import Scorer
 from prerank.serve.device_counts import Snapshot
-from prerank.serve.device_version import DeviceVersion, Options
+from prerank.serve.device_options import Options
+from prerank.serve.device_sought import Found, Sought
+from prerank.serve.device_version import DeviceVersion
 from prerank.types import CandidateSet, Features
 
 
@@ -31,8 +33,15 @@ class LoadedVersion(Protocol):
         """As `Scorer.rank`; see `device_asking.rank_each`."""
         ...
 
-    def put(self, rows: Tensor | None = None, slots: Tensor | None = None) -> None:
-        """Let every request that begins after this know what the scorer has of rows and slots, int64 [n], by now."""
+    def find(self, user_side: Features, sought: Sought, k: int) -> Found:
+        """A request whose candidates are still to be found, to its winners; see `device_asking.find`."""
+        ...
+
+    def put(self, rows: Tensor | None = None, slots: Tensor | None = None, taken: Tensor | None = None) -> None:
+        """Let every request that begins after this know what the scorer has of rows and slots, int64 [n], by now.
+
+        `taken` int64 [n] are rows that items newly have, whose vectors and bitmaps are others.
+        """
         ...
 
     def close(self) -> None:

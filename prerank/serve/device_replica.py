@@ -6,9 +6,10 @@ The host's scorer stays the truth. What changes in it is copied over (`Replica.s
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +47,19 @@ class Asked:
     has_values: Features = field(default_factory=dict)
 
 
-class Staged:
-    """New rows of tables: `pieces` are a table, rows int64 [n] of it, and what they will be [n, ...], on the host."""
+Piece: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""A table, rows int64 [n] of it, and what they will be [n, ...]."""
 
-    def __init__(self, pieces: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+
+class Staged:
+    """New rows of tables, `pieces` of them, on the host."""
+
+    def __init__(self, pieces: list[Piece]) -> None:
         self._pieces = pieces
+
+    def add(self, pieces: Sequence[Piece]) -> None:
+        """More of them, to be sent and written with these."""
+        self._pieces += pieces
 
     def send(self) -> None:
         """Bring it to the device of the tables."""

@@ -102,18 +102,22 @@ class Shapes:
         own = {name: view[at : at + 1] for name, view in views.items()}
         return Ranked(**{name: (one if name in _COUNTS else one[:, :k]).clone() for name, one in own.items()})
 
-    def check(self, job: Job, num_rows: int, num_slots: int) -> None:
-        """Raises DeviceFailed where a request is not as those that shapes were made for: a device would not notice."""
-        candidates = job.candidates
+    def check_user(self, job: Job) -> None:
+        """Of `check` what does not depend on candidates."""
         like = {name: (one.dtype, one.shape) for name, one in self._like.items()}
         found = {name: (one.dtype, one.shape) for name, one in job.user_side.items()}
         if found != like:
             wrong = sorted(name for name in {*like, *found} if like.get(name) != found.get(name))
             raise DeviceFailed(f"a user's side is not as that of the version: other names, types or shapes of {wrong}")
-        if len(candidates.rows) != 1 or not 0 <= job.k <= self.most_k:
-            raise DeviceFailed(
-                f"expected one request and 0 to {self.most_k} winners, got {len(candidates.rows)} and {job.k}"
-            )
+        if not 0 <= job.k <= self.most_k:
+            raise DeviceFailed(f"expected 0 to {self.most_k} winners, got {job.k}")
+
+    def check(self, job: Job, num_rows: int, num_slots: int) -> None:
+        """Raises DeviceFailed where a request is not as those that shapes were made for: a device would not notice."""
+        self.check_user(job)
+        candidates = job.given
+        if len(candidates.rows) != 1:
+            raise DeviceFailed(f"expected one request, got {len(candidates.rows)}")
         if candidates.slots is not None and not self._replica.takes_slots:
             raise DeviceFailed("the candidates say where features are, and all items are resident")
         if unknown := sorted(set(candidates.values) - set(self._values)):
@@ -125,7 +129,7 @@ class Shapes:
 
 def _columns(job: Job) -> dict[str, Tensor]:
     """By the names of inputs, [1, N] each."""
-    candidates = job.candidates
+    candidates = job.given
     found = {"rows": candidates.rows, "valid": candidates.valid}
     if candidates.slots is not None:
         found["slots"] = candidates.slots

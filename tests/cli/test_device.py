@@ -8,8 +8,8 @@ import torch
 from prerank.cli.device import Dtype, placed
 from prerank.errors import ConfigError, DeviceFailed
 from prerank.serve import device_cuda
+from prerank.serve.device_options import Options
 from prerank.serve.device_streams import CpuDevice
-from prerank.serve.device_version import Options
 from prerank.types import CandidateSet
 from tests.bundle.test_scorer import scorer
 

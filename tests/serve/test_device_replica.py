@@ -15,9 +15,9 @@ from prerank.models.segmented import SegmentedRanker
 from prerank.serve.device import DeviceEngine
 from prerank.serve.device_buckets import Buckets
 from prerank.serve.device_cuda import cuda_device
+from prerank.serve.device_options import Options
 from prerank.serve.device_replica import Asked, Replica
 from prerank.serve.device_streams import CpuDevice
-from prerank.serve.device_version import Options
 from prerank.types import CandidateSet
 from tests.bundle.test_executor import asked, built, scorer_of
 from tests.bundle.test_scorer import ByNumber, halved, scorer
