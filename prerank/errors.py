@@ -33,6 +33,10 @@ class DeviceBusy(DeviceFailed):
     """A request was refused because the device would not be done with it in time."""
 
 
+class NotWhole(ConfigError):
+    """A device was to find a version's candidates, and cannot: why, and what to do."""
+
+
 class SchemaMismatch(PrerankError):
     """Two things built from different features met; the text names the first difference."""
 

@@ -13,7 +13,7 @@ from prerank.bundle.golden import Golden
 from prerank.bundle.load import Bundle
 from prerank.bundle.manifest import GOLDEN
 from prerank.bundle.scorer import Scorer
-from prerank.errors import BundleError, ConfigError
+from prerank.errors import BundleError, NotWhole
 from prerank.index.exact import ExactIndex
 from prerank.serve.device_buckets import Buckets
 from prerank.serve.device_engines import Engine, LoadedVersion
@@ -44,8 +44,7 @@ class OnDevice:
         """The bundle's scorer on the device, which is told of items that change; `user` are features of anybody.
 
         Where the device fails the host's scorer ranks. Raises DeviceFull where it does not fit, BundleError where it is
-        further from the golden answers than rounding explains, ConfigError where it should find candidates and cannot,
-        such as where index hosts do.
+        further from the golden answers than rounding explains, NotWhole where it should find candidates and cannot.
         """
         scorer = bundle.scorer
         buckets = self.buckets or _buckets(bundle, self.engine.snapshot().sizes)
@@ -70,7 +69,7 @@ def _probs(scorer: Scorer, version: DeviceVersion) -> Callable[[Features, Tensor
 
 
 def retrieval_of(bundle: Bundle, has_hosts: bool) -> Retrieval:
-    """How a device finds the candidates of a version. Raises ConfigError where it cannot, with why, and what to do."""
+    """How a device finds the candidates of a version. Raises NotWhole where it cannot, with why, and what to do."""
     config, items, index = bundle.config, bundle.scorer.items, bundle.index
     limited = [name for name in config.serve.stages if name in IN_ITS_PLACE]
     if has_hosts:
@@ -85,7 +84,7 @@ def retrieval_of(bundle: Bundle, has_hosts: bool) -> Retrieval:
         why = f"[serve.stages] limits {', '.join(limited)}, which would be one stage"
     else:
         return Retrieval(bundle.scorer.targeting, index, min(config.retrieval.keep, items.num_rows))
-    raise ConfigError(f"--device-whole: {bundle.version}: {why}; leave --device-whole out, and the device only ranks")
+    raise NotWhole(f"--device-whole: {bundle.version}: {why}; leave --device-whole out, and the device only ranks")
 
 
 def _check_found(bundle: Bundle, version: DeviceVersion) -> None:
