@@ -17,8 +17,9 @@ from prerank.bundle.judge import Judged, Ranked, joined
 from prerank.errors import DeviceFull
 from prerank.serve.device_batches import Job
 from prerank.serve.device_buckets import Shape
-from prerank.serve.device_graphs import Graphs
+from prerank.serve.device_graphs import Graphs, Key
 from prerank.serve.device_ground import Ground
+from prerank.serve.device_ranker import segment_of
 from prerank.serve.device_replica import Asked
 from prerank.serve.device_shapes import Shapes
 from prerank.serve.device_sought import Sought
@@ -48,10 +49,13 @@ class Seat:
             ground.loading.do(self._allocate)
             ground.loading.mark().wait()
             for shape in shapes:
-                self._graphs.capture(shape, partial(self._rank, shape))
-                # a first guess, before anybody has asked
-                ground.times.note(shape.candidates, shape.requests, self._graphs.time_s(shape))
-            self._graphs.capture(_PIECE, self._judge)
+                for segment in self._replica.ranker.segments:
+                    key = Key(shape, segment)
+                    self._graphs.capture(key, partial(self._rank, shape, segment))
+                    # a first guess, before anybody has asked
+                    ground.times.note(shape.candidates, shape.requests, self._graphs.time_s(key))
+            for segment in self._replica.ranker.segments:
+                self._graphs.capture(Key(_PIECE, segment), partial(self._judge, segment))
             self._found: DeviceWhole | None = None
             if ground.updates.retrieval is not None:
                 self._found = DeviceWhole(number, ground, like, most_k, self._graphs, self._stream)
@@ -72,7 +76,7 @@ class Seat:
         self._graphs.close()
 
     def rank(self, jobs: Sequence[Job]) -> list[Ranked]:
-        """The winners of each job, [1, k]; they are of one size, and if one must be cut there is no other.
+        """The winners of each job, [1, k]; they are of one size and segment, and if one must be cut there is no other.
 
         One whose candidates are to be found is alone.
         """
@@ -80,6 +84,7 @@ class Seat:
             assert len(jobs) == 1
             assert self._found is not None
             return [self._found.rank(jobs[0].user_side, sought, jobs[0].k)]
+        segment = segment_of(jobs[0].user_side)
         pieces = self._ground.buckets.pieces(max(job.num for job in jobs))
         start = time.perf_counter()
         if len(pieces) > 1:
@@ -90,9 +95,9 @@ class Seat:
             sent = [self._fill(shape, jobs, 0, pieces[0])]
         with self._ground.updates.turns.reading(self._number, self._stream):
             if len(sent) > 1:
-                self._enqueue_pieces(sent)
+                self._enqueue_pieces(sent, segment)
             else:
-                self._enqueue(shape, sent[0])
+                self._enqueue(Key(shape, segment), shape.requests, sent[0])
         self._stream.mark().wait()
         self._ground.times.note(shape.candidates, len(jobs), (time.perf_counter() - start) / len(sent))
         num = sum(job.num for job in jobs)
@@ -102,13 +107,13 @@ class Seat:
         )
         return self._read(shape.requests, jobs)
 
-    def _enqueue(self, shape: Shape, num_bytes: int) -> None:
+    def _enqueue(self, key: Key, num_requests: int, num_bytes: int) -> None:
         do = self._stream.do
         do(partial(self._send, 0, num_bytes))
-        do(partial(self._graphs.run, shape))
-        do(partial(self._fetch, shape.requests))
+        do(partial(self._graphs.run, key))
+        do(partial(self._fetch, num_requests))
 
-    def _enqueue_pieces(self, sent: Sequence[int]) -> None:
+    def _enqueue_pieces(self, sent: Sequence[int], segment: int | None) -> None:
         """Judge one piece after the other, and take the winners once."""
         do, found = self._stream.do, list[Judged]()
 
@@ -117,7 +122,7 @@ class Seat:
 
         for at, num_bytes in enumerate(sent):
             do(partial(self._send, at, num_bytes))
-            do(partial(self._graphs.run, _PIECE))
+            do(partial(self._graphs.run, Key(_PIECE, segment)))
             do(keep)
         do(lambda: self._win(1, joined(found)))
         do(partial(self._fetch, 1))
@@ -141,16 +146,16 @@ class Seat:
         views = self._out[num_requests].views(self._answers)
         return [self._shapes.read(views, at, job.k) for at, job in enumerate(jobs)]
 
-    def _rank(self, shape: Shape) -> None:
-        self._win(shape.requests, self._replica.judge(self._asked(shape)))
+    def _rank(self, shape: Shape, segment: int | None) -> None:
+        self._win(shape.requests, self._replica.judge(self._asked(shape), segment))
 
     def _win(self, num_requests: int, candidates: Judged) -> None:
         ranked = self._replica.winners(candidates, self._shapes.most_k)
         for name, view in self._out[num_requests].views(self._back).items():
             view.copy_(getattr(ranked, name))
 
-    def _judge(self) -> None:
-        judged = self._replica.judge(self._asked(self._whole))
+    def _judge(self, segment: int | None) -> None:
+        judged = self._replica.judge(self._asked(self._whole), segment)
         for one in fields(Judged):
             getattr(self._piece, one.name).copy_(getattr(judged, one.name))
 

@@ -13,6 +13,7 @@ from prerank.errors import DeviceFailed
 from prerank.serve.device_batches import Job
 from prerank.serve.device_buckets import Shape
 from prerank.serve.device_memory import Field, Layout
+from prerank.serve.device_ranker import segment_of
 from prerank.serve.device_replica import Asked, Replica
 from prerank.types import Features
 
@@ -109,6 +110,9 @@ class Shapes:
         if found != like:
             wrong = sorted(name for name in {*like, *found} if like.get(name) != found.get(name))
             raise DeviceFailed(f"a user's side is not as that of the version: other names, types or shapes of {wrong}")
+        segments = self._replica.ranker.segments
+        if (segment := segment_of(job.user_side)) not in segments:
+            raise DeviceFailed(f"a user's side is of segment {segment}, expected one of {list(segments)}")
         if not 0 <= job.k <= self.most_k:
             raise DeviceFailed(f"expected 0 to {self.most_k} winners, got {job.k}")
 

@@ -22,6 +22,7 @@ from prerank.serve.device_asking import find, rank_each
 from prerank.serve.device_batches import Job
 from prerank.serve.device_ground import Ground
 from prerank.serve.device_options import Options, Shared
+from prerank.serve.device_ranker import segment_of
 from prerank.serve.device_replica import Asked, Replica
 from prerank.serve.device_retrieval import RetrievalReplica
 from prerank.serve.device_seat import Seat
@@ -132,7 +133,7 @@ class DeviceVersion:
         def judge() -> None:
             side = {name: tensor.to(where, replica.dtype_of(tensor)) for name, tensor in user_side.items()}
             there = rows.to(where)
-            found.append(replica.judge(Asked(side, there, there >= 0)).probs.cpu())
+            found.append(replica.judge(Asked(side, there, there >= 0), segment_of(user_side)).probs.cpu())
 
         self._shared.loading.do(judge)
         self._shared.loading.mark().wait()
@@ -205,7 +206,8 @@ class DeviceVersion:
             return job
         buckets, num = self._options.buckets, candidates.rows.shape[1]
         is_cut, size = num > buckets.largest, buckets.size_of(num)
-        job = Job(user_side, candidates, k, (self, size, is_cut), 1 if is_cut else buckets.most_of(size), deadline)
+        line = self, size, is_cut, segment_of(user_side)
+        job = Job(user_side, candidates, k, line, 1 if is_cut else buckets.most_of(size), deadline)
         self._shapes.check(job, self._scorer.items.num_rows, self._scorer.items.num_slots)
         return job
 

@@ -13,9 +13,10 @@ from functools import partial
 import torch
 
 from prerank.bundle.judge import Ranked
-from prerank.serve.device_graphs import Graphs
+from prerank.serve.device_graphs import Graphs, Key
 from prerank.serve.device_ground import Ground
 from prerank.serve.device_memory import Field, Layout
+from prerank.serve.device_ranker import segment_of
 from prerank.serve.device_replica import Asked
 from prerank.serve.device_shapes import Shapes
 from prerank.serve.device_sought import Found, Sought
@@ -31,7 +32,7 @@ class DeviceWhole:
     """Requests one at a time, of users' sides like `like` [1, ...], for `k` winners at most, in `stream`.
 
     What is known of items is as `ground.updates`, which must have a retrieval, has it when a request begins; among
-    its readers this is the `number`-th. Its graph is one of `graphs`.
+    its readers this is the `number`-th. Its graph, one a segment, is one of `graphs`.
     """
 
     def __init__(self, number: int, ground: Ground, like: Features, k: int, graphs: Graphs, stream: Stream) -> None:
@@ -56,8 +57,10 @@ class DeviceWhole:
         self._into, self._found = self._inputs.views(self._staging), self._outputs.views(self._answer)
         ground.loading.do(self._allocate)
         ground.loading.mark().wait()
-        graphs.capture(_WHOLE, self._work)
-        ground.times.note(None, 1, graphs.time_s(_WHOLE))
+        for segment in replica.ranker.segments:
+            key = Key(_WHOLE, segment)
+            graphs.capture(key, partial(self._work, segment))
+            ground.times.note(None, 1, graphs.time_s(key))
 
     @property
     def buffer_bytes(self) -> int:
@@ -72,7 +75,7 @@ class DeviceWhole:
             self._into[_USER + name].copy_(one)
         last = "candidates" if sought.with_candidates else "num_eligible"
         with self._ground.updates.turns.reading(self._number, self._stream):
-            self._stream.do(partial(self._run, self._outputs.end_of(last)))
+            self._stream.do(partial(self._run, Key(_WHOLE, segment_of(user_side)), self._outputs.end_of(last)))
         self._stream.mark().wait()
         self._ground.times.note(None, 1, time.perf_counter() - start)
         found = self._read(sought, k)
@@ -86,16 +89,17 @@ class DeviceWhole:
         self._back = torch.zeros(self._outputs.num_bytes, dtype=torch.uint8, device=where)
         self._given, self._out = self._inputs.views(self._there), self._outputs.views(self._back)
 
-    def _run(self, num_bytes: int) -> None:
+    def _run(self, key: Key, num_bytes: int) -> None:
         self._there.copy_(self._staging, non_blocking=True)
-        self._graphs.run(_WHOLE)
+        self._graphs.run(key)
         self._answer[:num_bytes].copy_(self._back[:num_bytes], non_blocking=True)
 
-    def _work(self) -> None:
+    def _work(self, segment: int | None) -> None:
         given, replica = self._given, self._ground.updates.replica
         rows, similarity, num_eligible = self._retrieval.find(given, replica.on)
         user_side = {name: given[_USER + name] for name in self._like}
-        ranked = replica.winners(replica.judge(Asked(user_side, rows, rows >= 0)), self._shapes.most_k)
+        judged = replica.judge(Asked(user_side, rows, rows >= 0), segment)
+        ranked = replica.winners(judged, self._shapes.most_k)
         for name in _RANKED:
             self._out[name].copy_(getattr(ranked, name))
         for name, one in {"num_eligible": num_eligible, "similarity": similarity, "candidates": rows}.items():

@@ -62,24 +62,24 @@ def index(storage="float32"):
     return ExactIndex(torch.from_numpy(rng.integers(-3, 4, (NUM_ITEMS, 8)).astype(np.float32)), storage)
 
 
-def whole(device, model, who=None, found=None, **limits):
+def whole(device, model, who=None, found=None, like=LIKE, **limits):
     """One to ask, and what it is told of changes by."""
     those = Retrieval(who, index() if found is None else found, KEEP, **{"most_chosen": 8, "most_excluded": 5} | limits)
     updates = Updates(device, Replica(model, device), RetrievalReplica(those, device))
     counts, buckets = Counts(), Buckets()
     ground = Ground(device, device.stream(), updates, buckets, Times(buckets), counts)
-    return DeviceWhole(0, ground, LIKE, K, Graphs(device, counts), device.stream()), updates
+    return DeviceWhole(0, ground, like, K, Graphs(device, counts), device.stream()), updates
 
 
 def query(seed):
     return torch.from_numpy(np.random.default_rng(seed).integers(-3, 4, (1, 8)).astype(np.float32))
 
 
-def stages(model, who, found, asked, profile, number, excluded=()):
+def stages(model, who, found, seed, profile, side, excluded=()):
     """One after the other, on the host."""
     rows = torch.arange(NUM_ITEMS) if who is None else who.rows(profile, {}, 0)
     rows = model.live.among(rows)
-    return model.rank(user(number), found.search(asked, KEEP, rows[~torch.isin(rows, torch.tensor(excluded))]), K)
+    return model.rank(side, found.search(query(seed), KEEP, rows[~torch.isin(rows, torch.tensor(excluded))]), K)
 
 
 def sought(seed, who, profile, excluded=(), with_candidates=False):
@@ -94,7 +94,7 @@ def test_it_answers_as_the_stages_do_one_after_the_other(device, storage):
     for seed, country in enumerate(VALUES):
         for topics in ([], ["a"], ["b", "c"]):
             profile = {"country": country, "topics": topics}
-            wanted = stages(model, who, found, query(seed), profile, seed / 10)
+            wanted = stages(model, who, found, seed, profile, user(seed / 10))
             assert same(one.rank(user(seed / 10), sought(seed, who, profile), K), wanted, device)
             assert wanted.valid.any()
 
@@ -104,7 +104,7 @@ def test_it_answers_as_the_stages_do_one_after_the_other(device, storage):
 def test_by_the_kernels_of_a_gpu_it_answers_the_same(monkeypatch, storage):
     model, who, found = world(), targeting(), index(storage)
     profiles = [{"country": country, "topics": ["a"]} for country in VALUES]
-    wanted = [stages(model, who, found, query(seed), profile, 0.0) for seed, profile in enumerate(profiles)]
+    wanted = [stages(model, who, found, seed, profile, user(0.0)) for seed, profile in enumerate(profiles)]
     monkeypatch.setattr(triton, "serves", lambda device: True)
     one, _ = whole(CpuDevice(), model, who, found)
     for seed, profile in enumerate(profiles):
@@ -116,7 +116,7 @@ def test_whoever_asks_after_whomever_gets_an_answer_of_its_own(countries, topics
     model, who, found = world(), targeting(), index()
     one, _ = whole(CpuDevice(), model, who, found)
     for profile in ({"country": countries, "topics": topics}, {"country": None, "topics": None}):
-        wanted = stages(model, who, found, query(1), profile, 0.5)
+        wanted = stages(model, who, found, 1, profile, user(0.5))
         assert same(one.rank(user(0.5), sought(1, who, profile), K), wanted)
 
 
@@ -130,7 +130,7 @@ def test_where_few_are_eligible_fewer_win_and_where_nobody_is_nobody_does(device
         model.live.change([change.item_id // 10 for change in left], left)
         updates.put(torch.arange(NUM_ITEMS))
         found_now = one.rank(user(0.0), sought(2, who, profile), K)
-        assert same(found_now, stages(model, who, found, query(2), profile, 0.0), device)
+        assert same(found_now, stages(model, who, found, 2, profile, user(0.0)), device)
     assert not found_now.valid.any()
 
 
@@ -144,7 +144,7 @@ def test_what_changes_of_items_is_known_to_the_next_request(device):
     updates.put(torch.tensor([best]))
     after = one.rank(user(0.0), sought(0, who, profile), K)
     assert best not in after.rows.tolist()[0]
-    assert same(after, stages(model, who, found, query(0), profile, 0.0), device)
+    assert same(after, stages(model, who, found, 0, profile, user(0.0)), device)
 
 
 def test_a_request_waits_for_the_device_once():
@@ -162,7 +162,7 @@ def test_without_targeting_every_item_that_is_on_may_win(device):
     one, updates = whole(device, model, None, found)
     model.live.change([3, 4], [ItemChange(30, on=False), ItemChange(40, on=False)])
     updates.put(torch.tensor([3, 4]))
-    wanted = stages(model, None, found, query(0), {}, 0.0, (7, 9))
+    wanted = stages(model, None, found, 0, {}, user(0.0), (7, 9))
     assert same(top := one.rank(user(0.0), sought(0, None, {}, (7, 9)), K), wanted, device)
     assert top.num_eligible == NUM_ITEMS - 4
     assert top.candidates is None
@@ -200,7 +200,7 @@ def test_items_that_come_or_list_other_values_are_found_by_the_next_request(stor
         asked, excluded = sought(seed, who, profile, rows[:1]), rows[:1]
         if max(asked.chosen.chosen.tolist(), default=0) < room_of(updates):
             updates.retrieval.check(asked)
-            assert same(one.rank(user(0.5), asked, K), stages(model, who, found, query(seed), profile, 0.5, excluded))
+            assert same(one.rank(user(0.5), asked, K), stages(model, who, found, seed, profile, user(0.5), excluded))
         else:  # more values are new than there is room for, and whoever asks by them is another's to answer
             with pytest.raises(DeviceFailed, match="expected bitmaps 0 to"):
                 updates.retrieval.check(asked)
