@@ -33,8 +33,8 @@ class DeviceBusy(DeviceFailed):
     """A request was refused because the device would not be done with it in time."""
 
 
-class NotWhole(ConfigError):
-    """A device was to find a version's candidates, and cannot: why, and what to do."""
+class NotOnDevice(ConfigError):
+    """A device was to do for a version what it cannot: why, and what to do."""
 
 
 class SchemaMismatch(PrerankError):

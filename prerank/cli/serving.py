@@ -13,7 +13,16 @@ from prerank.bundle.manifest import CONFIG as CONFIG_FILE
 from prerank.bundle.manifest import METADATA
 from prerank.bundle.registry import Registry
 from prerank.cli import render, requests
-from prerank.cli.device import DeviceDtype, DeviceNames, DeviceWaitMs, DeviceWhole, DeviceWorkers, Dtype, placed
+from prerank.cli.device import (
+    DeviceDtype,
+    DeviceNames,
+    DeviceShards,
+    DeviceWaitMs,
+    DeviceWhole,
+    DeviceWorkers,
+    Dtype,
+    placed,
+)
 from prerank.cli.options import (
     CONFIG,
     DATA,
@@ -62,6 +71,7 @@ def serve(
     device_wait_ms: DeviceWaitMs = 0.2,
     device_dtype: DeviceDtype = Dtype.BFLOAT16,
     device_whole: DeviceWhole = False,
+    device_shards: DeviceShards = False,
     threads: Annotated[
         int, typer.Option(min=1, max=1024, help="Requests that run at once; more where they wait for a --device.")
     ] = 2,
@@ -124,7 +134,7 @@ def serve(
     logged = None if log_requests is None else LogOptions(log_requests, sample, most_bytes, log_days)
     sight = Sight(traces, lines, requests=logged)
     home = found_in(store, funnel)
-    with placed(device, device_workers, device_wait_ms, device_dtype, device_whole) as on_device:
+    with placed(device, device_workers, device_wait_ms, device_dtype, device_whole, device_shards) as on_device:
         serve_http(
             home,
             host=host,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import fields
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -32,6 +32,8 @@ class Finds(Protocol):
         ...
 
 
+Answer = TypeVar("Answer")
+
 _LOOK_S = 0.02  # between two looks at whether anybody still waits
 
 
@@ -42,7 +44,7 @@ def rank_each(submit: Submit, user_side: Features, candidates: CandidateSet, k: 
     """
     futures = [submit(*_one(user_side, candidates, n), k) for n in range(len(candidates.rows))]
     try:
-        found = [_waited(future) for future in futures]
+        found = [waited(future) for future in futures]
     except BaseException:
         for future in futures:
             future.cancel()
@@ -58,7 +60,7 @@ def find(version: Finds, user_side: Features, sought: Sought, k: int) -> Found:
     try:
         future = version.submit(user_side, sought, k)
         try:
-            found = _waited(future)
+            found = waited(future)
         except BaseException:
             future.cancel()
             raise
@@ -82,7 +84,8 @@ def _one(user_side: Features, candidates: CandidateSet, n: int) -> tuple[Feature
     return {name: tensor[part] for name, tensor in user_side.items()}, own
 
 
-def _waited(future: Future[Ranked]) -> Ranked:
+def waited(future: Future[Answer]) -> Answer:
+    """What a future has, as soon as it is there; raises what it ended with, Cancelled where nobody waits for it."""
     while True:
         try:
             return future.result(_LOOK_S)

@@ -13,13 +13,12 @@ from prerank.bundle.golden import Golden
 from prerank.bundle.load import Bundle
 from prerank.bundle.manifest import GOLDEN
 from prerank.bundle.scorer import Scorer
-from prerank.errors import BundleError, NotWhole
+from prerank.errors import BundleError, NotOnDevice
 from prerank.index.exact import ExactIndex
 from prerank.serve.device_buckets import Buckets
-from prerank.serve.device_engines import Engine, LoadedVersion
+from prerank.serve.device_engines import Engine, LoadedVersion, Part
 from prerank.serve.device_options import Options
 from prerank.serve.device_retrieval import Retrieval
-from prerank.serve.device_version import DeviceVersion
 from prerank.serve.whole import IN_ITS_PLACE, whole_of
 from prerank.types import Features, Request
 
@@ -44,7 +43,7 @@ class OnDevice:
         """The bundle's scorer on the device, which is told of items that change; `user` are features of anybody.
 
         Where the device fails the host's scorer ranks. Raises DeviceFull where it does not fit, BundleError where it is
-        further from the golden answers than rounding explains, NotWhole where it should find candidates and cannot.
+        further from the golden answers than rounding explains, NotOnDevice where it should find candidates and cannot.
         """
         scorer = bundle.scorer
         buckets = self.buckets or _buckets(bundle, self.engine.snapshot().sizes)
@@ -64,12 +63,12 @@ class OnDevice:
         return version
 
 
-def _probs(scorer: Scorer, version: DeviceVersion) -> Callable[[Features, Tensor], Tensor]:
+def _probs(scorer: Scorer, version: Part) -> Callable[[Features, Tensor], Tensor]:
     return lambda user, rows: version.probs(scorer.ranker.user_side(user), rows)
 
 
 def retrieval_of(bundle: Bundle, has_hosts: bool) -> Retrieval:
-    """How a device finds the candidates of a version. Raises NotWhole where it cannot, with why, and what to do."""
+    """How a device finds the candidates of a version. Raises NotOnDevice where it cannot, with why, and what to do."""
     config, items, index = bundle.config, bundle.scorer.items, bundle.index
     limited = [name for name in config.serve.stages if name in IN_ITS_PLACE]
     if has_hosts:
@@ -84,10 +83,10 @@ def retrieval_of(bundle: Bundle, has_hosts: bool) -> Retrieval:
         why = f"[serve.stages] limits {', '.join(limited)}, which would be one stage"
     else:
         return Retrieval(bundle.scorer.targeting, index, min(config.retrieval.keep, items.num_rows))
-    raise NotWhole(f"--device-whole: {bundle.version}: {why}; leave --device-whole out, and the device only ranks")
+    raise NotOnDevice(f"--device-whole: {bundle.version}: {why}; leave --device-whole out, and the device only ranks")
 
 
-def _check_found(bundle: Bundle, version: DeviceVersion) -> None:
+def _check_found(bundle: Bundle, version: Part) -> None:
     """Raises BundleError where golden users would not be found the candidates that the host finds them now."""
     whole, _ = whole_of(bundle, version)
     golden = Golden.from_tensors(read_tensors(bundle.path / GOLDEN)[0])

@@ -11,16 +11,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 
 from torch import Tensor
 
 from prerank.bundle.judge import Ranked
 from prerank.bundle.scorer import Scorer
 from prerank.errors import DeviceBusy, DeviceFailed
-from prerank.serve.device import DeviceEngine
 from prerank.serve.device_asking import find, rank_each
-from prerank.serve.device_counts import Snapshot, total
+from prerank.serve.device_many import Engines
 from prerank.serve.device_options import Options
 from prerank.serve.device_sought import Found, Sought, num_of
 from prerank.serve.device_version import DeviceVersion
@@ -28,49 +26,16 @@ from prerank.serve.graph import Deadline
 from prerank.types import CandidateSet, Features
 
 
-class DeviceGroup:
+class DeviceGroup(Engines):
     """`engines` of devices of different names, which it closes with itself. Threads may share one."""
-
-    def __init__(self, engines: Sequence[DeviceEngine]) -> None:
-        assert engines
-        assert len({one.name for one in engines}) == len(engines)
-        self._engines = tuple(engines)
 
     def load(self, scorer: Scorer, like: Features, options: Options) -> GroupVersion:
         """A version on each device; see `DeviceEngine.load`. Raises DeviceFull where one has no room; then none has it.
 
         All are told of changes, so they answer alike but for how they round.
         """
-        loaded = list[DeviceVersion]()
-        try:
-            for engine in self._engines:
-                loaded.append(engine.load(scorer, like, replace(options, fallback=None)))
-        except BaseException:
-            for one in loaded:
-                one.close()
-            raise
+        loaded = self.load_each(scorer, like, [replace(options, fallback=None)] * len(self.engines))
         return GroupVersion(loaded, options)
-
-    def snapshot(self) -> Snapshot:
-        """Of all devices together; a request that went from one to the next is counted where it was answered."""
-        return total(list(self.snapshots().values()))
-
-    def snapshots(self) -> dict[str, Snapshot]:
-        """Of each, by its name."""
-        return {one.name: one.snapshot() for one in self._engines}
-
-    def close(self) -> None:
-        """Take nothing new, answer what waits, and end the threads."""
-        for one in self._engines:
-            one.close()
-
-    def __enter__(self) -> DeviceGroup:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 @dataclass(slots=True, eq=False)

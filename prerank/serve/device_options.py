@@ -28,6 +28,8 @@ class Options:
     `most_k` winners at most; floats of the ranker and its tables as `dtype`, which is theirs unless given. `fallback`
     ranks where the device fails; without it such a request fails. After a device was lost it is tried again, and every
     `retry_s` seconds. With `retrieval` it takes requests whose candidates are still to be found too.
+
+    With a `part` it has these rows only, called by their place in it, and judges candidates without saying who wins.
     """
 
     most_k: int
@@ -36,6 +38,7 @@ class Options:
     fallback: Fallback | None = None
     retry_s: float = 5.0
     retrieval: Retrieval | None = None
+    part: slice | None = None
 
 
 @dataclass(frozen=True, slots=True)

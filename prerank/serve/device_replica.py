@@ -84,7 +84,9 @@ class Replica:
         self.tasks = scorer.ranker.tasks
         by_row, by_slot = ({name: one[part] for name, one in kind(scorer).items()} for kind in (_by_row, _by_slot))
         module = cast("nn.Module", scorer.ranker)
+        self._first = range(scorer.items.num_rows)[part].start
         num_slots, num_rows = (len(range(num)[part]) for num in (scorer.items.num_slots, scorer.items.num_rows))
+        self.num_slots, self.num_rows = num_slots, num_rows
         needs = {
             f"the ranker's side of {num_slots:,} items": sum(map(self._bytes, by_slot.values())),
             "the ranker": sum(map(self._bytes, [*module.parameters(), *module.buffers()])),
@@ -170,14 +172,20 @@ class Replica:
         return {**_taken(self._scorer, rows), **by_slot}
 
     def staged(self, rows: Tensor | None, slots: Tensor | None) -> Staged:
-        """What the host's scorer has now of rows int64 [n] and of slots int64 [m]."""
+        """What the host's scorer has now of rows int64 [n] and of slots int64 [m], of those that are here."""
         pieces = []
-        if rows is not None and len(rows):
-            pieces += [(self._rows[name], rows, taken) for name, taken in _taken(self._scorer, rows).items()]
-        if slots is not None and len(slots):
+        if rows is not None and len(rows := self._here(rows, self.num_rows)):
+            at = rows - self._first
+            pieces += [(self._rows[name], at, taken) for name, taken in _taken(self._scorer, rows).items()]
+        if slots is not None and len(slots := self._here(slots, self.num_slots)):
+            at = slots - self._first
             of_slots = {name: whole.index_select(0, slots) for name, whole in _by_slot(self._scorer).items()}
-            pieces += [(self._slots[name], slots, taken) for name, taken in of_slots.items()]
+            pieces += [(self._slots[name], at, taken) for name, taken in of_slots.items()]
         return Staged(pieces)
+
+    def _here(self, places: Tensor, num: int) -> Tensor:
+        """Of rows, or slots, int64 [n] of the scorer those of this part, which has so many."""
+        return places[(places >= self._first) & (places < self._first + num)]
 
     def _values(self, asked: Asked, rows: Tensor) -> dict[str, Tensor]:
         found = {}

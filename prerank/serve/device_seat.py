@@ -32,18 +32,18 @@ _PIECE = "a piece"
 class Seat:
     """The seat `number`, for users' sides `like` [1, ...] and up to `most_k` winners; one thread at a time.
 
-    Every shape is captured, the largest first. One that cannot be is done by torch, and counted. Raises DeviceFull
-    where there is no memory for one.
+    Every shape is captured, the largest first. One that cannot be is done by torch, and counted. One that only `judges`
+    leaves it to others who wins. Raises DeviceFull where there is no memory for a shape.
     """
 
-    def __init__(self, number: int, ground: Ground, like: Features, most_k: int) -> None:
-        self._number, self._ground = number, ground
+    def __init__(self, number: int, ground: Ground, like: Features, most_k: int, judges: bool = False) -> None:
+        self._number, self._ground, self._judges = number, ground, judges
         buckets = ground.buckets
         self._replica, self._shapes = ground.updates.replica, Shapes(ground.updates.replica, like, most_k)
         self._stream, self._graphs = ground.device.stream(), Graphs(ground.device, ground.counts)
         shapes = buckets.shapes()
         self._in = {shape: self._shapes.inputs(shape) for shape in shapes}
-        self._out = {count: self._shapes.outputs(count) for count in {shape.requests for shape in shapes}}
+        self._out = {one: self._shapes.judged(one) if judges else self._shapes.outputs(one.requests) for one in shapes}
         self._whole = Shape(1, buckets.largest)
         try:
             ground.loading.do(self._allocate)
@@ -54,7 +54,7 @@ class Seat:
                     self._graphs.capture(key, partial(self._rank, shape, segment))
                     # a first guess, before anybody has asked
                     ground.times.note(shape.candidates, shape.requests, self._graphs.time_s(key))
-            for segment in self._replica.ranker.segments:
+            for segment in () if judges else self._replica.ranker.segments:
                 self._graphs.capture(Key(_PIECE, segment), partial(self._judge, segment))
             self._found: DeviceWhole | None = None
             if ground.updates.retrieval is not None:
@@ -75,10 +75,10 @@ class Seat:
         """Let go of the graphs; nothing may be running."""
         self._graphs.close()
 
-    def rank(self, jobs: Sequence[Job]) -> list[Ranked]:
+    def rank(self, jobs: Sequence[Job]) -> Sequence[Ranked | Judged]:
         """The winners of each job, [1, k]; they are of one size and segment, and if one must be cut there is no other.
 
-        One whose candidates are to be found is alone.
+        One whose candidates are to be found is alone. Where this only judges none is to be cut.
         """
         if isinstance(sought := jobs[0].candidates, Sought):
             assert len(jobs) == 1
@@ -89,6 +89,7 @@ class Seat:
         start = time.perf_counter()
         if len(pieces) > 1:
             assert len(jobs) == 1
+            assert not self._judges
             shape, sent = self._whole, [self._fill(self._whole, jobs, at, piece) for at, piece in enumerate(pieces)]
         else:
             shape = self._ground.buckets.shape_of([job.num for job in jobs])
@@ -97,7 +98,7 @@ class Seat:
             if len(sent) > 1:
                 self._enqueue_pieces(sent, segment)
             else:
-                self._enqueue(Key(shape, segment), shape.requests, sent[0])
+                self._enqueue(shape, segment, sent[0])
         self._stream.mark().wait()
         self._ground.times.note(shape.candidates, len(jobs), (time.perf_counter() - start) / len(sent))
         num = sum(job.num for job in jobs)
@@ -105,13 +106,13 @@ class Seat:
         self._ground.counts.add(
             requests=len(jobs), batches=1, candidates=num, padding=computed - num, cut=int(len(sent) > 1)
         )
-        return self._read(shape.requests, jobs)
+        return self._read(shape, jobs)
 
-    def _enqueue(self, key: Key, num_requests: int, num_bytes: int) -> None:
+    def _enqueue(self, shape: Shape, segment: int | None, num_bytes: int) -> None:
         do = self._stream.do
         do(partial(self._send, 0, num_bytes))
-        do(partial(self._graphs.run, key))
-        do(partial(self._fetch, num_requests))
+        do(partial(self._graphs.run, Key(shape, segment)))
+        do(partial(self._fetch, shape))
 
     def _enqueue_pieces(self, sent: Sequence[int], segment: int | None) -> None:
         """Judge one piece after the other, and take the winners once."""
@@ -124,8 +125,8 @@ class Seat:
             do(partial(self._send, at, num_bytes))
             do(partial(self._graphs.run, Key(_PIECE, segment)))
             do(keep)
-        do(lambda: self._win(1, joined(found)))
-        do(partial(self._fetch, 1))
+        do(lambda: self._win(self._whole, joined(found)))
+        do(partial(self._fetch, self._whole))
 
     def _fill(self, shape: Shape, jobs: Sequence[Job], at: int, piece: tuple[int, int]) -> int:
         """Write jobs, or a piece of one, where they are copied from; how many bytes are to be copied."""
@@ -138,21 +139,29 @@ class Seat:
     def _send(self, at: int, num_bytes: int) -> None:
         self._there[:num_bytes].copy_(self._staging[at][:num_bytes], non_blocking=True)
 
-    def _fetch(self, num_requests: int) -> None:
-        num_bytes = self._out[num_requests].num_bytes
+    def _fetch(self, shape: Shape) -> None:
+        num_bytes = self._out[shape].num_bytes
         self._answers[:num_bytes].copy_(self._back[:num_bytes], non_blocking=True)
 
-    def _read(self, num_requests: int, jobs: Sequence[Job]) -> list[Ranked]:
-        views = self._out[num_requests].views(self._answers)
+    def _read(self, shape: Shape, jobs: Sequence[Job]) -> Sequence[Ranked | Judged]:
+        views = self._out[shape].views(self._answers)
+        if self._judges:
+            return [self._shapes.read_judged(views, at, job.num) for at, job in enumerate(jobs)]
         return [self._shapes.read(views, at, job.k) for at, job in enumerate(jobs)]
 
     def _rank(self, shape: Shape, segment: int | None) -> None:
-        self._win(shape.requests, self._replica.judge(self._asked(shape), segment))
+        judged = self._replica.judge(self._asked(shape), segment)
+        if self._judges:
+            self._leave(shape, judged)
+        else:
+            self._win(shape, judged)
 
-    def _win(self, num_requests: int, candidates: Judged) -> None:
-        ranked = self._replica.winners(candidates, self._shapes.most_k)
-        for name, view in self._out[num_requests].views(self._back).items():
-            view.copy_(getattr(ranked, name))
+    def _win(self, shape: Shape, candidates: Judged) -> None:
+        self._leave(shape, self._replica.winners(candidates, self._shapes.most_k))
+
+    def _leave(self, shape: Shape, found: Ranked | Judged) -> None:
+        for name, view in self._out[shape].views(self._back).items():
+            view.copy_(getattr(found, name))
 
     def _judge(self, segment: int | None) -> None:
         judged = self._replica.judge(self._asked(self._whole), segment)
@@ -165,7 +174,7 @@ class Seat:
     def _allocate(self) -> None:
         """The memory that graphs read and write, of which every shape takes as much as it needs."""
         most_in, most_out = (max(one.num_bytes for one in kind.values()) for kind in (self._in, self._out))
-        judged = self._shapes.judged(self._ground.buckets.largest)
+        judged = self._shapes.judged(self._whole)
         self._there, self._back, piece = map(self._on_device, (most_in, most_out, judged.num_bytes))
         self._piece = Judged(**judged.views(piece))
         self._answers = self._ground.device.locked((most_out,), torch.uint8)

@@ -8,7 +8,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from prerank.bundle.judge import Ranked
+from prerank.bundle.judge import Judged, Ranked
 from prerank.errors import DeviceFailed
 from prerank.serve.device_batches import Job
 from prerank.serve.device_buckets import Shape
@@ -48,15 +48,16 @@ class Shapes:
         found.append(Field("probs", (*kept, self._num_tasks), torch.float32))
         return Layout([*found, *(Field(name, (num_requests,), torch.int64) for name in _COUNTS)])
 
-    def judged(self, num: int) -> Layout:
-        """Of a piece of `num` candidates: the fields of `Judged`."""
-        cells = [
-            Field("rows", (1, num), torch.int64),
-            Field("utility", (1, num), torch.float32),
-            Field("probs", (1, num, self._num_tasks), torch.float32),
-            Field("may_win", (1, num), torch.bool),
+    def judged(self, shape: Shape) -> Layout:
+        """Of a batch, or a piece of a request, before anybody has won: the fields of `Judged`."""
+        cells = (shape.requests, shape.candidates)
+        found = [
+            Field("rows", cells, torch.int64),
+            Field("utility", cells, torch.float32),
+            Field("probs", (*cells, self._num_tasks), torch.float32),
+            Field("may_win", cells, torch.bool),
         ]
-        return Layout([*cells, *(Field(name, (1,), torch.int64) for name in _COUNTS)])
+        return Layout([*found, *(Field(name, (shape.requests,), torch.int64) for name in _COUNTS)])
 
     def asked(self, views: Features) -> Asked:
         """The inputs by name as a replica reads them."""
@@ -103,6 +104,11 @@ class Shapes:
         own = {name: view[at : at + 1] for name, view in views.items()}
         return Ranked(**{name: (one if name in _COUNTS else one[:, :k]).clone() for name, one in own.items()})
 
+    def read_judged(self, views: Features, at: int, num: int) -> Judged:
+        """What was judged of one request of a batch, its `num` candidates [1, N], in memory of its own."""
+        own = {name: view[at : at + 1] for name, view in views.items()}
+        return Judged(**{name: (one if name in _COUNTS else one[:, :num]).clone() for name, one in own.items()})
+
     def check_user(self, job: Job) -> None:
         """Of `check` what does not depend on candidates."""
         like = {name: (one.dtype, one.shape) for name, one in self._like.items()}
@@ -116,7 +122,7 @@ class Shapes:
         if not 0 <= job.k <= self.most_k:
             raise DeviceFailed(f"expected 0 to {self.most_k} winners, got {job.k}")
 
-    def check(self, job: Job, num_rows: int, num_slots: int) -> None:
+    def check(self, job: Job) -> None:
         """Raises DeviceFailed where a request is not as those that shapes were made for: a device would not notice."""
         self.check_user(job)
         candidates = job.given
@@ -126,9 +132,9 @@ class Shapes:
             raise DeviceFailed("the candidates say where features are, and all items are resident")
         if unknown := sorted(set(candidates.values) - set(self._values)):
             raise DeviceFailed(f"the candidates have values {unknown}, and the utility reads {list(self._values)}")
-        _check_range("rows", candidates.rows, candidates.valid, 0, num_rows)
+        _check_range("rows", candidates.rows, candidates.valid, 0, self._replica.num_rows)
         if candidates.slots is not None:
-            _check_range("slots", candidates.slots, candidates.valid, -1, num_slots)
+            _check_range("slots", candidates.slots, candidates.valid, -1, self._replica.num_slots)
 
 
 def _columns(job: Job) -> dict[str, Tensor]:

@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from prerank.bundle.judge import Ranked
+from prerank.bundle.judge import Judged, Ranked
 from prerank.bundle.scorer import Scorer
 from prerank.errors import DeviceBusy, DeviceFailed
 from prerank.serve.device_asking import find, rank_each
@@ -120,6 +121,15 @@ class DeviceVersion:
         """One request whose candidates are sought; see `device_asking.find`."""
         return find(self, user_side, sought, k)
 
+    def judge(self, user_side: Features, candidates: CandidateSet) -> Future[Judged]:
+        """What candidates [1, N] are worth, of a version that has a part of the rows; raises as `submit`.
+
+        Their rows count from the first of the part, and there are no more of them than the largest size.
+        """
+        assert self._options.part is not None
+        assert candidates.rows.shape[1] <= self._options.buckets.largest
+        return cast("Future[Judged]", self.submit(user_side, candidates, 0))
+
     def probs(self, user_side: Features, rows: Tensor) -> Tensor:
         """The ranker's side of users [B, ...] and rows int64 [B, N] -> each task's probability, float32 [B, N, T].
 
@@ -208,7 +218,7 @@ class DeviceVersion:
         is_cut, size = num > buckets.largest, buckets.size_of(num)
         line = self, size, is_cut, segment_of(user_side)
         job = Job(user_side, candidates, k, line, 1 if is_cut else buckets.most_of(size), deadline)
-        self._shapes.check(job, self._scorer.items.num_rows, self._scorer.items.num_slots)
+        self._shapes.check(job)
         return job
 
     def _let_in(self, job: Job) -> None:
@@ -236,13 +246,14 @@ class DeviceVersion:
                 self._updates = made[0]
             self._shapes = Shapes(made[0].replica, self._like, options.most_k)
             ground = Ground(shared.device, shared.loading, made[0], options.buckets, self._times, shared.counts)
-            seats = [Seat(number, ground, self._like, options.most_k) for number in range(shared.num_workers)]
+            made_as = ground, self._like, options.most_k, options.part is not None
+            seats = [Seat(number, *made_as) for number in range(shared.num_workers)]
             with self._changed:
                 self._seats = None if self._is_closed else seats
 
     def _tables(self) -> Updates:
         device, retrieval = self._shared.device, self._options.retrieval
-        replica = Replica(self._scorer, device, self._options.dtype)
+        replica = Replica(self._scorer, device, self._options.dtype, self._options.part or slice(None))
         return Updates(device, replica, None if retrieval is None else RetrievalReplica(retrieval, device))
 
     def _failed(self, seats: list[Seat], error: Exception) -> None:

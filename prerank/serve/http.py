@@ -167,7 +167,7 @@ def serve(
     ready while `least_shards` of their shards answer; `hosts_tls` is for those that speak TLS.
     On a `device`, which stays open, that ranks.
     Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token, and
-    NotWhole as `VersionWatch.open`. A version or store that cannot be loaded is said on stderr in one line, and by
+    NotOnDevice as `VersionWatch.open`. A version or store that cannot be loaded is said on stderr in one line, and by
     /readyz until one can be.
     """
     exposure, door = Exposure.of(host, token_file, allow_hosts=allow_hosts), Door()

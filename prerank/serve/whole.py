@@ -11,7 +11,7 @@ from prerank.bundle.golden import RELATIVE
 from prerank.bundle.load import Bundle
 from prerank.bundle.scorer import Scorer
 from prerank.errors import DeviceFailed
-from prerank.serve.device_engines import LoadedVersion
+from prerank.serve.device_engines import Finder
 from prerank.serve.device_sought import Chosen, Found, Sought
 from prerank.serve.graph import Stage, Values
 from prerank.serve.seen import current
@@ -64,7 +64,7 @@ class Whole:
     """
 
     scorer: Scorer
-    device: LoadedVersion
+    device: Finder
     host: InTurn
 
     name: ClassVar[str] = "whole"
@@ -129,7 +129,7 @@ class Whole:
         return self.host.count(values, written)
 
 
-def whole_of(bundle: Bundle, device: LoadedVersion) -> tuple[Whole, InTurn]:
+def whole_of(bundle: Bundle, device: Finder) -> tuple[Whole, InTurn]:
     """The stage of a version that is loaded on `device` with its retrieval, and the one in its place if it is late."""
     scorer = bundle.scorer
     target = Target(scorer.items, scorer.targeting, scorer.live)

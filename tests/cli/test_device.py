@@ -104,6 +104,34 @@ def test_a_funnel_that_no_device_can_answer_whole_is_an_error_that_says_so(monke
     assert told.endswith("(dear, same_genre, chosen); leave --device-whole out, and the device only ranks")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--device-shards"], "--device-shards: expected several devices, got 0; repeat --device"),
+        (["--device", "cuda", "--device-shards"], "--device-shards: expected several devices, got 1; repeat --device"),
+        (
+            ["--device", "cuda", "--device", "cuda:1", "--device-shards", "--device-whole"],
+            "--device-whole: no device has all items with --device-shards; leave either out",
+        ),
+    ],
+)
+def test_items_are_split_over_several_devices_and_then_no_device_finds_any(
+    devices, monkeypatch, capsys, tmp_path, words, says
+):
+    publish_live(tmp_path / "tiny", world.config())
+    told = " ".join(said(monkeypatch, capsys, "serve", "--store", tmp_path, *words, code=1).split())
+    assert says in told
+    assert devices == []
+
+
+def test_devices_that_have_a_part_each_are_one_engine_which_ends_with_the_command(devices):
+    with placed(["cuda:1", "cuda"], shards=True) as place:
+        assert devices == [1, 0]
+        version = place.engine.load(scorer([0.0, 1.0], [0.0, 0.0]), {"u": torch.zeros(1)}, Options(1))
+        assert version.name == "cuda:1+cuda:0"
+    assert not [one for one in threading.enumerate() if one.name.startswith("device-")]
+
+
 def test_whole_requests_want_a_device(monkeypatch, capsys, tmp_path):
     publish_live(tmp_path / "tiny", world.config())
     told = said(monkeypatch, capsys, "serve", "--store", tmp_path, "--device-whole", code=1)

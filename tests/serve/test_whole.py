@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prerank.errors import BundleError, NoRoom, NotWhole
+from prerank.errors import BundleError, NoRoom, NotOnDevice
 from prerank.serve import device_bundle
 from prerank.serve.answer import Answer
 from prerank.serve.device import DeviceEngine
@@ -330,7 +330,7 @@ def test_a_funnel_that_a_device_cannot_answer_whole_is_refused_and_says_why(
     assert isinstance(more, dict)
     store = published(tmp_path / "tiny", **changes | {"retrieval": retrieval | more})
     with on(CpuDevice()) as place:
-        with pytest.raises(NotWhole, match=f"--device-whole: .*: {why}.*; leave --device-whole out"):
+        with pytest.raises(NotOnDevice, match=f"--device-whole: .*: {why}.*; leave --device-whole out"):
             Funnel.open(store, workers=0, device=place)
         assert place.engine.snapshot().table_bytes == 0
 
@@ -338,7 +338,7 @@ def test_a_funnel_that_a_device_cannot_answer_whole_is_refused_and_says_why(
 def test_where_some_items_are_not_resident_it_is_refused_too(tmp_path: Path) -> None:
     with (
         on(CpuDevice()) as place,
-        pytest.raises(NotWhole, match=r"--device-whole: .*: not all of its items are resident; leave"),
+        pytest.raises(NotOnDevice, match=r"--device-whole: .*: not all of its items are resident; leave"),
     ):
         Funnel.open(test_tail.published(tmp_path / "tail"), workers=0, device=place)
 
@@ -349,7 +349,7 @@ def test_beside_index_hosts_it_is_refused_too(tmp_path: Path) -> None:
     with (
         running(store, [version], 1, 1) as cluster,
         on(CpuDevice()) as place,
-        pytest.raises(NotWhole, match=r"--device-whole: .*: index hosts retrieve; leave"),
+        pytest.raises(NotOnDevice, match=r"--device-whole: .*: index hosts retrieve; leave"),
     ):
         Funnel.open(store, workers=0, hosts=cluster.hosts, device=place)
 
