@@ -1,6 +1,7 @@
 """A request in one graph is what its stages give one after the other on the host."""
 
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from prerank.business.targeting import Targeting
 from prerank.config import TargetingRule
-from prerank.errors import DeviceFailed, DeviceFull
+from prerank.errors import DeviceBusy, DeviceFailed, DeviceFull
 from prerank.index.exact import ExactIndex
 from prerank.kernels import triton
+from prerank.serve.device import DeviceEngine
 from prerank.serve.device_buckets import Buckets
 from prerank.serve.device_counts import Counts
 from prerank.serve.device_cuda import cuda_device
@@ -27,10 +29,11 @@ from prerank.serve.device_streams import CpuDevice
 from prerank.serve.device_times import Times
 from prerank.serve.device_updates import Updates
 from prerank.serve.device_whole import DeviceWhole
+from prerank.serve.graph import Deadline
 from prerank.types import ItemChange
 from tests.kernels.ways import IS_INTERPRETED
 from tests.serve.late_device import LateDevice
-from tests.serve.test_device import LIKE, NUM_ITEMS, same, user, world
+from tests.serve.test_device import LIKE, NUM_ITEMS, asked, load, same, user, world
 
 RULES = {
     "country": TargetingRule(item="country", user="country"),
@@ -249,3 +252,26 @@ def test_what_a_device_would_not_notice_is_refused():
         with pytest.raises(DeviceFailed, match=wrong):
             updates.retrieval.check(one)
     updates.retrieval.check(asked)
+
+
+def test_a_version_takes_whole_requests_beside_others_and_refuses_what_it_cannot_answer():
+    model, who, found = world(), targeting(), index()
+    asked_by = sought(1, who, {"country": "a"})
+    with DeviceEngine(CpuDevice(), 2, wait_ms=0) as engine:
+        version = load(engine, model, retrieval=Retrieval(who, found, KEEP))
+        ranked, whole_one = version.submit(user(0.5), asked(40), 5), version.submit(user(0.5), asked_by, K)
+        assert same(ranked.result(30), model.rank(user(0.5), asked(40), 5))
+        assert same(whole_one.result(30), stages(model, who, found, 1, {"country": "a"}, user(0.5)))
+        sizes = engine.snapshot().sizes
+        assert sum(sizes.values()) == 1  # a whole request is of no size
+        with pytest.raises(DeviceBusy, match=r"0.001 ms would pass first.* and a whole request about"):
+            version.submit(user(0.5), asked_by, K, Deadline(time.perf_counter(), 0.001))
+        with pytest.raises(DeviceFailed, match=f"expected 0 to 20 winners, got {K + 1}"):
+            version.find(user(0.5), asked_by, K + 1)
+        assert (engine.snapshot().refused, engine.snapshot().fallbacks) == (1, 1)
+        without = load(engine, model)
+        with pytest.raises(DeviceFailed, match="this version finds no candidates on the device"):
+            without.submit(user(0.5), asked_by, K)
+        version.close()
+        with pytest.raises(DeviceFailed, match="or has left it"):
+            version.submit(user(0.5), asked_by, K)

@@ -242,8 +242,8 @@ def test_what_a_lost_device_cannot_answer_the_host_does_and_it_comes_back_with_w
     with DeviceEngine(device, 1, wait_ms=0) as engine:
         place = OnDevice(engine, None, BUCKETS, whole=True)
         with Funnel.open(store, workers=0) as host, Funnel.open(folder, workers=0, device=place) as funnel:
-            monkey = funnel._on_device
-            assert monkey is not None
+            version = funnel._on_device
+            assert version is not None
             device.replay_error = device.capture_error = Lost("gone")
             wanted = host.recommend(REQUEST)
             answer = funnel.recommend(REQUEST)
@@ -254,7 +254,8 @@ def test_what_a_lost_device_cannot_answer_the_host_does_and_it_comes_back_with_w
             funnel.change([ItemChange(500, columns={**COLUMNS, "countries": ["de", "zz"]})])
             assert funnel.recommend(REQUEST).winners[0].item_id == 500
             device.replay_error = device.capture_error = None
-            for part in monkey.parts:
+            for part in version.parts:
+                assert isinstance(part, DeviceVersion)
                 part._retry_at = 0.0
                 part._revive()
             before = engine.snapshot().fallbacks
@@ -262,6 +263,19 @@ def test_what_a_lost_device_cannot_answer_the_host_does_and_it_comes_back_with_w
             assert answer.winners[0].item_id == 500
             assert answer.notes == wanted.notes
             assert engine.snapshot().fallbacks == before
+
+
+def test_of_several_devices_another_answers_for_one_that_is_lost(store: Path, tmp_path: Path) -> None:
+    folder, devices = shutil.copytree(store, tmp_path / "store"), [LateDevice(threading.RLock(), name=n) for n in "ab"]
+    with on(*devices) as place, Funnel.open(folder, workers=0, device=place) as funnel:
+        wanted = funnel.recommend(REQUEST)
+        devices[0].replay_error = devices[0].capture_error = Lost("gone")
+        for _ in range(4):
+            assert_same(funnel.recommend(REQUEST), wanted)
+        funnel.change([ItemChange(500, columns=COLUMNS)])
+        assert funnel.recommend(REQUEST).winners[0].item_id == 500
+        assert place.engine.snapshot().fallbacks == 0
+        devices[0].replay_error = devices[0].capture_error = None
 
 
 def test_what_a_device_has_no_room_for_the_host_answers(
