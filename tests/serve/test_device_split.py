@@ -24,7 +24,7 @@ from tests.serve.test_device_row_shards import stacked
 from tests.serve.test_device_segments import SEGMENTS, segmented
 from tests.serve.test_device_segments import user as user_of
 from tests.serve.test_inventory import REQUEST, new
-from tests.serve.test_whole import published
+from tests.serve.whole import published
 
 
 def late(name):
