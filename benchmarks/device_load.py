@@ -25,8 +25,9 @@ from prerank.bundle.judge import Ranked
 from prerank.errors import DeviceFailed
 from prerank.serve.device import DeviceEngine
 from prerank.serve.device_buckets import Buckets
+from prerank.serve.device_options import Options
 from prerank.serve.device_streams import Device
-from prerank.serve.device_version import DeviceVersion, Options
+from prerank.serve.device_version import DeviceVersion
 from prerank.types import ItemChange
 
 _SPIN_S = 0.001  # from which on a thread looks at the clock instead of sleeping
@@ -131,7 +132,7 @@ def changing(world: World, version: Callable[[], DeviceVersion], a_second: int =
     """Meanwhile so many items a second change: what is live of them, and what the ranker reads. Yields how many did."""
     scorer, ended, counts = world.scorer, threading.Event(), [0]
     made, num = np.random.default_rng(SEED), world.scorer.items.num_rows
-    scorer.tell(lambda rows, slots: version().put(rows, slots))
+    scorer.tell(lambda rows, slots, taken: version().put(rows, slots, taken))
 
     def run() -> None:
         start = time.perf_counter()

@@ -19,9 +19,16 @@ from benchmarks.scorer_world import SEED, WINNERS
 from prerank.index.exact import ExactIndex
 from prerank.kernels.eligible_mask import eligible_mask
 from prerank.kernels.scan import scan_top_k
+from prerank.serve.device_buckets import Buckets
+from prerank.serve.device_counts import Counts
+from prerank.serve.device_graphs import Graphs
+from prerank.serve.device_ground import Ground
 from prerank.serve.device_replica import Replica
+from prerank.serve.device_retrieval import Retrieval, RetrievalReplica
+from prerank.serve.device_sought import Chosen, Sought
+from prerank.serve.device_times import Times
 from prerank.serve.device_updates import Updates
-from prerank.serve.device_whole import Chosen, DeviceWhole, Sizes
+from prerank.serve.device_whole import DeviceWhole
 from prerank.types import Features
 
 MATMUL = "matmul + topk"
@@ -67,13 +74,18 @@ def whole_rows(bench: Bench) -> Iterator[Row]:
     audience, keep = _audience(bench), bench.sizes.small
     vectors = torch.randn(bench.sizes.items, DIM, generator=torch.Generator().manual_seed(SEED))
     index, requests = ExactIndex(vectors, "bfloat16"), bench.asked(keep)
-    updates = made(
-        bench.device, lambda: Updates(bench.device, Replica(bench.world.scorer, bench.device, torch.bfloat16))
-    )
-    sizes = Sizes(keep, WINNERS)
-    whole = DeviceWhole(bench.device, updates, audience.targeting, index, requests[0].user_side, sizes)
-    chosen, query = Chosen(*audience.targeting.choose(audience.profile(), {}, 0)), torch.randn(1, DIM)
-    works = [partial(whole.rank, query, chosen, one.user_side) for one in requests]
+    retrieval, device = Retrieval(audience.targeting, index, keep), bench.device
+
+    def tables() -> Updates:
+        replica = Replica(bench.world.scorer, device, torch.bfloat16)
+        return Updates(device, replica, RetrievalReplica(retrieval, device))
+
+    updates, buckets, counts = made(device, tables), Buckets(), Counts()
+    ground = Ground(device, device.stream(), updates, buckets, Times(buckets), counts)
+    whole = DeviceWhole(0, ground, requests[0].user_side, WINNERS, Graphs(device, counts), device.stream())
+    chosen = Chosen(*audience.targeting.choose(audience.profile(), {}, 0))
+    sought = Sought(torch.randn(1, DIM), chosen, torch.zeros(0, dtype=torch.int64))
+    works = [partial(whole.rank, one.user_side, sought, WINNERS) for one in requests]
     if not all(bool(work().valid.any()) for work in works):
         raise RuntimeError("a whole request has no winners, so nothing was ranked")
     read = index.vectors.nbytes + _bitmap_bytes(audience) + bench.num_bytes(keep)

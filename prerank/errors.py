@@ -33,6 +33,10 @@ class DeviceBusy(DeviceFailed):
     """A request was refused because the device would not be done with it in time."""
 
 
+class NotOnDevice(ConfigError):
+    """A device was to do for a version what it cannot: why, and what to do."""
+
+
 class SchemaMismatch(PrerankError):
     """Two things built from different features met; the text names the first difference."""
 

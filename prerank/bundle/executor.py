@@ -13,7 +13,7 @@ from prerank.kernels.engine import Engine, NativeProgram
 from prerank.kernels.program import Program, of_request
 from prerank.models.programs import Programmed
 from prerank.models.ranker import Ranker
-from prerank.models.segmented import SEGMENT, SegmentedRanker
+from prerank.models.segmented import SEGMENT, SegmentedRanker, of_segment
 from prerank.types import Features
 
 
@@ -81,9 +81,4 @@ def _programs(ranker: Ranker, item_side: Features) -> Iterator[tuple[Program, Fe
         yield cast("Programmed", ranker).program(), item_side
         return
     for number, one in enumerate(ranker.each()):
-        yield cast("Programmed", one).program(), _of_segment(item_side, number)
-
-
-def _of_segment(item_side: Features, number: int) -> dict[str, Tensor]:
-    prefix = f"{number}_"
-    return {name.removeprefix(prefix): tensor for name, tensor in item_side.items() if name.startswith(prefix)}
+        yield cast("Programmed", one).program(), of_segment(item_side, number)

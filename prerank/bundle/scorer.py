@@ -6,6 +6,7 @@ Candidates come in as rows and winners go out; what a loser was worth never leav
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from prerank.models.ranker import Ranker
 from prerank.types import CandidateSet, Features
 
 _ITEMS_AT_ONCE = 1 << 16
+
+Changed: TypeAlias = Callable[[Tensor | None, Tensor | None, Tensor | None], None]
+"""Told of rows, of slots, and of the rows of these that items newly have, int64 [n] each, or None."""
 
 
 class ItemSide(nn.Module):
@@ -90,7 +94,7 @@ class Scorer(nn.Module):
         )
         self.item_side = ItemSide(self._computed() if item_side is None else item_side)
         self._native: NativeRanker | None = None
-        self._changed: Callable[[Tensor | None, Tensor | None], None] | None = None
+        self._changed: Changed | None = None
         for name, rule in self.rules.items():  # each under its own name in the state_dict, as every version has it
             assert not hasattr(self, name), f"a rule cannot be called {name!r}: a part of the scorer is"
             self.add_module(name, rule)
@@ -112,10 +116,10 @@ class Scorer(nn.Module):
         """
         self._native = None if engine is None else NativeRanker(self.ranker, self.item_side.tensors(), engine)
 
-    def tell(self, changed: Callable[[Tensor | None, Tensor | None], None] | None) -> None:
-        """From here on `changed` is told of rows, and of slots, that changed while this serves; None: nobody is."""
+    def tell(self, changed: Changed | None) -> None:
+        """From here on `changed` is told of what changes while this serves; None: nobody is."""
         self._changed = changed
-        self.live.changed = None if changed is None else lambda rows: changed(rows, None)
+        self.live.changed = None if changed is None else lambda rows, taken: changed(rows, None, taken)
 
     def put_side(self, slots: Tensor, side: Features) -> None:
         """Give slots int64 [n] the ranker's item side [n, ...]; no request of such a slot may be running."""
@@ -125,7 +129,7 @@ class Scorer(nn.Module):
         if self._native is not None:
             self._native.update(slots)
         if self._changed is not None:
-            self._changed(None, slots)
+            self._changed(None, slots, None)
 
     def probs(self, user: Features, slots: Tensor) -> Tensor:
         """user [B, ...] and slots int64 [B, N] -> each task's probability, float32 [B, N, T]."""

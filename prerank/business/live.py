@@ -32,8 +32,11 @@ class LiveItems(nn.Module):
             self.register_buffer(f"value_{name}", column.float().clone(), persistent=False)
         self._num_on = self.num_items
         self._lock = threading.Lock()
-        self.changed: Callable[[Tensor], None] | None = None
-        """Told of rows int64 [n] that changed, when they have, on the thread that changed them."""
+        self.changed: Callable[[Tensor, Tensor | None], None] | None = None
+        """Told of rows int64 [n] that changed, when they have, on the thread that changed them.
+
+        And of those of them that items newly have, int64 [m], if there are any.
+        """
 
     def change(self, rows: Sequence[int], changes: Sequence[ItemChange]) -> None:
         """Change the items of these rows, one a change, in order; a row below 0 is none of ours and stays out."""
@@ -60,7 +63,7 @@ class LiveItems(nn.Module):
                     self._num_on += int(numbers.sum()) - int(column[at].sum())
                 column[at] = numbers
         if writes and self.changed is not None:
-            self.changed(torch.tensor(sorted({row for new in wanted.values() for row in new})))
+            self.changed(torch.tensor(sorted({row for new in wanted.values() for row in new})), None)
 
     def prepare(self, rows: Tensor, values: Features, pacing: Tensor) -> None:
         """What rows int64 [n] that nobody has taken will be worth: values float32 [n] by name, pacing float32 [n]."""
@@ -77,7 +80,7 @@ class LiveItems(nn.Module):
             self.on[left] = False
             self.on[taken] = on
         if self.changed is not None:
-            self.changed(torch.cat([taken, left]))
+            self.changed(torch.cat([taken, left]), taken if len(taken) else None)
 
     @property
     def num_on(self) -> int:

@@ -159,12 +159,13 @@ class Targeting(nn.Module):
             read.setdefault(getattr(fitted.rule, owner), f"targeting.{name}.{owner}")
         return {column: key for column, key in read.items() if column}
 
-    def example(self) -> dict[str, Given]:
-        """A value for each context field that the rules read."""
+    def example(self, owner: Owner = "context") -> dict[str, Given]:
+        """A value for each field of the request, or column of the user, that the rules read."""
         found: dict[str, Given] = {}
         for fitted in self._rules.values():
-            if fitted.rule.context and found.get(fitted.rule.context) is None:
-                found[fitted.rule.context] = next(iter(fitted.rows), None)
+            column = getattr(fitted.rule, owner)
+            if column and found.get(column) is None:
+                found[column] = next(iter(fitted.rows), None)
         return found
 
     def choose(

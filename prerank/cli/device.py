@@ -36,15 +36,34 @@ DeviceDtype = Annotated[
     Dtype, typer.Option(help="In what a --device has the ranker and its tables; float32 takes twice the memory.")
 ]
 
+DeviceWhole = Annotated[
+    bool,
+    typer.Option("--device-whole", help="Let a --device find the candidates too: exactly, of items it has itself."),
+]
+DeviceShards = Annotated[
+    bool, typer.Option("--device-shards", help="Split the items by rows over the devices, each of which has a part.")
+]
+
 
 @contextmanager
 def placed(
-    names: Sequence[str], workers: int = 2, wait_ms: float = 0.2, dtype: Dtype = Dtype.BFLOAT16
+    names: Sequence[str],
+    workers: int = 2,
+    wait_ms: float = 0.2,
+    dtype: Dtype = Dtype.BFLOAT16,
+    whole: bool = False,
+    shards: bool = False,
 ) -> Iterator[OnDevice | None]:
     """The devices of these names with an engine, which is closed when this ends; None where none is named.
 
-    Raises ConfigError for a name that is none or comes twice, or of a device that is not there.
+    Raises ConfigError for a name that is none or comes twice, or of a device that is not there; for a `whole` request
+    on none, and `shards` of which there would be one.
     """
+    if whole and (shards or not names):
+        why = "no device has all items with --device-shards; leave either out" if shards else "no device is named"
+        raise ConfigError(f"--device-whole: {why}{'' if shards else '; say which with --device'}")
+    if shards and len(names) < 2:
+        raise ConfigError(f"--device-shards: expected several devices, got {len(names)}; repeat --device")
     if not names:
         yield None
         return
@@ -55,12 +74,16 @@ def placed(
     from prerank.serve.device_bundle import OnDevice
     from prerank.serve.device_cuda import cuda_device
     from prerank.serve.device_group import DeviceGroup
+    from prerank.serve.device_split import DeviceSplit
 
     kept = torch.bfloat16 if dtype is Dtype.BFLOAT16 else torch.float32
     devices = [cuda_device(number) for number in numbers]
     with ExitStack() as engines:
         opened = [engines.enter_context(DeviceEngine(one, workers, wait_ms)) for one in devices]
-        yield OnDevice(opened[0] if len(opened) == 1 else DeviceGroup(opened), kept)
+        if len(opened) == 1:
+            yield OnDevice(opened[0], kept, whole=whole)
+        else:
+            yield OnDevice(DeviceSplit(opened) if shards else DeviceGroup(opened), kept, whole=whole)
 
 
 def _numbers(names: Sequence[str]) -> list[int]:

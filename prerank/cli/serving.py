@@ -13,7 +13,16 @@ from prerank.bundle.manifest import CONFIG as CONFIG_FILE
 from prerank.bundle.manifest import METADATA
 from prerank.bundle.registry import Registry
 from prerank.cli import render, requests
-from prerank.cli.device import DeviceDtype, DeviceNames, DeviceWaitMs, DeviceWorkers, Dtype, placed
+from prerank.cli.device import (
+    DeviceDtype,
+    DeviceNames,
+    DeviceShards,
+    DeviceWaitMs,
+    DeviceWhole,
+    DeviceWorkers,
+    Dtype,
+    placed,
+)
 from prerank.cli.options import (
     CONFIG,
     DATA,
@@ -61,6 +70,8 @@ def serve(
     device_workers: DeviceWorkers = 2,
     device_wait_ms: DeviceWaitMs = 0.2,
     device_dtype: DeviceDtype = Dtype.BFLOAT16,
+    device_whole: DeviceWhole = False,
+    device_shards: DeviceShards = False,
     threads: Annotated[
         int, typer.Option(min=1, max=1024, help="Requests that run at once; more where they wait for a --device.")
     ] = 2,
@@ -123,7 +134,7 @@ def serve(
     logged = None if log_requests is None else LogOptions(log_requests, sample, most_bytes, log_days)
     sight = Sight(traces, lines, requests=logged)
     home = found_in(store, funnel)
-    with placed(device, device_workers, device_wait_ms, device_dtype) as on_device:
+    with placed(device, device_workers, device_wait_ms, device_dtype, device_whole, device_shards) as on_device:
         serve_http(
             home,
             host=host,
@@ -156,13 +167,17 @@ def recommend(
     tail: TailUrl = None,
     users: UsersUrl = None,
     device: DeviceNames = [],  # noqa: B006 - typer reads the default
+    device_whole: DeviceWhole = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as the server would send it.")] = False,
 ) -> None:
     """Answer for one user, without a server."""
     from prerank.serve.funnel import Funnel
 
     home = found_in(store, funnel)
-    with placed(device) as on_device, Funnel.open(home, tail=tail, users=users, device=on_device) as opened:
+    with (
+        placed(device, whole=device_whole) as on_device,
+        Funnel.open(home, tail=tail, users=users, device=on_device) as opened,
+    ):
         said = dict(_field(one) for one in context)
         now_ms = int(time.time() * 1000)
         answer = opened.recommend(Request(user, k, now_ms, said, exclude=tuple(exclude)))

@@ -49,21 +49,6 @@ def eligible_rows(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Ten
     return _here(bitmaps, chosen, starts, inverted, num_items)
 
 
-def eligible_rows_within(
-    bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, num_items: int, capacity: int
-) -> tuple[Tensor, Tensor]:
-    """The first `capacity` of `eligible_rows`, int64 [capacity], -1 past the last, and how many there are, int64 [1].
-
-    For a captured graph: shapes do not depend on values, and where Triton serves the host does not wait for the device.
-    So there nobody checks: `chosen` and `starts` must be as `eligible_rows` wants them.
-    """
-    if triton.serves(bitmaps.device):
-        return within_by_triton(bitmaps, chosen, starts, inverted, num_items, capacity)
-    rows = eligible_rows(bitmaps, chosen, starts, inverted, num_items)
-    padded = torch.nn.functional.pad(rows[:capacity], (0, max(0, capacity - len(rows))), value=-1)
-    return padded, torch.tensor([len(rows)], device=rows.device)
-
-
 def _here(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, num_items: int) -> Tensor:
     if triton.serves(bitmaps.device):
         return by_triton(bitmaps, chosen, starts, inverted, num_items)
@@ -141,15 +126,6 @@ def by_triton(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor,
     from prerank.kernels.triton.eligible import rows_of  # where there is no GPU there need be no triton
 
     return rows_of(bitmaps, chosen, starts, inverted, num_items)
-
-
-def within_by_triton(
-    bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, num_items: int, capacity: int
-) -> tuple[Tensor, Tensor]:
-    """`eligible_rows_within` by the Triton kernels: on a GPU, or anywhere in Triton's interpreter."""
-    from prerank.kernels.triton.eligible import rows_within  # where there is no GPU there need be no triton
-
-    return rows_within(bitmaps, chosen, starts, inverted, num_items, capacity)
 
 
 def _check(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, num_items: int) -> None:

@@ -62,8 +62,7 @@ class SegmentedRanker(nn.Module):
         user = {name: tensor for name, tensor in user_side.items() if name != SEGMENT}
         out: Tensor | None = None
         for number in sorted({int(one) for one in segment.tolist()}):
-            prefix = f"{number}_"
-            items = {n.removeprefix(prefix): tensor for n, tensor in item_side.items() if n.startswith(prefix)}
+            items = of_segment(item_side, number)
             rows = (segment == number).nonzero().squeeze(1)
             if len(rows) == len(segment):
                 return self.each()[number](user, items)
@@ -77,3 +76,9 @@ class SegmentedRanker(nn.Module):
     def each(self) -> list[Ranker]:
         """The rankers by number, the common one first."""
         return cast("list[Ranker]", list(self.rankers))
+
+
+def of_segment(item_side: Features, number: int) -> dict[str, Tensor]:
+    """What of the item side [I, ...] of all is the ranker's of this number."""
+    prefix = f"{number}_"
+    return {name.removeprefix(prefix): tensor for name, tensor in item_side.items() if name.startswith(prefix)}

@@ -18,9 +18,10 @@ import torch
 from prerank.bundle.scorer import Scorer
 from prerank.serve.device_batches import Job, Lines
 from prerank.serve.device_counts import Counts, Snapshot
+from prerank.serve.device_options import Options, Shared
 from prerank.serve.device_streams import Device
 from prerank.serve.device_times import Backlog
-from prerank.serve.device_version import DeviceVersion, Options, Shared
+from prerank.serve.device_version import DeviceVersion
 from prerank.types import Features
 
 

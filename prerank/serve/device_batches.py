@@ -8,34 +8,42 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
-from prerank.bundle.judge import Ranked
 from prerank.errors import DeadlineExceeded, DeviceFailed
+from prerank.serve.device_sought import Sought
 from prerank.serve.graph import Deadline
 from prerank.types import CandidateSet, Features
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request: the ranker's side of its user [1, ...], candidates [1, N], and how many winners.
+    """One request: the ranker's side of its user [1, ...], candidates [1, N] or how they are sought, and how many win.
 
-    Jobs of equal `line` may share a batch of at most `most`. `expected_s` is its share of a batch's time.
+    Jobs of equal `line` may share a batch of at most `most`. `expected_s` is its share of a batch's time. Its future is
+    of `Ranked`, or of `Judged` where a version only judges.
     """
 
     user_side: Features
-    candidates: CandidateSet
+    candidates: CandidateSet | Sought
     k: int
     line: Hashable
     most: int = 1
     deadline: Deadline | None = None
     expected_s: float = 0.0
     arrived: float = 0.0
-    future: Future[Ranked] = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
+
+    @property
+    def given(self) -> CandidateSet:
+        """The candidates of a request that came with them."""
+        assert isinstance(self.candidates, CandidateSet)
+        return self.candidates
 
     @property
     def num(self) -> int:
         """N."""
-        return self.candidates.rows.shape[1]
+        return self.given.rows.shape[1]
 
 
 class Lines:

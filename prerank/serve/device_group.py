@@ -11,64 +11,31 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 
 from torch import Tensor
 
 from prerank.bundle.judge import Ranked
 from prerank.bundle.scorer import Scorer
 from prerank.errors import DeviceBusy, DeviceFailed
-from prerank.serve.device import DeviceEngine
-from prerank.serve.device_asking import rank_each
-from prerank.serve.device_counts import Snapshot, total
-from prerank.serve.device_version import DeviceVersion, Options
+from prerank.serve.device_asking import find, rank_each
+from prerank.serve.device_many import Engines
+from prerank.serve.device_options import Options
+from prerank.serve.device_sought import Found, Sought, num_of
+from prerank.serve.device_version import DeviceVersion
 from prerank.serve.graph import Deadline
 from prerank.types import CandidateSet, Features
 
 
-class DeviceGroup:
+class DeviceGroup(Engines):
     """`engines` of devices of different names, which it closes with itself. Threads may share one."""
-
-    def __init__(self, engines: Sequence[DeviceEngine]) -> None:
-        assert engines
-        assert len({one.name for one in engines}) == len(engines)
-        self._engines = tuple(engines)
 
     def load(self, scorer: Scorer, like: Features, options: Options) -> GroupVersion:
         """A version on each device; see `DeviceEngine.load`. Raises DeviceFull where one has no room; then none has it.
 
         All are told of changes, so they answer alike but for how they round.
         """
-        loaded = list[DeviceVersion]()
-        try:
-            for engine in self._engines:
-                loaded.append(engine.load(scorer, like, replace(options, fallback=None)))
-        except BaseException:
-            for one in loaded:
-                one.close()
-            raise
+        loaded = self.load_each(scorer, like, [replace(options, fallback=None)] * len(self.engines))
         return GroupVersion(loaded, options)
-
-    def snapshot(self) -> Snapshot:
-        """Of all devices together; a request that went from one to the next is counted where it was answered."""
-        return total(list(self.snapshots().values()))
-
-    def snapshots(self) -> dict[str, Snapshot]:
-        """Of each, by its name."""
-        return {one.name: one.snapshot() for one in self._engines}
-
-    def close(self) -> None:
-        """Take nothing new, answer what waits, and end the threads."""
-        for one in self._engines:
-            one.close()
-
-    def __enter__(self) -> DeviceGroup:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +56,7 @@ class _Asked:
     """A request on its way, and whom it was `tried` with."""
 
     user_side: Features
-    candidates: CandidateSet
+    candidates: CandidateSet | Sought
     k: int
     deadline: Deadline | None
     tried: list[DeviceVersion] = field(default_factory=list)
@@ -108,7 +75,7 @@ class GroupVersion:
         self._look_at = dict.fromkeys(self.parts, 0.0)
 
     def submit(
-        self, user_side: Features, candidates: CandidateSet, k: int, deadline: Deadline | None = None
+        self, user_side: Features, candidates: CandidateSet | Sought, k: int, deadline: Deadline | None = None
     ) -> Future[Ranked]:
         """As `DeviceVersion.submit`; it is refused where the device that would be done first would be late."""
         asked = _Asked(user_side, candidates, k, deadline)
@@ -124,13 +91,21 @@ class GroupVersion:
         """As `Scorer.rank`, of B requests that spread over the devices; see `device_asking.rank_each`."""
         return rank_each(self.submit, user_side, candidates, k)
 
-    def put(self, rows: Tensor | None = None, slots: Tensor | None = None) -> None:
+    def find(self, user_side: Features, sought: Sought, k: int) -> Found:
+        """One request whose candidates are sought; see `device_asking.find`."""
+        return find(self, user_side, sought, k)
+
+    def note_fallback(self) -> None:
+        """None of the devices could answer a request; it is counted where the first of them counts."""
+        self.parts[0].note_fallback()
+
+    def put(self, rows: Tensor | None = None, slots: Tensor | None = None, taken: Tensor | None = None) -> None:
         """Let every request that begins after this, wherever it goes, know what the scorer has of them by now.
 
         Until this is done one device may know of it and another not.
         """
         for one in self.parts:
-            one.put(rows, slots)
+            one.put(rows, slots, taken)
 
     def close(self) -> None:
         """Take nothing new, wait for what runs, and leave the memory of the devices."""
@@ -139,7 +114,7 @@ class GroupVersion:
 
     def _ways(self, asked: _Asked) -> list[DeviceVersion]:
         """Who is there and was not asked yet, by when they would be done."""
-        num = asked.candidates.rows.shape[1]
+        num = num_of(asked.candidates)
         left = [one for one in self.parts if not one.is_lost and one not in asked.tried]
         return sorted(left, key=lambda one: one.wait_s + one.own_s(num))
 
@@ -194,7 +169,7 @@ class GroupVersion:
         if not asked.future.set_running_or_notify_cancel():
             return
         try:
-            if self._fallback is None:
+            if self._fallback is None or isinstance(asked.candidates, Sought):
                 raise error
             ranked = self._fallback(asked.user_side, asked.candidates, asked.k)
         except Exception as failed:

@@ -5,27 +5,24 @@ The host's scorer stays the truth. What changes in it is copied over (`Replica.s
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from prerank.bundle.executor import DeviceRanker
 from prerank.bundle.judge import Judged, Ranked, judged, known, winners
-from prerank.bundle.scorer import ItemSide, Scorer
+from prerank.bundle.scorer import Scorer
 from prerank.business.diversity import Diversity, groups_of
 from prerank.business.rule import Rule
 from prerank.errors import DeviceFull
-from prerank.kernels import triton
 from prerank.models.ranker import Ranker
-from prerank.models.segmented import SegmentedRanker
+from prerank.serve.device_ranker import RankerReplica
 from prerank.serve.device_streams import Device
 from prerank.types import Features
 
-_log = logging.getLogger(__name__)
 _SIDE = "item_side."  # as no rule can be called, for a part of the scorer is
 
 
@@ -46,11 +43,19 @@ class Asked:
     has_values: Features = field(default_factory=dict)
 
 
-class Staged:
-    """New rows of tables: `pieces` are a table, rows int64 [n] of it, and what they will be [n, ...], on the host."""
+Piece: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""A table, rows int64 [n] of it, and what they will be [n, ...]."""
 
-    def __init__(self, pieces: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+
+class Staged:
+    """New rows of tables, `pieces` of them, on the host."""
+
+    def __init__(self, pieces: list[Piece]) -> None:
         self._pieces = pieces
+
+    def add(self, pieces: Sequence[Piece]) -> None:
+        """More of them, to be sent and written with these."""
+        self._pieces += pieces
 
     def send(self) -> None:
         """Bring it to the device of the tables."""
@@ -79,7 +84,9 @@ class Replica:
         self.tasks = scorer.ranker.tasks
         by_row, by_slot = ({name: one[part] for name, one in kind(scorer).items()} for kind in (_by_row, _by_slot))
         module = cast("nn.Module", scorer.ranker)
+        self._first = range(scorer.items.num_rows)[part].start
         num_slots, num_rows = (len(range(num)[part]) for num in (scorer.items.num_slots, scorer.items.num_rows))
+        self.num_slots, self.num_rows = num_slots, num_rows
         needs = {
             f"the ranker's side of {num_slots:,} items": sum(map(self._bytes, by_slot.values())),
             "the ranker": sum(map(self._bytes, [*module.parameters(), *module.buffers()])),
@@ -97,9 +104,7 @@ class Replica:
             self._utility = deepcopy(scorer.utility).to(self._where)
         except torch.OutOfMemoryError:
             raise DeviceFull(_too_large(needs, device.free_bytes())) from None
-        self._ranker = cast("Ranker", ranker.eval().requires_grad_(False))
-        self._item_side = ItemSide(self._slots)
-        self._is_lost, self._fused = device.is_lost, self._as_program()
+        self.ranker = RankerReplica(cast("Ranker", ranker.eval().requires_grad_(False)), self._slots, device)
         self._rules = tuple(rules.values())
         for name, rule in rules.items():
             for of_rule, _ in list(rule.named_buffers()):
@@ -128,8 +133,11 @@ class Replica:
         """In which type a tensor of a user's side is brought here."""
         return self.dtype if self.dtype is not None and given.is_floating_point() else given.dtype
 
-    def judge(self, asked: Asked) -> Judged:
-        """What the candidates are worth; see `Scorer.judge`. No shape depends on a value, and nothing waits."""
+    def judge(self, asked: Asked, segment: int | None = None) -> Judged:
+        """What the candidates are worth; see `Scorer.judge`. No shape depends on a value, and nothing waits.
+
+        Of a ranker by segments all users must be of `segment` for that.
+        """
         rows = torch.where(asked.valid, asked.rows, 0)
         live = self._rows["on"][rows], self._rows["pacing"][rows], self._values(asked, rows)
         slots = self._rows["slots"][rows].long() if self.takes_slots else None
@@ -137,7 +145,8 @@ class Replica:
             # where no candidate is stands what other shapes left there, and a slot must be one
             slots = torch.where(asked.valid & asked.has_slots.unsqueeze(1), asked.slots, slots)
         those = known(rows, asked.valid, live, {}, slots)
-        return judged(those, self._logits(asked.user_side, those.slots).sigmoid(), self._utility, self._rules)
+        probs = self.ranker.logits(asked.user_side, those.slots, segment).sigmoid()
+        return judged(those, probs, self._utility, self._rules)
 
     def winners(self, candidates: Judged, k: int) -> Ranked:
         """The k winners of what was judged; see `Scorer.winners`. Rows may have moved, so names order what is equal."""
@@ -163,36 +172,20 @@ class Replica:
         return {**_taken(self._scorer, rows), **by_slot}
 
     def staged(self, rows: Tensor | None, slots: Tensor | None) -> Staged:
-        """What the host's scorer has now of rows int64 [n] and of slots int64 [m]."""
+        """What the host's scorer has now of rows int64 [n] and of slots int64 [m], of those that are here."""
         pieces = []
-        if rows is not None and len(rows):
-            pieces += [(self._rows[name], rows, taken) for name, taken in _taken(self._scorer, rows).items()]
-        if slots is not None and len(slots):
+        if rows is not None and len(rows := self._here(rows, self.num_rows)):
+            at = rows - self._first
+            pieces += [(self._rows[name], at, taken) for name, taken in _taken(self._scorer, rows).items()]
+        if slots is not None and len(slots := self._here(slots, self.num_slots)):
+            at = slots - self._first
             of_slots = {name: whole.index_select(0, slots) for name, whole in _by_slot(self._scorer).items()}
-            pieces += [(self._slots[name], slots, taken) for name, taken in of_slots.items()]
+            pieces += [(self._slots[name], at, taken) for name, taken in of_slots.items()]
         return Staged(pieces)
 
-    def _logits(self, user_side: Features, slots: Tensor) -> Tensor:
-        """A batch's users' sides [B, ...] and slots int64 [B, N] -> float32 [B, N, T], whatever it computes in."""
-        if self._fused is not None:
-            try:
-                return self._fused(user_side, slots)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # of a compiler's many kinds
-                if self._is_lost(error):
-                    raise
-                self._fused = None
-                _log.warning("the ranker's program has no kernel here, torch ranks module by module: %s", error)
-        return self._ranker(user_side, self._item_side.gather(slots)).float()
-
-    def _as_program(self) -> DeviceRanker | None:
-        """The ranker in one kernel, of products in half precision; which of several ranks, a graph cannot ask."""
-        ranker = self._scorer.ranker
-        is_one = hasattr(ranker, "program") and not isinstance(ranker, SegmentedRanker)
-        if self.dtype not in (torch.bfloat16, torch.float16) or not is_one or not triton.serves(self._where):
-            return None
-        return DeviceRanker(ranker, self._slots, self.dtype)
+    def _here(self, places: Tensor, num: int) -> Tensor:
+        """Of rows, or slots, int64 [n] of the scorer those of this part, which has so many."""
+        return places[(places >= self._first) & (places < self._first + num)]
 
     def _values(self, asked: Asked, rows: Tensor) -> dict[str, Tensor]:
         found = {}

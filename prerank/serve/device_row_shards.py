@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -24,20 +23,13 @@ from prerank.bundle.scorer import Scorer
 from prerank.errors import ConfigError, DeviceFailed
 from prerank.serve.device_memory import Field, Layout
 from prerank.serve.device_replica import Asked, Replica, Staged
+from prerank.serve.device_split import split
 from prerank.serve.device_streams import Device
 from prerank.types import CandidateSet, Features
 
 _END, _RANK, _PUT = 0, 1, 2
 _USER, _VALUE = "user.", "value."
 _COUNTS = ("num_nonfinite", "num_below", "num_absent")
-
-
-def split(num_rows: int, num_shards: int) -> list[slice]:
-    """Rows as so many shards, as even as can be. Raises ConfigError where there are fewer rows than shards."""
-    if num_rows < num_shards:
-        raise ConfigError(f"{num_rows} rows cannot be split over {num_shards} devices; use fewer")
-    ends = [num_rows * number // num_shards for number in range(num_shards + 1)]
-    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 class RowShards:

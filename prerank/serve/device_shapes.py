@@ -8,11 +8,12 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from prerank.bundle.judge import Ranked
+from prerank.bundle.judge import Judged, Ranked
 from prerank.errors import DeviceFailed
 from prerank.serve.device_batches import Job
 from prerank.serve.device_buckets import Shape
 from prerank.serve.device_memory import Field, Layout
+from prerank.serve.device_ranker import segment_of
 from prerank.serve.device_replica import Asked, Replica
 from prerank.types import Features
 
@@ -47,15 +48,16 @@ class Shapes:
         found.append(Field("probs", (*kept, self._num_tasks), torch.float32))
         return Layout([*found, *(Field(name, (num_requests,), torch.int64) for name in _COUNTS)])
 
-    def judged(self, num: int) -> Layout:
-        """Of a piece of `num` candidates: the fields of `Judged`."""
-        cells = [
-            Field("rows", (1, num), torch.int64),
-            Field("utility", (1, num), torch.float32),
-            Field("probs", (1, num, self._num_tasks), torch.float32),
-            Field("may_win", (1, num), torch.bool),
+    def judged(self, shape: Shape) -> Layout:
+        """Of a batch, or a piece of a request, before anybody has won: the fields of `Judged`."""
+        cells = (shape.requests, shape.candidates)
+        found = [
+            Field("rows", cells, torch.int64),
+            Field("utility", cells, torch.float32),
+            Field("probs", (*cells, self._num_tasks), torch.float32),
+            Field("may_win", cells, torch.bool),
         ]
-        return Layout([*cells, *(Field(name, (1,), torch.int64) for name in _COUNTS)])
+        return Layout([*found, *(Field(name, (shape.requests,), torch.int64) for name in _COUNTS)])
 
     def asked(self, views: Features) -> Asked:
         """The inputs by name as a replica reads them."""
@@ -102,30 +104,42 @@ class Shapes:
         own = {name: view[at : at + 1] for name, view in views.items()}
         return Ranked(**{name: (one if name in _COUNTS else one[:, :k]).clone() for name, one in own.items()})
 
-    def check(self, job: Job, num_rows: int, num_slots: int) -> None:
-        """Raises DeviceFailed where a request is not as those that shapes were made for: a device would not notice."""
-        candidates = job.candidates
+    def read_judged(self, views: Features, at: int, num: int) -> Judged:
+        """What was judged of one request of a batch, its `num` candidates [1, N], in memory of its own."""
+        own = {name: view[at : at + 1] for name, view in views.items()}
+        return Judged(**{name: (one if name in _COUNTS else one[:, :num]).clone() for name, one in own.items()})
+
+    def check_user(self, job: Job) -> None:
+        """Of `check` what does not depend on candidates."""
         like = {name: (one.dtype, one.shape) for name, one in self._like.items()}
         found = {name: (one.dtype, one.shape) for name, one in job.user_side.items()}
         if found != like:
             wrong = sorted(name for name in {*like, *found} if like.get(name) != found.get(name))
             raise DeviceFailed(f"a user's side is not as that of the version: other names, types or shapes of {wrong}")
-        if len(candidates.rows) != 1 or not 0 <= job.k <= self.most_k:
-            raise DeviceFailed(
-                f"expected one request and 0 to {self.most_k} winners, got {len(candidates.rows)} and {job.k}"
-            )
+        segments = self._replica.ranker.segments
+        if (segment := segment_of(job.user_side)) not in segments:
+            raise DeviceFailed(f"a user's side is of segment {segment}, expected one of {list(segments)}")
+        if not 0 <= job.k <= self.most_k:
+            raise DeviceFailed(f"expected 0 to {self.most_k} winners, got {job.k}")
+
+    def check(self, job: Job) -> None:
+        """Raises DeviceFailed where a request is not as those that shapes were made for: a device would not notice."""
+        self.check_user(job)
+        candidates = job.given
+        if len(candidates.rows) != 1:
+            raise DeviceFailed(f"expected one request, got {len(candidates.rows)}")
         if candidates.slots is not None and not self._replica.takes_slots:
             raise DeviceFailed("the candidates say where features are, and all items are resident")
         if unknown := sorted(set(candidates.values) - set(self._values)):
             raise DeviceFailed(f"the candidates have values {unknown}, and the utility reads {list(self._values)}")
-        _check_range("rows", candidates.rows, candidates.valid, 0, num_rows)
+        _check_range("rows", candidates.rows, candidates.valid, 0, self._replica.num_rows)
         if candidates.slots is not None:
-            _check_range("slots", candidates.slots, candidates.valid, -1, num_slots)
+            _check_range("slots", candidates.slots, candidates.valid, -1, self._replica.num_slots)
 
 
 def _columns(job: Job) -> dict[str, Tensor]:
     """By the names of inputs, [1, N] each."""
-    candidates = job.candidates
+    candidates = job.given
     found = {"rows": candidates.rows, "valid": candidates.valid}
     if candidates.slots is not None:
         found["slots"] = candidates.slots

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prerank.serve.device_replica import Replica
+from prerank.serve.device_retrieval import RetrievalReplica
 from prerank.serve.device_streams import Device, Event, Stream
 
 
@@ -66,21 +67,30 @@ class Turns:
 
 
 class Updates:
-    """Changes of `replica`, through a stream of their own."""
+    """Changes of `replica`, and of the `retrieval` beside it if there is one, through a stream of their own."""
 
-    def __init__(self, device: Device, replica: Replica) -> None:
+    def __init__(self, device: Device, replica: Replica, retrieval: RetrievalReplica | None = None) -> None:
         self.turns = Turns()
-        self.replica, self._stream = replica, device.stream()
+        self.replica, self.retrieval, self._stream = replica, retrieval, device.stream()
         self._one = threading.Lock()
 
-    def put(self, rows: Tensor | None = None, slots: Tensor | None = None) -> None:
+    @property
+    def num_bytes(self) -> int:
+        """Of the tables."""
+        return self.replica.num_bytes + (0 if self.retrieval is None else self.retrieval.num_bytes)
+
+    def put(self, rows: Tensor | None = None, slots: Tensor | None = None, taken: Tensor | None = None) -> None:
         """Let every request that begins after this know what the host's scorer has of these rows and slots, int64 [n].
 
-        Nothing waits for the device.
+        `taken` int64 [n] are the rows whose vectors and bitmaps are others. Nothing waits for the device.
         """
         with self._one, torch.inference_mode():
             # what was changed before its caller came here is read here, whoever comes first
-            staged = self.replica.staged(rows, slots)
+            staged, retrieval = self.replica.staged(rows, slots), self.retrieval
+            pieces, num_bitmaps = ([], 0) if retrieval is None or taken is None else retrieval.staged(taken)
+            staged.add(pieces)
             self._stream.do(staged.send)
             with self.turns.writing(self._stream):
                 self._stream.do(staged.write)
+            if retrieval is not None:  # who asks by a new one from here on comes after it
+                retrieval.num_bitmaps = max(num_bitmaps, retrieval.num_bitmaps)

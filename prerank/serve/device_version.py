@@ -9,66 +9,32 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from prerank.bundle.judge import Ranked
+from prerank.bundle.judge import Judged, Ranked
 from prerank.bundle.scorer import Scorer
 from prerank.errors import DeviceBusy, DeviceFailed
-from prerank.serve.device_asking import rank_each
-from prerank.serve.device_batches import Job, Lines
-from prerank.serve.device_buckets import Buckets
-from prerank.serve.device_counts import Counts
+from prerank.serve.device_asking import find, rank_each
+from prerank.serve.device_batches import Job
+from prerank.serve.device_ground import Ground
+from prerank.serve.device_options import Options, Shared
+from prerank.serve.device_ranker import segment_of
 from prerank.serve.device_replica import Asked, Replica
-from prerank.serve.device_seat import Ground, Seat
+from prerank.serve.device_retrieval import RetrievalReplica
+from prerank.serve.device_seat import Seat
 from prerank.serve.device_shapes import Shapes
-from prerank.serve.device_streams import Device, Stream
-from prerank.serve.device_times import Backlog, Times
+from prerank.serve.device_sought import Found, Sought, num_of
+from prerank.serve.device_times import Times
 from prerank.serve.device_updates import Updates
 from prerank.serve.graph import Deadline
 from prerank.types import CandidateSet, Features
 
-Fallback: TypeAlias = Callable[[Features, CandidateSet, int], Ranked]
-"""As `Scorer.rank`: what ranks where the device cannot."""
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a version is loaded.
-
-    `most_k` winners at most; floats of the ranker and its tables as `dtype`, which is theirs unless given. `fallback`
-    ranks where the device fails; without it such a request fails. After a device was lost it is tried again, and every
-    `retry_s` seconds.
-    """
-
-    most_k: int
-    buckets: Buckets = field(default_factory=Buckets)
-    dtype: torch.dtype | None = None
-    fallback: Fallback | None = None
-    retry_s: float = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """What the versions of an engine share; there are `num_workers`, each a thread.
-
-    All that a version brings to the device comes through the stream `loading`, and what it leaves is taken by the next:
-    an allocator keeps memory by streams.
-    """
-
-    device: Device
-    loading: Stream
-    lines: Lines
-    counts: Counts
-    backlog: Backlog
-    num_workers: int
 
 
 class DeviceVersion:
@@ -112,8 +78,8 @@ class DeviceVersion:
         """How long what waits for the device will keep it, in seconds."""
         return self._shared.backlog.seconds / self._shared.num_workers
 
-    def own_s(self, num: int) -> float:
-        """How long a batch with a request of `num` candidates may take, in seconds."""
+    def own_s(self, num: int | None) -> float:
+        """How long a batch with a request of `num` candidates may take, in seconds; None: it finds them itself."""
         return self._times.own_s(num)
 
     def note_fallback(self) -> None:
@@ -121,24 +87,23 @@ class DeviceVersion:
         self._shared.counts.add(fallbacks=1)
 
     def submit(
-        self, user_side: Features, candidates: CandidateSet, k: int, deadline: Deadline | None = None
+        self, user_side: Features, candidates: CandidateSet | Sought, k: int, deadline: Deadline | None = None
     ) -> Future[Ranked]:
         """The k winners [1, k] of one request, the ranker's side of its user [1, ...] and candidates [1, N].
 
+        Of a request whose candidates are sought the future has what was `Found`, and there is no fallback.
         Raises DeviceBusy at once where the deadline would pass before the device is done with it, DeviceFailed where it
         is not as this version's requests are. The future has DeviceFailed where the device failed and there is no
         fallback, DeadlineExceeded where its time ran out as it waited; cancelled, nothing of it is done.
         """
-        buckets, num = self._options.buckets, candidates.rows.shape[1]
-        is_cut, size = num > buckets.largest, buckets.size_of(num)
-        job = Job(user_side, candidates, k, (self, size, is_cut), 1 if is_cut else buckets.most_of(size), deadline)
-        self._shapes.check(job, self._scorer.items.num_rows, self._scorer.items.num_slots)
+        job = self._job(user_side, candidates, k, deadline)
         self._let_in(job)
         with self._changed:
             if self._is_closed:
                 raise DeviceFailed("this version has left the device; ask the one that serves now")
             self._num_waiting += 1
-        self._shared.counts.saw(num)
+        if (num := num_of(candidates)) is not None:
+            self._shared.counts.saw(num)
         job.expected_s = self._times.share_s(num)
         self._shared.backlog.add(job.expected_s)
         try:
@@ -151,6 +116,19 @@ class DeviceVersion:
     def rank(self, user_side: Features, candidates: CandidateSet, k: int) -> Ranked:
         """As `Scorer.rank`, of B requests; see `device_asking.rank_each`."""
         return rank_each(self.submit, user_side, candidates, k)
+
+    def find(self, user_side: Features, sought: Sought, k: int) -> Found:
+        """One request whose candidates are sought; see `device_asking.find`."""
+        return find(self, user_side, sought, k)
+
+    def judge(self, user_side: Features, candidates: CandidateSet) -> Future[Judged]:
+        """What candidates [1, N] are worth, of a version that has a part of the rows; raises as `submit`.
+
+        Their rows count from the first of the part, and there are no more of them than the largest size.
+        """
+        assert self._options.part is not None
+        assert candidates.rows.shape[1] <= self._options.buckets.largest
+        return cast("Future[Judged]", self.submit(user_side, candidates, 0))
 
     def probs(self, user_side: Features, rows: Tensor) -> Tensor:
         """The ranker's side of users [B, ...] and rows int64 [B, N] -> each task's probability, float32 [B, N, T].
@@ -165,23 +143,23 @@ class DeviceVersion:
         def judge() -> None:
             side = {name: tensor.to(where, replica.dtype_of(tensor)) for name, tensor in user_side.items()}
             there = rows.to(where)
-            found.append(replica.judge(Asked(side, there, there >= 0)).probs.cpu())
+            found.append(replica.judge(Asked(side, there, there >= 0), segment_of(user_side)).probs.cpu())
 
         self._shared.loading.do(judge)
         self._shared.loading.mark().wait()
         return found[0]
 
-    def put(self, rows: Tensor | None = None, slots: Tensor | None = None) -> None:
+    def put(self, rows: Tensor | None = None, slots: Tensor | None = None, taken: Tensor | None = None) -> None:
         """Let every request that begins after this know what the scorer has of rows and slots, int64 [n], by now.
 
-        No request sees a part of it.
+        And what targeting and the index have of rows that are `taken` anew. No request sees a part of it.
         """
         with self._writing:
             updates = self._updates
         if updates is None:
             return
         try:
-            updates.put(rows, slots)
+            updates.put(rows, slots, taken)
         except Exception as error:
             if not self._shared.device.is_lost(error):
                 raise
@@ -224,20 +202,37 @@ class DeviceVersion:
     def sizes(self) -> tuple[int, int, int]:
         """Bytes of captured graphs, of tables and weights, and of what requests are copied through."""
         seats, updates = self._seats or [], self._updates
-        tables = 0 if updates is None else updates.replica.num_bytes
+        tables = 0 if updates is None else updates.num_bytes
         return sum(one.graph_bytes for one in seats), tables, sum(one.buffer_bytes for one in seats)
+
+    def _job(self, user_side: Features, candidates: CandidateSet | Sought, k: int, deadline: Deadline | None) -> Job:
+        """A request in its line. Raises DeviceFailed where it is not as this version's are."""
+        if isinstance(candidates, Sought):
+            job, updates = Job(user_side, candidates, k, (self, None), deadline=deadline), self._updates
+            self._shapes.check_user(job)
+            if updates is None or updates.retrieval is None:
+                raise DeviceFailed("this version finds no candidates on the device, or has left it")
+            updates.retrieval.check(candidates)
+            return job
+        buckets, num = self._options.buckets, candidates.rows.shape[1]
+        is_cut, size = num > buckets.largest, buckets.size_of(num)
+        line = self, size, is_cut, segment_of(user_side)
+        job = Job(user_side, candidates, k, line, 1 if is_cut else buckets.most_of(size), deadline)
+        self._shapes.check(job)
+        return job
 
     def _let_in(self, job: Job) -> None:
         """Raises DeviceBusy for one that would be late."""
         if job.deadline is None:
             return
-        wait_s, own_s = self.wait_s, self.own_s(job.num)
+        num = num_of(job.candidates)
+        wait_s, own_s = self.wait_s, self.own_s(num)
         if wait_s + own_s > job.deadline.left_s(time.perf_counter()):
             self._shared.counts.add(refused=1)
+            what = "a whole request" if num is None else f"{num:,} candidates"
             raise DeviceBusy(
                 f"the deadline of {job.deadline.ms:g} ms would pass first: what waits for the device takes about "
-                f"{1000 * wait_s:.3g} ms, and {job.num:,} candidates about {1000 * own_s:.3g}; try again later, or "
-                "allow more"
+                f"{1000 * wait_s:.3g} ms, and {what} about {1000 * own_s:.3g}; try again later, or allow more"
             )
 
     def _build(self) -> None:
@@ -245,16 +240,21 @@ class DeviceVersion:
         shared, options = self._shared, self._options
         with torch.inference_mode():
             with self._writing:  # what changes from here on is written to the new tables
-                made = list[Replica]()
-                shared.loading.do(lambda: made.append(Replica(self._scorer, shared.device, options.dtype)))
+                made = list[Updates]()
+                shared.loading.do(lambda: made.append(self._tables()))
                 shared.loading.mark().wait()
-                self._updates = Updates(shared.device, made[0])
-            self._shapes = Shapes(made[0], self._like, options.most_k)
-            those = shared.device, shared.loading, made[0], self._updates.turns
-            ground = Ground(*those, options.buckets, self._times, shared.counts)
-            seats = [Seat(number, ground, self._like, options.most_k) for number in range(shared.num_workers)]
+                self._updates = made[0]
+            self._shapes = Shapes(made[0].replica, self._like, options.most_k)
+            ground = Ground(shared.device, shared.loading, made[0], options.buckets, self._times, shared.counts)
+            made_as = ground, self._like, options.most_k, options.part is not None
+            seats = [Seat(number, *made_as) for number in range(shared.num_workers)]
             with self._changed:
                 self._seats = None if self._is_closed else seats
+
+    def _tables(self) -> Updates:
+        device, retrieval = self._shared.device, self._options.retrieval
+        replica = Replica(self._scorer, device, self._options.dtype, self._options.part or slice(None))
+        return Updates(device, replica, None if retrieval is None else RetrievalReplica(retrieval, device))
 
     def _failed(self, seats: list[Seat], error: Exception) -> None:
         is_lost = self._shared.device.is_lost(error)
@@ -268,7 +268,7 @@ class DeviceVersion:
     def _answer_without(self, job: Job, error: DeviceFailed) -> None:
         fallback = self._options.fallback
         try:
-            if fallback is None:
+            if fallback is None or isinstance(job.candidates, Sought):
                 raise error
             ranked = fallback(job.user_side, job.candidates, job.k)
         except Exception as failed:

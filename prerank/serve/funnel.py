@@ -36,7 +36,7 @@ from prerank.serve.device_bundle import OnDevice
 from prerank.serve.device_engines import LoadedVersion
 from prerank.serve.expand import ExpandUser
 from prerank.serve.generate import names_of
-from prerank.serve.graph import Deadline, GraphRun, Stage
+from prerank.serve.graph import Deadline, GraphRun, RequestGraph, Stage
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.lookups import open_tail, open_users
 from prerank.serve.metadata import Described, Descriptions
@@ -101,9 +101,10 @@ class Funnel:
             self.tail = Tail(bundle, tail, self.inventory.readers)
         expand = ExpandUser(users, bundle.transforms, items, targeting)
         self._on_device: LoadedVersion | None = None
+        self._is_whole = device is not None and device.whole
         if device is not None:
             anybody, _ = expand.expand(None, Request(0, 1, 0, self.example_context))
-            self._on_device = device.load(bundle, anybody, self.max_k)
+            self._on_device = device.load(bundle, anybody, self.max_k, hosts is not None)
         self.ranking = Ranking(bundle, expand, self.tail, self.inventory.readers, self.max_k, self._on_device)
         self._pool = ThreadPoolExecutor(_STAGES_AT_ONCE, thread_name_prefix="stage")
         self._descriptions = Descriptions(config.metadata, metadata, items, bundle.version, counts)
@@ -111,7 +112,7 @@ class Funnel:
         if hosts is not None:
             hosts.towers.most = config.serve.towers
         self._bundle = bundle
-        self._graph = wire(bundle, users, self._descriptions, self.tail, self._pool, hosts, self._on_device)
+        self._graph = self._wired(users, hosts)
 
     @classmethod
     def open(
@@ -230,7 +231,7 @@ class Funnel:
 
     def look_up_in(self, users: Users) -> None:
         """Know those who ask from `users` from here on. Raises SchemaMismatch where they lack what is read."""
-        self._graph = wire(self._bundle, users, self._descriptions, self.tail, self._pool, device=self._on_device)
+        self._graph = self._wired(users)
 
     def put_stages(self, *others: Stage) -> None:
         """Let these run from here on, in the places of the stages of their names."""
@@ -281,6 +282,10 @@ class Funnel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _wired(self, users: Users, hosts: IndexHosts | None = None) -> RequestGraph:
+        shared = self._bundle, users, self._descriptions, self.tail, self._pool
+        return wire(*shared, hosts, self._on_device, self._is_whole)
 
     def _answer(self, request: Request, run: GraphRun) -> Answer:
         top: TopK = run.outputs["winners"]

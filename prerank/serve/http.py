@@ -167,8 +167,9 @@ def serve(
     it is said. `otel` sends spans, as `spans_of` has it; `index_hosts` are as `parse_hosts` reads them, and it is
     ready while `least_shards` of their shards answer; `hosts_tls` is for those that speak TLS.
     On a `device`, which stays open, that ranks.
-    Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token. A
-    version or store that cannot be loaded is said on stderr in one line, and by /readyz until one can be.
+    Raises RegistryError at once where there is nothing to serve, ConfigError for an address that needs a token, and
+    NotOnDevice as `VersionWatch.open`. A version or store that cannot be loaded is said on stderr in one line, and by
+    /readyz until one can be.
     """
     exposure, door = Exposure.of(host, token_file, allow_hosts=allow_hosts), Door()
     sight = replace(sight, spans=spans_of(otel))

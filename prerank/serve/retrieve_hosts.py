@@ -18,6 +18,7 @@ from prerank.serve.graph import Values
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.index_host import Found, Held, Search
 from prerank.serve.scatter import Scatter
+from prerank.serve.stages import eligible_notes
 from prerank.serve.sync import Part, merge
 from prerank.stores.records import UserRecord, Users
 from prerank.types import CandidateSet, Request
@@ -74,7 +75,7 @@ class RetrieveFromHosts:
         num = len(self.hosts.shards)
         return {
             self.candidates: _candidates(rows, similarity),
-            "retrieve_notes": () if values["num_eligible"] else ("no item is eligible for this request",),
+            "retrieve_notes": eligible_notes(values["num_eligible"]),
             "left_out": tuple(f"shard {n} of {num} was left out: {why}" for n, why in gathered.left_out.items()),
         }
 

@@ -98,8 +98,7 @@ class Retrieve:
         num_eligible: int = values["num_eligible"]
         query = self.towers.user_side(values["features"])
         candidates = self.index.search(query, min(self.keep, max(num_eligible, 1)), values["eligible"])
-        notes = () if num_eligible else ("no item is eligible for this request",)
-        return {self.candidates: candidates, "retrieve_notes": notes}
+        return {self.candidates: candidates, "retrieve_notes": eligible_notes(num_eligible)}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """Eligible items in, the candidates out."""
@@ -145,17 +144,26 @@ class Rank:
         """Ranker, utility and top-k in one module."""
         rank = self.scorer.rank if self.device is None else self.device.rank
         winners: Ranked = rank(values["user_side"], values[self.candidates], values["request"].k)
-        lost = {
-            "had no finite utility": int(winners.num_nonfinite.sum()),
-            f"were {self.scorer.why_below}": int(winners.num_below.sum()),
-            "are not resident and were not fetched in time,": int(winners.num_absent.sum()),
-        }
-        notes = tuple(f"{num} candidates {why} and could not win" for why, num in lost.items() if num)
-        return {"winners": winners, "rank_notes": notes}
+        return {"winners": winners, "rank_notes": lost_notes(self.scorer, winners)}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """Candidates in, winners out."""
         return values[self.candidates].num_valid, int(written["winners"].valid.sum())
+
+
+def eligible_notes(num_eligible: int) -> tuple[str, ...]:
+    """What the caller should be told of so many eligible items."""
+    return () if num_eligible else ("no item is eligible for this request",)
+
+
+def lost_notes(scorer: Scorer, winners: Ranked) -> tuple[str, ...]:
+    """What the caller should be told of candidates that could not win."""
+    lost = {
+        "had no finite utility": int(winners.num_nonfinite.sum()),
+        f"were {scorer.why_below}": int(winners.num_below.sum()),
+        "are not resident and were not fetched in time,": int(winners.num_absent.sum()),
+    }
+    return tuple(f"{num} candidates {why} and could not win" for why, num in lost.items() if num)
 
 
 @dataclass(frozen=True, slots=True)

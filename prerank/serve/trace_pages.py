@@ -18,6 +18,7 @@ from starlette.routing import Route
 from prerank.serve.envelope import Refused
 from prerank.serve.graph import StageReport
 from prerank.serve.traces import Trace, TraceBody, Traces, TracesBody
+from prerank.serve.whole import BY_SIMILARITY, Whole
 
 _WAIT, _SEND, _NEVER = "waited for a worker", "made the answer", "no stage began"
 _RANKS = ("rank", "rank_by_similarity")
@@ -53,7 +54,7 @@ def waterfall(trace: Trace) -> list[Bar]:
     began = trace.ms if trace.began_ms is None else trace.began_ms
     rows = [(_NEVER if trace.began_ms is None else _WAIT, "around", 0.0, began, "")]
     for stage in trace.stages:
-        kind = "fallback" if stage.name == _RANKS[1] else "stage"
+        kind = "fallback" if stage.name in (_RANKS[1], BY_SIMILARITY) else "stage"
         rows.append((stage.name, kind, began + stage.start_ms, stage.ms, f"{stage.num_in:,} in, {stage.num_out:,} out"))
     if trace.stages and trace.error is None:
         done = max(began + stage.start_ms + stage.ms for stage in trace.stages)
@@ -74,6 +75,8 @@ def narrowing(stages: Sequence[StageReport]) -> list[Level]:
     # of several generators, what they found together
     if found := by_name.get("merge", by_name.get("retrieve")):
         counts.append(("candidates", found.num_out))
+    if whole := by_name.get(Whole.name, by_name.get(BY_SIMILARITY)):
+        counts += [("items", whole.num_in), ("winners", whole.num_out)]
     if rank := next((by_name[name] for name in _RANKS if name in by_name), None):
         fetched = by_name.get("fetch_tail") if rank.name == _RANKS[0] else None
         counts += [("ranked", rank.num_in if fetched is None else fetched.num_out), ("winners", rank.num_out)]

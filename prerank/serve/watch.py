@@ -19,7 +19,7 @@ from pathlib import Path
 import structlog
 
 from prerank.bundle.registry import Registry
-from prerank.errors import DeadlineExceeded, PrerankError, RegistryError, RequestError
+from prerank.errors import DeadlineExceeded, NotOnDevice, PrerankError, RegistryError, RequestError
 from prerank.kernels.engine import Engine
 from prerank.serve.device_bundle import OnDevice
 from prerank.serve.funnel import Funnel, engine_of
@@ -81,7 +81,8 @@ class VersionWatch:
     ) -> VersionWatch:
         """`version` of `store`, the live one unless named; from `workers` to `device` all is as `Funnel.open` has it.
 
-        One that cannot be loaded is `live.error`. Raises RegistryError where none is live and none is named.
+        One that cannot be loaded is `live.error`. Raises RegistryError where none is live and none is named, and
+        NotOnDevice where a device is asked for what it cannot do with this one.
         """
         chosen = version or Registry(store).live()
         if chosen is None:
@@ -95,6 +96,10 @@ class VersionWatch:
                 first.close()
                 raise
             live = LiveVersion(first)
+        except NotOnDevice:
+            if engine is not None:
+                engine.close()
+            raise
         except PrerankError as error:
             live = LiveVersion(error)
         watch = cls(store, live, engine, tail, settled, poll_s, leave_s, users, hosts, device)

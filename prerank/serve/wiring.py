@@ -17,6 +17,7 @@ from prerank.serve.metadata import Descriptions
 from prerank.serve.retrieve_hosts import RetrieveFromHosts
 from prerank.serve.stages import Describe, PrepareUser, Rank, RankBySimilarity, Retrieve, Target
 from prerank.serve.tail import Locate, Tail
+from prerank.serve.whole import Whole, whole_of
 from prerank.stores.records import Users
 
 _SPARE_MS = 8.0
@@ -35,10 +36,11 @@ def wire(
     pool: Executor,
     hosts: IndexHosts | None = None,
     device: LoadedVersion | None = None,
+    is_whole: bool = False,
 ) -> RequestGraph:
     """The graph from a `request` to `winners`, what is said of them, and who found them.
 
-    It is retrieved by `hosts` and ranked on a `device`, if there are any.
+    It is retrieved by `hosts` and ranked on a `device`, if there are any; where it `is_whole` the device retrieves too.
     Raises SchemaMismatch where `users` lack what this version reads.
     """
     config, scorer, items = bundle.config, bundle.scorer, bundle.scorer.items
@@ -46,22 +48,21 @@ def wire(
     quotas = {name: options.quota for name, options in config.generators.items()}
     found, keep_found = "retrieved" if quotas else "candidates", min(keep, items.num_rows)
     expand = ExpandUser(users, bundle.transforms, items, targeting)
-    stages: list[Stage] = [
-        Target(items, targeting, live),
-        expand,
-        Retrieve(bundle.towers, bundle.index, keep_found, found)
-        if hosts is None
-        else RetrieveFromHosts(bundle, users, hosts, keep_found, found),
-        PrepareUser(scorer),
-        Rank(scorer, "candidates" if tail is None else "located", device),
-        Describe(described),
-    ]
+    stages: list[Stage] = [expand, PrepareUser(scorer), Describe(described)]
+    fallbacks: dict[str, Stage] = {ExpandUser.name: ExpandStranger(expand)}
+    if is_whole:
+        assert device is not None
+        whole, fallbacks[Whole.name] = whole_of(bundle, device)
+        stages.append(whole)
+    else:
+        retrieve: Stage = Retrieve(bundle.towers, bundle.index, keep_found, found)
+        if hosts is not None:
+            retrieve = RetrieveFromHosts(bundle, users, hosts, keep_found, found)
+        ranked = "candidates" if tail is None else "located"
+        stages = [Target(items, targeting, live), expand, retrieve, *stages[1:], Rank(scorer, ranked, device)]
+        fallbacks[Rank.name] = RankBySimilarity(items, len(scorer.ranker.tasks), scorer.diversity)
     if targeting is not None:
         stages.append(ExpandTargeting(users, targeting))
-    fallbacks: dict[str, Stage] = {
-        ExpandUser.name: ExpandStranger(expand),
-        Rank.name: RankBySimilarity(items, len(scorer.ranker.tasks), scorer.diversity),
-    }
     for name, generator in bundle.generators.items():
         stages.append(Generate(generator, name, quotas[name], items, live, keep))
         fallbacks[stages[-1].name] = GenerateNothing(name)

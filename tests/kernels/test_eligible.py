@@ -6,18 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prerank.kernels import native, triton
+from prerank.kernels import native
 from prerank.kernels.eligible import (
     by_triton,
     eligible_rows,
-    eligible_rows_within,
     natively,
     num_words,
     pack_rows,
     reference,
-    within_by_triton,
 )
-from tests.kernels.ways import IS_INTERPRETED, ways
+from tests.kernels.ways import ways
 
 HERE = native.LEVELS[: native.LEVELS.index(native.level()) + 1]
 LEVELS = [pytest.param(partial(natively, level=level), id=level) for level in HERE]
@@ -180,52 +178,3 @@ def test_the_operation_is_what_the_compiler_is_told_it_is():
     bitmaps = made(700, 3, seed=4)[1]
     arguments = (bitmaps, *groups_of([([0], False), ([1, 2], True)]), 700)
     torch.library.opcheck(torch.ops.prerank.eligible_rows.default, arguments)
-
-
-def within_on_gpu(bitmaps, chosen, starts, inverted, num_items, capacity):
-    tensors = (tensor.cuda() for tensor in (bitmaps, chosen, starts, inverted))
-    return tuple(tensor.cpu() for tensor in within_by_triton(*tensors, num_items, capacity))
-
-
-here = pytest.mark.skipif(not IS_INTERPRETED, reason="Triton is not installed, or runs on a GPU")
-WITHIN = [
-    pytest.param(eligible_rows_within, id="serving"),
-    pytest.param(within_by_triton, id="triton, interpreted", marks=here),
-    pytest.param(within_on_gpu, id="triton, on a GPU", marks=pytest.mark.gpu),
-]
-
-
-@pytest.mark.parametrize("within", WITHIN)
-@given(num_items=st.integers(0, 9_000), groups=GROUPS, share=st.sampled_from([0.0, 0.1, 0.9, 1.0, 1.5]))
-def test_within_a_capacity_the_first_rows_are_given_and_all_are_counted(within, num_items, groups, share):
-    bits, words = made(num_items, 5, 1)
-    expected = truth(bits, groups)
-    capacity = int(share * len(expected))
-    rows, count = within(words, *groups_of(groups), num_items, capacity)
-    assert count.tolist() == [len(expected)]
-    kept = expected[:capacity]
-    assert rows.tolist() == kept + [-1] * (capacity - len(kept))
-
-
-def test_on_a_gpu_the_rows_within_a_capacity_come_from_triton(monkeypatch):
-    monkeypatch.setattr(triton, "serves", lambda device: True)
-    monkeypatch.setattr("prerank.kernels.eligible.within_by_triton", lambda *asked: asked)
-    asked = (made(70, 2, 1)[1], *groups_of([([0, 1], False)]), 70, 9)
-    assert eligible_rows_within(*asked) == asked
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_the_rows_within_a_capacity_can_be_captured_and_asked_for_others():
-    bits, words = made(9_000, 3, 1)
-    words = words.cuda()
-    chosen, starts, inverted = (tensor.cuda() for tensor in groups_of([([0], False), ([1], True)]))
-    eligible_rows_within(words, chosen, starts, inverted, 9_000, 4_000)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        rows, count = eligible_rows_within(words, chosen, starts, inverted, 9_000, 4_000)
-    for row in (1, 2):
-        chosen[0] = row
-        graph.replay()
-        expected = truth(bits, [([row], False), ([1], True)])
-        assert count.tolist() == [len(expected)]
-        assert rows[: len(expected)].tolist() == expected

@@ -89,8 +89,8 @@ def test_the_next_version_has_the_sizes_that_were_asked_if_they_were_asked_often
 def test_a_version_that_is_far_off_on_the_device_is_not_served(store, on_device, monkeypatch):
     right = Replica.judge
 
-    def wrong(self, asked):
-        judged = right(self, asked)
+    def wrong(self, asked, segment=None):
+        judged = right(self, asked, segment)
         return replace(judged, probs=1 - judged.probs)
 
     monkeypatch.setattr(Replica, "judge", wrong)

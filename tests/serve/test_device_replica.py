@@ -15,9 +15,9 @@ from prerank.models.segmented import SegmentedRanker
 from prerank.serve.device import DeviceEngine
 from prerank.serve.device_buckets import Buckets
 from prerank.serve.device_cuda import cuda_device
+from prerank.serve.device_options import Options
 from prerank.serve.device_replica import Asked, Replica
 from prerank.serve.device_streams import CpuDevice
-from prerank.serve.device_version import Options
 from prerank.types import CandidateSet
 from tests.bundle.test_executor import asked, built, scorer_of
 from tests.bundle.test_scorer import ByNumber, halved, scorer
@@ -85,7 +85,7 @@ def test_what_other_shapes_left_in_memory_changes_no_answer(device):
         assert engine.snapshot().fallbacks == 0
 
 
-def test_requests_of_several_segments_share_a_batch(world, trained):
+def test_requests_of_one_segment_share_a_batch_and_each_is_ranked_by_its_own(world, trained):
     torch.manual_seed(7)
     rankers = [built(world, trained, "cross_feature") for _ in range(3)]
     by = next(iter(world.config.features.context))
@@ -96,11 +96,11 @@ def test_requests_of_several_segments_share_a_batch(world, trained):
         sides, num = host.ranker.user_side(user), host.items.num_items
         version = engine.load(host, one(sides, 0), Options(num, Buckets((num,), 4 * num, 4)))
         rows = CandidateSet(candidates.rows[:1], candidates.similarity[:1], candidates.valid[:1])
-        futures = [version.submit(one(sides, n), rows, num) for n in range(3)]  # the fourth place is nobody's
+        futures = [version.submit(one(sides, n), rows, num) for n in range(4)]
         for n, future in enumerate(futures):
             wanted = host.probs(one(user, n), rows.rows)[0]
             assert (by_row(future.result(60), num) - wanted).abs().max() < 1e-5
-        assert engine.snapshot().batches == 1
+        assert engine.snapshot().batches == 3
 
 
 def test_what_is_not_resident_is_where_the_request_says_and_else_absent(device):
@@ -185,7 +185,7 @@ def test_in_half_precision_a_ranker_is_its_program_in_one_kernel_and_reads_what_
     host = scorer_of(trained, built(world, trained, model))
     num, user = 20, asked(trained, world.config, host, 1)[0]
     side, replica = host.ranker.user_side(user), Replica(host, CpuDevice(), torch.float16)
-    monkeypatch.setattr(replica._ranker, "forward", lambda *sides: pytest.fail("torch ranks module by module"))
+    monkeypatch.setattr(replica.ranker._whole, "forward", lambda *sides: pytest.fail("torch ranks module by module"))
     assert (judged(replica, side, num) - host.probs(user, torch.arange(num).unsqueeze(0))).abs().max() < 0.01
     slots = torch.tensor([3])
     host.put_side(slots, {name: tensor[[4]] for name, tensor in host.item_side.tensors().items()})
@@ -223,10 +223,32 @@ def test_where_a_program_has_no_kernel_torch_ranks_and_says_so_but_not_on_a_devi
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_in_float32_and_by_segments_torch_ranks(world, trained):
+def test_in_float32_torch_ranks_and_in_half_precision_a_kernel_a_segment(world, trained):
     one_ranker = scorer_of(trained, built(world, trained, "cross_feature"))
     by = next(iter(world.config.features.context))
     several = SegmentedRanker(by, [1], [built(world, trained, "cross_feature") for _ in range(2)]).eval()
-    assert Replica(one_ranker, CpuDevice(), torch.float16)._fused is not None
-    assert Replica(one_ranker, CpuDevice())._fused is None
-    assert Replica(scorer_of(trained, several), CpuDevice(), torch.float16)._fused is None
+    assert Replica(one_ranker, CpuDevice(), torch.float16).ranker.num_fused == 1
+    assert Replica(one_ranker, CpuDevice()).ranker.num_fused == 0
+    assert Replica(scorer_of(trained, several), CpuDevice(), torch.float16).ranker.num_fused == 2
+
+
+@pytest.mark.usefixtures("interpreted")
+@torch.inference_mode()
+def test_each_segments_kernel_gives_what_its_ranker_does(world, trained, monkeypatch):
+    torch.manual_seed(9)
+    by = next(iter(world.config.features.context))
+    rankers = [built(world, trained, "cross_feature") for _ in range(2)]
+    host = scorer_of(trained, SegmentedRanker(by, [1], rankers).eval())
+    user, rows = asked(trained, world.config, host, 1)[0], torch.arange(20).unsqueeze(0)
+    replica = Replica(host, CpuDevice(), torch.float16)
+    found = []
+    for segment in (0, 1):
+        own = user | {by: torch.tensor([segment])}
+        side = {name: one.to(replica.dtype_of(one)) for name, one in host.ranker.user_side(own).items()}
+        wanted = host.probs(own, rows)
+        with monkeypatch.context() as torchless:
+            for one in (replica.ranker._whole, *replica.ranker._whole.each()):
+                torchless.setattr(one, "forward", lambda *sides: pytest.fail("torch ranks module by module"))
+            found.append(replica.judge(Asked(side, rows, rows >= 0), segment).probs)
+        assert (found[-1] - wanted).abs().max() < 0.01
+    assert (found[0] - found[1]).abs().max() > 0.01

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from prerank.errors import ConfigError, DeviceFailed
-from prerank.serve.device_row_shards import RowShards, split
+from prerank.serve.device_row_shards import RowShards
+from prerank.serve.device_split import split
 from prerank.serve.device_streams import CpuDevice
 from prerank.types import CandidateSet, ItemChange
 from tests.processes import forked

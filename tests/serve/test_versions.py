@@ -194,14 +194,14 @@ def test_versions_change_under_load_and_no_request_fails_or_is_of_two(store: Pat
     under_load(store, *two[1:], num_switches=8)
 
 
-@pytest.mark.parametrize("num", [1, 2])
+@pytest.mark.parametrize(("num", "whole"), [(1, False), (2, False), (1, True)])
 def test_versions_change_on_devices_under_load_and_they_answer_every_request(
-    two: tuple[Path, str, str], store: Path, num: int
+    two: tuple[Path, str, str], store: Path, num: int, whole: bool
 ) -> None:
     with ExitStack() as engines:
         each = [engines.enter_context(DeviceEngine(CpuDevice(str(at)), 2, wait_ms=0.1)) for at in range(num)]
         engine = each[0] if num == 1 else DeviceGroup(each)
-        under_load(store, *two[1:], 5, OnDevice(engine, None, Buckets((4, 16), 64, 4)))
+        under_load(store, *two[1:], 5, OnDevice(engine, None, Buckets((4, 16), 64, 4), whole))
         counts = engine.snapshot()
         assert counts.requests > 50
         assert (counts.fallbacks, counts.eager, counts.restarts, counts.table_bytes) == (0, 0, 0, 0)

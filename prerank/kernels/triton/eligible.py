@@ -17,17 +17,11 @@ def rows_of(bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, n
     """`kernels.eligible.eligible_rows` of arguments that were checked, all on one device."""
     words, ends, firsts = _decided(bitmaps, chosen, starts, inverted, num_items)
     num = int(ends[-1]) if len(ends) else 0
-    return _written(words, firsts, torch.empty(num, dtype=torch.int64, device=bitmaps.device), num_items)
-
-
-def rows_within(
-    bitmaps: Tensor, chosen: Tensor, starts: Tensor, inverted: Tensor, num_items: int, capacity: int
-) -> tuple[Tensor, Tensor]:
-    """`kernels.eligible.eligible_rows_within`, all on one device; the host does not wait for it."""
-    words, ends, firsts = _decided(bitmaps, chosen, starts, inverted, num_items)
-    rows = torch.full((capacity,), -1, dtype=torch.int64, device=bitmaps.device)
-    count = ends[-1:] if len(ends) else torch.zeros(1, dtype=torch.int64, device=bitmaps.device)
-    return _written(words, firsts, rows, num_items), count
+    rows = torch.empty(num, dtype=torch.int64, device=bitmaps.device)
+    if len(firsts):
+        with launching_on(words):
+            write[(len(firsts),)](words, firsts, rows, len(words), num_items, BLOCK=_BLOCK)
+    return rows
 
 
 def _decided(
@@ -54,14 +48,6 @@ def _decided(
             )
     ends = counts.cumsum(0)
     return words, ends, ends - counts
-
-
-def _written(words: Tensor, firsts: Tensor, rows: Tensor, num_items: int) -> Tensor:
-    """`rows` with what has room in them."""
-    if len(firsts):
-        with launching_on(words):
-            write[(len(firsts),)](words, firsts, rows, len(words), num_items, len(rows), BLOCK=_BLOCK)
-    return rows
 
 
 @triton.jit
@@ -129,10 +115,9 @@ def write(
     rows: tl.tensor,
     num_words: tl.tensor,
     num_items: tl.tensor,
-    room: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """A program's rows, ascending, from where those of the programs before it end, up to `room` of them all."""
+    """A program's rows, ascending, from where those of the programs before it end."""
     block = tl.program_id(0)
     places = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     found = tl.load(words + places, mask=places < num_words, other=0)
@@ -140,4 +125,4 @@ def write(
     before = tl.cumsum(bits, 0) - bits
     first = block.to(tl.int64) * BLOCK * 64
     at = tl.load(starts + block) + before
-    tl.store(rows + at, first + tl.arange(0, BLOCK * 64), mask=(bits > 0) & (at < room))
+    tl.store(rows + at, first + tl.arange(0, BLOCK * 64), mask=bits > 0)
