@@ -33,6 +33,7 @@ from prerank.bundle.load import load
 from prerank.bundle.registry import Registry
 from prerank.serve.funnel import Funnel
 from prerank.serve.graph import RequestGraph, Values
+from prerank.serve.index_columns import batch_of, columns_of, options_of
 from prerank.serve.passage import run_graph
 from prerank.serve.stages import Target
 from prerank.types import Request
@@ -102,7 +103,7 @@ def _paths(funnel: Funnel, naive: Naive, keep: int, calls: int) -> Iterator[Row]
 
 
 def _retrieval(funnel: Funnel, naive: Naive, keep: int, calls: int) -> Iterator[Row]:
-    """What goes to the next process: objects in JSON, or ids and bids as an Arrow stream and the winners' metadata."""
+    """What goes to the next process: objects in JSON, or ids and bids as index hosts send them, compressed too."""
     name = f"{keep:,} candidates"
     stages = {one.name: one for one in funnel._graph.order}
     target = stages["target"]
@@ -117,28 +118,34 @@ def _retrieval(funnel: Funnel, naive: Naive, keep: int, calls: int) -> Iterator[
     def by_rows() -> None:
         sent["rows"] = len(json.dumps(naive.retrieve(features, str(profile.get("country")), keep)))
 
-    def by_columns() -> None:
+    def by_columns(is_compressed: bool = False) -> None:
         targeted = target.run({"request": request, "profile": profile})
         candidates = stages["retrieve"].run({"features": features, **targeted})["candidates"]
         ids = funnel._items.item_ids[candidates.rows[0]]
         bids = live.value("bid_micros")[candidates.rows[0]]
         sink = pa.BufferOutputStream()
-        batch = pa.record_batch({"item_id": pa.array(ids.numpy()), "bid": pa.array(bids.numpy())})
-        with pa.ipc.new_stream(sink, batch.schema) as writer:
+        batch = batch_of(columns_of(ids, {"bid": bids}))
+        with pa.ipc.new_stream(sink, batch.schema, options=options_of(is_compressed)) as writer:
             writer.write_batch(batch)
-        sent["columns"] = len(sink.getvalue())
+        content = sink.getvalue()
+        pa.ipc.open_stream(pa.BufferReader(content)).read_all()  # whoever gets them has to
+        sent["compressed" if is_compressed else "columns"] = len(content)
 
     torch.set_num_threads(2)
-    rows, columns = [], []
+    rows: list[float] = []
+    columns: dict[str, list[float]] = {"columns": [], "compressed": []}
     for _ in range(calls):
         rows += times_ms(by_rows, 1, warm_up=0)
-        columns += times_ms(by_columns, 1, warm_up=0)
+        for how, times in columns.items():
+            times += times_ms(partial(by_columns, how == "compressed"), 1, warm_up=0)
     yield Row.timed(f"retrieval as objects with metadata, {name}", rows, keep)
-    yield Row.timed(f"retrieval as columns, {name}", columns, keep)
-    yield _bar(f"retrieval as columns over objects, p50, {name}", _share(columns, rows, 50), 1 / 10, keep)
     yield Row.of(f"bytes of candidates as objects, {name}", sent["rows"], "bytes", keep)
-    yield Row.of(f"bytes of candidates as columns, {name}", sent["columns"], "bytes", keep)
-    yield _bar(f"bytes of columns over objects, {name}", sent["columns"] / sent["rows"], 1 / 50, keep)
+    for how, times in columns.items():
+        said = how if how == "columns" else "compressed columns"
+        yield Row.timed(f"retrieval as {said}, {name}", times, keep)
+        yield _bar(f"retrieval as {said} over objects, p50, {name}", _share(times, rows, 50), 1 / 10, keep)
+        yield Row.of(f"bytes of candidates as {said}, {name}", sent[how], "bytes", keep)
+        yield _bar(f"bytes of {said} over objects, {name}", sent[how] / sent["rows"], 1 / 50, keep)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ _HELP = {
     "of": "How many shards there are.",
     "most": "How many versions are held at once; two while one takes the other's place.",
     "follow": "Hold whatever version is live; without it, what `load` says alone.",
+    "compress": "Send candidates compressed (zstd): fewer bytes, more time at both ends.",
     "cert": "PEM of the certificate to speak TLS with; with its key.",
     "key": "PEM of the key of --tls-cert, without a password.",
     "client_ca": "PEM of a CA: nobody calls without a certificate that it signed, and so nobody needs a token.",
@@ -68,6 +69,7 @@ def index_host(
     versions: Annotated[int, typer.Option(min=1, help=_HELP["most"])] = 2,
     follow: Annotated[bool, typer.Option(help=_HELP["follow"])] = True,
     threads: Annotated[int, typer.Option(min=1, help="How many threads a search may use.")] = 1,
+    compress: Annotated[bool, typer.Option("--compress", help=_HELP["compress"])] = False,
     admin_token_file: Annotated[Path | None, typer.Option(help=_HELP["token"])] = None,
     tls_cert: Annotated[Path | None, typer.Option(help=_HELP["cert"])] = None,
     tls_key: Annotated[Path | None, typer.Option(help=_HELP["key"])] = None,
@@ -91,6 +93,7 @@ def index_host(
         follow=follow,
         token_file=admin_token_file,
         threads=threads,
+        is_compressed=compress,
         tls=HostTls.read(tls_cert, tls_key, tls_client_ca),
     )
 

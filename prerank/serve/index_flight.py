@@ -1,6 +1,6 @@
 """An index host over Arrow Flight: candidates are columns of one record batch; the rest is small and in the ticket.
 
-    DoGet(search)                   item_ids int64, similarity float32, and the values asked for, such as bids
+    DoGet(search)                   item_ids, similarity float32, and the values asked for, such as bids
     DoAction holding, load, unload  what it holds, by version with the models each index was built with
 
 Flight was chosen over Arrow bytes in a message of Python's gRPC: it comes with pyarrow, and a round trip is shorter
@@ -17,7 +17,6 @@ from pathlib import Path
 from types import FrameType
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 import structlog
@@ -30,6 +29,7 @@ from prerank.serve.envelope import Refused
 from prerank.serve.exposure import LOCAL, Exposure
 from prerank.serve.host_tls import SCHEME, CallerTls, HostTls, why_not
 from prerank.serve.hosts import parse_hosts
+from prerank.serve.index_columns import ITEM_IDS, SIMILARITY, batch_of, columns_of, options_of, tensors_of
 from prerank.serve.index_host import Found, Holding, HostFailed, IndexHost, NotHeld, Search, follow_live, hold_live
 from prerank.serve.index_messages import (
     CHANGE,
@@ -45,7 +45,6 @@ from prerank.serve.index_messages import (
 
 _log = structlog.get_logger(__name__)
 
-_SCHEMA = pa.schema([pa.field("item_ids", pa.int64(), False), pa.field("similarity", pa.float32(), False)])
 _OPTIONS = [  # a host that comes back is to be found within a second, not after two minutes
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -57,7 +56,8 @@ ACTIONS = {"holding": "what the host holds", "load": "hold a version too", "unlo
 class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
     """`host` at an address and `port` (0: any that is free), listening from here on; `serve` waits for the end.
 
-    Over TLS alone where there is `tls`. Raises ConfigError where the address cannot be listened on.
+    Over TLS alone where there is `tls`; candidates are compressed where `is_compressed`. Raises ConfigError where the
+    address cannot be listened on.
     """
 
     def __init__(
@@ -67,8 +67,10 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         port: int = 0,
         exposure: Exposure = LOCAL,
         tls: HostTls | None = None,
+        is_compressed: bool = False,
     ) -> None:
         self._host, self._exposure, self._callers = host, exposure, Callers()
+        self._options = options_of(is_compressed)
         at = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         try:
             if tls is None:
@@ -96,12 +98,9 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
                 found = self._host.search(search)
         except (PrerankError, msgspec.DecodeError) as error:
             raise _told(error) from None
-        columns = [pa.array(one.numpy()) for one in (found.item_ids, found.similarity, *found.values.values())]
-        fields = [pa.field(name, one.type, False) for name, one in zip(found.values, columns[2:], strict=True)]
-        said = {"version": found.version, "num_eligible": str(found.num_eligible)}
-        schema = pa.schema([*_SCHEMA, *fields], metadata=said)
-        batch = pa.record_batch(columns, schema=schema)
-        return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(schema, [batch]))
+        columns = columns_of(found.item_ids, {SIMILARITY: found.similarity, **found.values})
+        batch = batch_of(columns, {"version": found.version, "num_eligible": str(found.num_eligible)})
+        return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(batch.schema, [batch]), self._options)
 
     def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> Iterator[flight.Result]:
         """One of ACTIONS; each answers with what is then held."""
@@ -171,13 +170,11 @@ class FlightHost:
             table = self._client.do_get(ticket, _within(timeout_s)).read_all()
         except (flight.FlightError, pa.ArrowException, OSError) as error:
             raise self._understood(error) from None
-        said = table.schema.metadata or {}
-        wanted = [*_SCHEMA.names, *search.values]
-        is_ours = table.column_names == wanted and table.schema.types[:2] == _SCHEMA.types
-        if not is_ours or not {b"version", b"num_eligible"} <= set(said):
+        said, found = table.schema.metadata or {}, tensors_of(table, search.values)
+        if found is None or not {b"version", b"num_eligible"} <= set(said):
+            wanted = [ITEM_IDS, SIMILARITY, *search.values]
             raise HostFailed(f"{self.address}: expected candidates as {wanted}, got {table.schema}")
-        item_ids, similarity, *rest = (torch.from_numpy(np.array(column.to_numpy())) for column in table.columns)
-        values = dict(zip(search.values, rest, strict=True))
+        item_ids, similarity, values = found
         return Found(said[b"version"].decode(), item_ids, similarity, int(said[b"num_eligible"]), values)
 
     def close(self) -> None:
@@ -234,14 +231,15 @@ def serve_index_host(
     token_file: Path | None = None,
     threads: int = 1,
     tls: HostTls | None = None,
+    is_compressed: bool = False,
 ) -> None:
     """Serve shard `place` of the funnel at `store` until a signal ends it, and searches that run have ended.
 
     It holds the version that is live and each that is promoted later, at most `most` at once; without `follow` what
-    `load` tells it alone. A search uses `threads` threads; `token_file` is as `Exposure.of`'s. It speaks TLS
-    alone where there is `tls`, and needs no token where that says whose certificates callers show. Raises ConfigError
-    for an address that cannot be listened on, or that needs a token. A version that cannot be loaded is logged, and
-    tried again each minute.
+    `load` tells it alone. A search uses `threads` threads, and what it finds is compressed where `is_compressed`;
+    `token_file` is as `Exposure.of`'s. It speaks TLS alone where there is `tls`, and needs no token where that says
+    whose certificates callers show. Raises ConfigError for an address that cannot be listened on, or that needs a
+    token. A version that cannot be loaded is logged, and tried again each minute.
     """
     exposure = Exposure.of(host, token_file, are_known=tls is not None and tls.client_ca is not None)
     ended = threading.Event()
@@ -249,7 +247,7 @@ def serve_index_host(
     one = IndexHost(store, place, most)
     if follow:
         hold_live(one)
-    server = FlightServer(one, host, port, exposure, tls)
+    server = FlightServer(one, host, port, exposure, tls, is_compressed)
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once

@@ -361,6 +361,23 @@ def test_versions_are_loaded_and_let_go_over_the_wire_by_who_shows_the_token(
         assert list(stranger.holding(5.0).versions) == [versions[0]], "reading needs none"
 
 
+def test_compressed_candidates_are_the_same(three: tuple[Path, list[str]]) -> None:
+    store, versions = three
+    host = IndexHost(store, Place(0, 2))
+    host.load(versions[0])
+    search = asked(store, versions[0])
+    server = FlightServer(host, is_compressed=True)
+    client = FlightHost(f"127.0.0.1:{server.port}")
+    try:
+        found, plain = client.search(search), host.search(search)
+        assert len(plain.item_ids)
+        assert torch.equal(found.item_ids, plain.item_ids)
+        assert torch.equal(found.similarity, plain.similarity)
+    finally:
+        client.close()
+        server.shutdown()
+
+
 def test_what_is_no_search_is_refused(three: tuple[Path, list[str]]) -> None:
     server = FlightServer(IndexHost(three[0], Place(0, 2)))
     client = flight.FlightClient(f"grpc://127.0.0.1:{server.port}")
