@@ -39,6 +39,20 @@ def test_every_level_gives_what_torch_gives_but_for_bfloat16(engine, size, num):
     assert ((found - expected).abs().mean(0) < 0.02 * spread).all()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_any_number_of_threads_gives_every_candidate_the_same_logits(threads):
+    program, items, user = made_program(33, 7, 3, 16), made_items(ITEMS, 33, 16), made_user(33, 16)
+    everything, many = {}, Engine(threads)
+    for engine in (Engine(1), many):
+        ours = NativeProgram(program, items, engine)
+        for num in (1, 32, 127, 128, 129, 255, 256, 257, 383, 384, 385, 511, 513, 1_000, 2_303, 2_305, 9_999):
+            rows = (torch.arange(num) * 37) % ITEMS
+            found = ours(user, rows)
+            assert torch.equal(everything.setdefault(num, found), found), num
+    assert torch.equal(everything[2_305], everything[9_999][:2_305])
+    many.close()
+
+
 def test_no_level_rounds_otherwise_than_another_by_more_than_the_order_of_its_sums():
     program, items, user = made_program(64, 40, 4, 32), made_items(ITEMS, 64, 32), made_user(64, 32)
     found = []
