@@ -47,7 +47,6 @@ NUM_ABLATED = 1  # seeds of the heavy ranker's ablations, and of the students of
 PEER = "LightGBM"
 ALONE, SEGMENTED = "cross_feature, winners alone", "cross_feature a segment"
 ONCE = (ALONE, SEGMENTED)  # students of one seed
-LONGER = "cross_feature, twice the passes"
 TEACHER, BASE, FULL, HARD = "heavy ranker", "mmoe_dcn", "cross_feature", "cross_feature on labels"
 BARS = {
     ("auc", "click"): 0.751,
@@ -71,7 +70,6 @@ def students(config: Config) -> dict[str, Config]:
         "mtmd": replace(config, ranker=replace(ranker, model="mtmd", domain="tab", hidden=(35,))),
         **without,
         FULL: full,
-        LONGER: replace(full, ranker=replace(full.ranker, epochs=2 * ranker.epochs)),
         ALONE: replace(full, distillation=replace(config.distillation, candidates=0)),
         SEGMENTED: replace(full, segments=Segments(by="tab", own=("1", "0"))),
         HARD: replace(full, heavy_ranker=None, ranker=replace(full.ranker, patience=1)),  # which labels teach by heart
@@ -132,10 +130,9 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
         home = Path(os.environ.get("PRERANK_BENCHMARK_STORE", kept))
         jobs = [(seed, BASE) for seed in seeds]
         fewer = seeds[:NUM_ABLATED]
-        later = [(seed, name) for name in students(config) if name not in (BASE, LONGER, *ONCE) for seed in seeds]
+        later = [(seed, name) for name in students(config) if name not in (BASE, *ONCE) for seed in seeds]
         later += [(seed, name) for name in ONCE for seed in fewer]
         later += [(seed, name) for name in ablations(config) for seed in fewer]
-        later += [(seed, LONGER) for seed in seeds]
         told: dict[tuple[int, str], Told] = {}
         for own in (config, *ablations(config).values()):  # here, for two processes would be in each other's way
             prepare(own, open_tables(own, options.data, home / "tables"), home / "work")
@@ -248,7 +245,7 @@ def _barred(row: Row, name: str, where: str, task: str, metric: str) -> Row:
     bar, more_is_better = None, metric != "log_loss"
     if name == TEACHER:
         bar = BARS.get((metric, task))
-    elif name in (FULL, LONGER) and metric == "overlap@100" and task != "like":
+    elif name == FULL and metric == "overlap@100" and task != "like":
         bar = OVERLAP_BAR
     if bar is None or row.value is None:
         return row
