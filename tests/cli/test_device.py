@@ -5,6 +5,7 @@ import sys
 import threading
 
 import pytest
+import structlog
 import torch
 
 from prerank.cli.app import main
@@ -73,11 +74,15 @@ def test_a_device_that_is_named_twice_is_refused_before_anything_begins(devices)
 def said(monkeypatch, capsys, *words, code=0):
     """What `prerank` prints, in this process, where devices can be others."""
     monkeypatch.setattr(sys, "argv", ["prerank", *map(str, words)])
+    threads = torch.get_num_threads()
     try:
         main()
         left = 0
     except SystemExit as end:
         left = end.code or 0
+    finally:  # a server sets what is the process's own: these threads, and logs to what is stderr now
+        torch.set_num_threads(threads)
+        structlog.reset_defaults()
     told = capsys.readouterr()
     assert left == code, told
     return told.out + told.err
