@@ -53,6 +53,13 @@ TABLES = {
     "scorer_over_peers": ("scorer_cpu", "native over .*"),
     "scorer_eligibility": ("scorer_cpu", "eligib.*"),
     "scorer_whole": ("scorer_cpu", "(Scorer|straightforward|greedy|the same).*"),
+    "scorer_bars": (
+        "scorer_cpu",
+        r"native, 10,000 candidates(: .*)?|"
+        r"native over (eager float32|eager bfloat16|the best of .*), 100?,000 candidates|"
+        r"native: (100,000|requests).*|eligibility(, six .*| over .*)|greedy (top|over).*|"
+        r"Scorer.*: (whole.*|over that|p50 .*|resident .*)|Scorer over .*|native: .*float64.*",
+    ),
     "scorer_agreement": ("scorer_cpu", ".* of float64's top 1,000.*"),
     "request_path_whole": ("request_path", "(naive|request|stage|retrieval|bytes|expansions).*"),
     "request_path_servers": ("request_path", "empty model.*"),
