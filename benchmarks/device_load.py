@@ -107,12 +107,12 @@ class Came:
 def as_they_come(
     version: Callable[[], DeviceVersion], requests: Sequence[Asked], rate: float, seconds: float, seed: int = SEED
 ) -> Came:
-    """So many a second on average, a Poisson process, each to the version of its moment."""
+    """So many a second on average, a Poisson process, each to the version of its moment; at least one."""
     made, came = np.random.default_rng(seed), Came()
     due = np.cumsum(made.exponential(1 / rate, int(2 * rate * seconds) + 100))
     settled, num_sent = Semaphore(0), 0
     start = time.perf_counter()
-    for number, at in enumerate(due[due < seconds].tolist()):
+    for number, at in enumerate(due[: max(1, int((due < seconds).sum()))].tolist()):
         _until(start + at)
         one = requests[number % len(requests)]
         try:

@@ -213,6 +213,7 @@ def test_a_request_that_could_not_be_sent_in_time_is_as_late_as_it_is():
     came = as_they_come(lambda: slow, [ONE], 100.0, 0.3)
     assert not came.failed
     assert came.ms[-1] > 100  # twice as many come as are taken
+    assert len(as_they_come(lambda: slow, [ONE], 100.0, 1e-9).ms) == 1, "so that there is a time to tell"
 
 
 def test_of_a_version_that_left_in_between_the_next_one_is_asked_and_else_it_has_failed():
