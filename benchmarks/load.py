@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import selectors
 import subprocess
 import sys
@@ -147,6 +148,14 @@ async def _send(plan: Plan) -> Loaded:
     return loaded
 
 
+def _go_first() -> None:
+    """Who measures has the processor when it wakes, before those it measures: for real where the system lets it."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except OSError:
+        take_turns(slice_ms=0.1)
+
+
 def _punctual() -> asyncio.AbstractEventLoop:
     # epoll waits for whole milliseconds, and who sends late seems to be answered late
     return asyncio.SelectorEventLoop(selectors.SelectSelector())
@@ -155,7 +164,7 @@ def _punctual() -> asyncio.AbstractEventLoop:
 def main() -> None:
     plain = json.load(sys.stdin)
     plan = Plan(**{**plain, "bodies": tuple(plain["bodies"])})
-    take_turns(slice_ms=0.1)
+    _go_first()
     with asyncio.Runner(loop_factory=_punctual) as runner:
         print(json.dumps(asdict(runner.run(_send(plan)))))
 

@@ -66,9 +66,9 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
 def _overload(port: int, pid: int, capacity: float, seconds: float) -> Iterator[Row]:
     name = f"open loop at {OVER:g} of capacity"
     with watched(pid) as held:
-        before = load(_plan(port, _AFTER_S, rate=0.3 * capacity))
+        before = load(_plan(port, _AFTER_S, clients=1))
         over = load(_plan(port, seconds, rate=OVER * capacity, seed=1))
-        after = load(_plan(port, _AFTER_S, rate=0.3 * capacity, seed=2))
+        after = load(_plan(port, _AFTER_S, clients=1))
     accepted, refused = over.from_sent(200), over.from_sent(503)
     yield Row.timed(f"{name}: let in", over.times(200))
     yield Row.timed(f"{name}: refused", over.times(503))
@@ -85,8 +85,8 @@ def _overload(port: int, pid: int, capacity: float, seconds: float) -> Iterator[
     yield Row.at_most(f"{name}: refused in, p50", float(np.median(refused or [np.inf])), "ms", REFUSED_BAR_MS)
     yield Row.at_most(f"{name}: refused in, p99", float(np.percentile(refused or [np.inf], 99)), "ms", REFUSED_BAR_MS)
     yield Row.at_most(f"{name}: memory, last fifth over first", _growth(held, seconds), "times", MEMORY_BAR)
-    yield Row.timed("before overload", before.times())
-    yield Row.timed("after overload, from its first second on", after.times(start=RECOVERY_BAR_S))
+    yield Row.timed("before overload, one client", before.times())
+    yield Row.timed("after overload, one client, from its first second on", after.times(start=RECOVERY_BAR_S))
     usual = float(np.percentile(before.times(), 90))
     yield Row.at_most("after overload: seconds until as before", _recovered_s(after, usual), "s", RECOVERY_BAR_S)
 
@@ -112,7 +112,10 @@ def _growth(held: Held, seconds: float) -> float:
 
 
 def _recovered_s(after: Loaded, usual_ms: float) -> float:
-    """From when the overload ended until no request is refused, or takes twice as long as nine in ten did before."""
+    """From when the overload ended until no request is refused, or takes twice as long as nine in ten did before.
+
+    Of one client that waits: requests that come by themselves also come in clumps, then as ever.
+    """
     slow = [
         due + ms / 1000
         for due, ms, status in zip(after.due_s, after.ms, after.status, strict=True)
