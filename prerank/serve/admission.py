@@ -30,7 +30,7 @@ T = TypeVar("T")
 _MOST_TIMES = 64
 """Of the latest requests, by whose times it is judged who would be too late."""
 _LATEST = 16
-_CAUTION = 0.9
+_CAUTION = 0.97
 """What a request itself will take is guessed to be more than so many of the latest took; what those before it take is
 the median of the `_LATEST`, for there the short and the long make up for each other."""
 

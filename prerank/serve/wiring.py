@@ -20,7 +20,7 @@ from prerank.serve.tail import Locate, Tail
 from prerank.serve.whole import Whole, whole_of
 from prerank.stores.records import Users
 
-_SPARE_MS = 8.0
+_SPARE_MS = 12.0
 """To order candidates by similarity, describe the winners, and send them, on cores that others want too."""
 _SHORT = (Target, Describe, Attribute)
 _SHORT_WHERE_NEAR = (*_SHORT, ExpandTargeting, ExpandUser)
