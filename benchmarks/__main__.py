@@ -16,6 +16,7 @@ QUESTIONS = (
     "retrieval_negatives",
     "retrieval_scan",
     "retrieval",
+    "ranking_teacher",
     "ranking_quality",
     "ranking_market",
     "training_throughput",

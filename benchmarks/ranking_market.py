@@ -39,7 +39,7 @@ from benchmarks.market_truth import (
     references,
     taken,
 )
-from benchmarks.ranking_quality import num_weights
+from benchmarks.ranking_world import num_weights
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
 from prerank.config import Config, Segments, load_config

@@ -12,7 +12,7 @@ from benchmarks.machine import REPOSITORY
 from benchmarks.market import _Log
 from benchmarks.market_truth import View
 from benchmarks.ranking_market import World
-from benchmarks.ranking_quality import num_weights
+from benchmarks.ranking_world import num_weights
 from benchmarks.result import Hardware, Result
 from prerank.config import load_config
 from prerank.market.generate import MarketTruth, best_rank_error
