@@ -62,6 +62,7 @@ TABLES = {
     ),
     "scorer_agreement": ("scorer_cpu", ".* of float64's top 1,000.*"),
     "request_path_whole": ("request_path", "(naive|request|stage|retrieval|bytes|expansions).*"),
+    "request_path_bars": ("request_path", "(request|retrieval|bytes).*"),
     "request_path_servers": ("request_path", "empty model.*"),
     "retrieval_whole": ("retrieval", "(HNSWIndex, [a-z0-9]+|ExactIndex, [a-z0-9]+|matmul.*)(, all eligible.*|:.*)"),
     "retrieval_filtered": ("retrieval", "(HNSWIndex|ExactIndex), [0-9.]+% eligible.*"),
