@@ -219,18 +219,21 @@ class ItemTable(nn.Module):
     def move(self, item_ids: Tensor, rows: Tensor) -> None:
         """Say where items int64 [n], each once, are from now on: rows int64 [n], -1 for one that left.
 
-        A reader sees all of a call or none of it.
+        A reader sees all of a call or none of it. Those that moved before are copied, not looked up or sorted again.
         """
-        if self._moved is not None:
-            before, where = self._moved
-            stay = ~torch.isin(before, item_ids)
-            item_ids, rows = torch.cat([before[stay], item_ids]), torch.cat([where[stay], rows])
+        if not len(item_ids):
+            return
+        self.num_items += int((rows >= 0).sum()) - int((self.rows_of(item_ids) >= 0).sum())
         item_ids, order = item_ids.sort()
         rows = rows[order]
-        published = self.item_ids[: self.num_published]
-        at = torch.searchsorted(published, item_ids).clamp_max_(self.num_published - 1)
-        self.num_items = self.num_published + int((rows >= 0).sum()) - int((published[at] == item_ids).sum())
-        self._moved = (item_ids, rows) if len(rows) else None
+        if self._moved is None:
+            self._moved = item_ids, rows
+            return
+        before, where = self._moved
+        at = torch.searchsorted(before, item_ids)
+        is_known = before[at.clamp_max(len(before) - 1)] == item_ids
+        where = where.index_put((at[is_known],), rows[is_known])
+        self._moved = _merged(before, where, item_ids[~is_known], rows[~is_known], at[~is_known])
 
     def gather(self, names: Iterable[str], rows: Tensor) -> dict[str, Tensor]:
         """The features `names` of rows int64 [...] -> [..., ...], integers as int64; of `known` where there are slots.
@@ -310,6 +313,21 @@ def _smallest(name: str, column: Array, most: int | None) -> np.dtype[np.generic
     if column.dtype == np.float32:
         return np.dtype(np.float32)
     raise DataError(f"items: {name!r} is {column.dtype}; expected whole numbers of 64 bits, or float32")
+
+
+def _merged(ids: Tensor, rows: Tensor, more_ids: Tensor, more_rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending ids [n] and their rows, and more of both [m], which stand before the `at`th of them -> both [n + m]."""
+    if not len(more_ids):
+        return ids, rows
+    to = at + torch.arange(len(at))
+    is_old = torch.ones(len(ids) + len(more_ids), dtype=torch.bool)
+    is_old[to] = False
+    both = []
+    for old, new in ((ids, more_ids), (rows, more_rows)):
+        column = torch.empty(len(is_old), dtype=torch.int64)
+        column[is_old], column[to] = old, new
+        both.append(column)
+    return both[0], both[1]
 
 
 def _wide(column: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prerank.bundle.item_table import ItemTable
 from prerank.errors import BundleError, DataError
@@ -64,6 +66,23 @@ def test_rows_of_item_ids_and_minus_one_for_a_stranger():
         [-1, 0],
     ]
     assert items.rows_of(torch.tensor([], dtype=torch.int64)).tolist() == []
+
+
+names = st.integers(-3, 40)  # of which 10 to 19 are published
+calls = st.lists(st.dictionaries(names, st.one_of(st.just(-1), st.integers(0, 99)), max_size=6), max_size=12)
+
+
+@given(calls)
+def test_items_are_where_they_were_last_said_to_be(said):
+    items = ItemTable.build(np.arange(10, 20), {"n": np.arange(10)})
+    where = {item_id: row for row, item_id in enumerate(range(10, 20))}
+    for call in said:
+        items.move(torch.tensor(list(call), dtype=torch.int64), torch.tensor(list(call.values()), dtype=torch.int64))
+        where |= call
+        asked = torch.arange(-5, 45)
+        assert items.rows_of(asked).tolist() == [where.get(one, -1) for one in asked.tolist()]
+        assert items.num_items == sum(row >= 0 for row in where.values())
+    assert items.is_in_order == (not any(said))
 
 
 def test_gather_keeps_the_shape_of_the_rows_and_refuses_a_stranger():
