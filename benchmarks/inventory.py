@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
@@ -30,6 +31,7 @@ from prerank.types import Given, ItemChange, Request
 NUM_ITEMS, QUICK_ITEMS = 1_000_000, 20_000
 CALLS, QUICK_CALLS = 100, 10
 A_SECOND, A_CALL = 1_000, 50
+MADE_UP = 4_000
 TAIL_SHARE = 0.1
 
 
@@ -80,14 +82,18 @@ def _changing(funnel: Funnel, num: int, calls: int) -> Iterator[Row]:
 
 @contextmanager
 def _coming(funnel: Funnel, made: np.random.Generator, num: int, came: list[float]) -> Iterator[None]:
-    """Beside this, A_SECOND items a second that are written anew; how many it was goes to the end of `came`."""
+    """Beside this, A_SECOND items a second that are written anew; how many it was goes to the end of `came`.
+
+    What they are is made up before, as it is by who sends them.
+    """
     done, count = Event(), 0
+    calls = cycle([[_change(made, num, n) for n in range(A_CALL)] for _ in range(MADE_UP // A_CALL)])
 
     def send() -> None:
         nonlocal count
         start = time.perf_counter()
         while not done.is_set():
-            funnel.change([_change(made, num, n) for n in range(A_CALL)])
+            funnel.change(next(calls))
             count += A_CALL
             time.sleep(max(0.0, start + count / A_SECOND - time.perf_counter()))
 
