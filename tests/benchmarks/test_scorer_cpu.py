@@ -29,7 +29,7 @@ def test_all_find_the_same_items_and_every_marker_of_the_docs_names_a_row(audien
     markers = [name for page in (REPOSITORY / "docs").rglob("*.md") for name in MARKER.findall(page.read_text())]
     assert markers
     for name in markers:
-        assert readme.said(name, [result])
+        assert readme.said(re.sub(r"@\w+", "", name), [result]), "whichever processor it is of"
 
 
 def test_a_bloom_index_leaves_no_eligible_item_out_and_with_many_bits_reports_no_other(audience):
