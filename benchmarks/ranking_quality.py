@@ -20,7 +20,7 @@ from benchmarks.machine import say
 from benchmarks.ranking_world import (
     TEACHER,
     Told,
-    barred,
+    difference_rows,
     funnel_of,
     home_of_trainings,
     metric_rows,
@@ -47,8 +47,9 @@ PASSES = 6  # of every student; the example's funnel has fewer, for its demo is 
 ALONE, SEGMENTED = "cross_feature, winners alone", "cross_feature a segment"
 ONCE = (ALONE, SEGMENTED)  # students of the first seed alone
 BASE, FULL, HARD = "mmoe_dcn", "cross_feature", "cross_feature on labels"
-OVERLAP_BAR = 0.87
+BARS = {("overlap@100", "click"): 0.87, ("overlap@100", "long_view"): 0.87}
 LESS_KL = {"cross_feature, no crossings": 0.12, "cross_feature, attention": 0.20, FULL: 0.40}
+_COMPARED = ("auc", "log_loss", "kl", "overlap@100")
 _WANTED = (
     *(("winners", metric) for metric in ("auc", "log_loss", "calibration_error", "calibration_ratio", "kl")),
     *(("candidates", metric) for metric in ("kl", "overlap@10", "overlap@100", "ndcg@100", "top10_in_100")),
@@ -129,12 +130,10 @@ def _rows(
         say(f"seed {seed}: compared")
     for name in students(config):
         yield Row.of(f"{name}: weights outside the tables", told[seeds[0], name].weights, "weights")
-        for row, _, task, metric in metric_rows(found, name, tasks, _WANTED):
-            is_held = name == FULL and metric == "overlap@100" and task != "like"
-            yield barred(row, OVERLAP_BAR if is_held else None, metric)
+        yield from metric_rows(found, name, tasks, _WANTED, BARS if name == FULL else None)
     for name in students(config):
         yield from _divergence_rows(found, name, tasks)
-        yield from _difference_rows(found[0], name, tasks)
+        yield from difference_rows(found[0], name, tasks, _COMPARED, f"{BASE}, first seed")
 
 
 def _divergence_rows(found: Sequence[Comparison], name: str, tasks: Sequence[str]) -> Iterator[Row]:
@@ -154,21 +153,6 @@ def _divergence_rows(found: Sequence[Comparison], name: str, tasks: Sequence[str
             bar = 1 - LESS_KL[name]
             row = replace(row, bar=bar, holds=bool(mine / base <= bar))
         yield row
-
-
-def _difference_rows(told: Comparison, name: str, tasks: Sequence[str]) -> Iterator[Row]:
-    """What the first seed's student is more than its mmoe_dcn, with the interval over users, 95 %."""
-    for one in told.differences:
-        if one.model != name or one.segment != "all" or one.task not in tasks:
-            continue
-        for metric in ("auc", "log_loss", "kl", "overlap@100"):
-            estimate = one.metrics.get(metric)
-            if estimate is None or estimate.value is None:
-                continue
-            said = f"{name}, {one.where}, {one.task} {metric}: over {BASE}, first seed"
-            yield Row.of(said, estimate.value, metric, estimate.users)
-            yield Row.of(f"{said}: low", float(estimate.low or 0.0), metric)
-            yield Row.of(f"{said}: high", float(estimate.high or 0.0), metric)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from benchmarks.machine import say
 from benchmarks.ranking_world import (
     TEACHER,
     Told,
-    barred,
+    difference_rows,
     funnel_of,
     home_of_trainings,
     metric_rows,
@@ -124,25 +124,9 @@ def _rows(
     for name in [TEACHER, *([PEER] if peers else []), *ablations(config)]:
         if (seeds[0], name) in told:
             yield Row.of(f"{name}: weights outside the tables", told[seeds[0], name].weights, "weights")
-        for row, _, task, metric in metric_rows(found, name, tasks, wanted):
-            yield barred(row, BARS.get((metric, task)) if name == TEACHER else None, metric)
+        yield from metric_rows(found, name, tasks, wanted, BARS if name == TEACHER else None)
     for number, one in enumerate(found if peers else []):
-        yield from _differences(one, seeds[number])
-
-
-def _differences(told: Comparison, seed: int) -> Iterator[Row]:
-    """What the heavy ranker is more than LightGBM, with the interval over users, 95 %."""
-    for one in told.differences:
-        if one.model != TEACHER or one.segment != "all" or one.task not in told.tasks:
-            continue
-        for metric in _COMPARED:
-            estimate = one.metrics.get(metric)
-            if estimate is None or estimate.value is None:
-                continue
-            said = f"{TEACHER}, {one.where}, {one.task} {metric}: over {PEER}, seed {seed}"
-            yield Row.of(said, estimate.value, metric, estimate.users)
-            yield Row.of(f"{said}: low", float(estimate.low or 0.0), metric)
-            yield Row.of(f"{said}: high", float(estimate.high or 0.0), metric)
+        yield from difference_rows(one, TEACHER, tasks, _COMPARED, f"{PEER}, seed {seeds[number]}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ trained is judged on the test day; options were chosen on the validate day.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -109,11 +109,15 @@ def num_weights(ranker: Ranker) -> int:
 
 
 def metric_rows(
-    found: Sequence[Comparison], name: str, tasks: Sequence[str], wanted: Sequence[tuple[str, str]]
-) -> Iterator[tuple[Row, str, str, str]]:
+    found: Sequence[Comparison],
+    name: str,
+    tasks: Sequence[str],
+    wanted: Sequence[tuple[str, str]],
+    bars: Mapping[tuple[str, str], float] | None = None,
+) -> Iterator[Row]:
     """Of each (where, metric) of one model and each task the mean over seeds, and how far they are apart.
 
-    A row comes with the where, task and metric that it is of, one that says how far apart with empty ones.
+    `bars` are by (metric, task).
     """
     for where, metric in wanted:
         for task in tasks:
@@ -122,10 +126,27 @@ def metric_rows(
             if not values:
                 continue
             row = Row.of(f"{name}, {where}, {task} {metric}", float(np.mean(values)), metric, len(values))
-            yield row, where, task, metric
+            yield _barred(row, (bars or {}).get((metric, task)), metric)
             if len(values) > 1:
                 apart = float(np.std(values, ddof=1))
-                yield Row.of(f"{row.name}: deviation over seeds", apart, metric, len(values)), "", "", ""
+                yield Row.of(f"{row.name}: deviation over seeds", apart, metric, len(values))
+
+
+def difference_rows(
+    told: Comparison, name: str, tasks: Sequence[str], metrics: Sequence[str], over: str
+) -> Iterator[Row]:
+    """What a model is more than the one that all are compared with, which is called `over`: with 95 % over users."""
+    for one in told.differences:
+        if one.model != name or one.segment != "all" or one.task not in tasks:
+            continue
+        for metric in metrics:
+            estimate = one.metrics.get(metric)
+            if estimate is None or estimate.value is None:
+                continue
+            said = f"{name}, {one.where}, {one.task} {metric}: over {over}"
+            yield Row.of(said, estimate.value, metric, estimate.users)
+            yield Row.of(f"{said}: low", float(estimate.low or 0.0), metric)
+            yield Row.of(f"{said}: high", float(estimate.high or 0.0), metric)
 
 
 def value_of(told: Comparison, name: str, where: str, task: str, metric: str) -> float | None:
@@ -135,7 +156,7 @@ def value_of(told: Comparison, name: str, where: str, task: str, metric: str) ->
     return None if estimate is None else estimate.value
 
 
-def barred(row: Row, bar: float | None, metric: str) -> Row:
+def _barred(row: Row, bar: float | None, metric: str) -> Row:
     """With a bar, if there is one; less is better of a loss alone."""
     if bar is None or row.value is None:
         return row

@@ -39,7 +39,7 @@ def tensors_of(table: pa.Table, values: tuple[str, ...]) -> tuple[Tensor, Tensor
     if table.column_names != [ITEM_IDS, SIMILARITY, *values]:
         return None
     ids, similarity = table.schema.types[:2]
-    if not pa.types.is_integer(ids) or similarity != pa.float32():
+    if ids not in (pa.uint32(), pa.int64()) or similarity != pa.float32():
         return None
     found = [torch.from_numpy(np.array(column.to_numpy())) for column in table.columns[1:]]
     item_ids = torch.from_numpy(table.column(0).to_numpy().astype(np.int64))

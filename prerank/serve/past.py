@@ -52,7 +52,7 @@ class Past:
         return line.before(_ONLY, self._moment, history.length)
 
     def counter(self, counter: Counter) -> Array:
-        """int32 [1, L] or [1], as `features.counters.encode` gives it."""
+        """int32 [1, L] or [1], of a share float32 [1], as `features.counters.encode` gives it."""
         shown = self._line(Counter(on=counter.on if counter.last or counter.share else ""))
         return encode(counter, self._line(counter), shown, _ONLY, self._moment)
 

@@ -51,6 +51,7 @@ def test_compressed_is_fewer_bytes():
     "columns",
     [
         {"item_ids": pa.array([1])},
+        {"item_ids": pa.array([2**63], pa.uint64()), "similarity": pa.array([1.0], pa.float32())},
         {"item_ids": pa.array(["1"]), "similarity": pa.array([1.0], pa.float32())},
         {"item_ids": pa.array([1]), "similarity": pa.array([1.0], pa.float64())},
         {"similarity": pa.array([1.0], pa.float32()), "item_ids": pa.array([1])},
