@@ -219,8 +219,9 @@ class Distillation:
     """What the lightweight ranker learns from the heavy one, by KL: logged winners, and `candidates` a winner.
 
     Candidates are drawn from the first `among` that retrieval returns for the same user at the same time.
-    `candidate_weight` is a candidate set's weight beside its winner's 1; `label_weight` adds that of the real label's
-    log loss, on winners. With `candidates = 0` it learns from winners alone.
+    `candidate_weight` is a candidate set's weight beside its winner's 1: winners are labelled by teachers that saw less
+    (`[heavy_ranker] folds`). `label_weight` adds that of the real label's log loss, on winners. With `candidates = 0`
+    it learns from winners alone.
     """
 
     candidates: int = 8
