@@ -183,6 +183,7 @@ def stage_names(config: Config) -> list[str]:
     names += ["target", "expand_user", "retrieve", *(f"generate_{name}" for name in config.generators)]
     names += ["merge"] if config.generators else []
     names += ["fetch_tail"] if config.inventory.resident is not None else []
+    names += ["count_events"] if config.features.interaction else []
     names += ["prepare_user", "rank", "describe"]
     return [*names, "attribute"] if config.generators else names
 

@@ -6,7 +6,7 @@ is resident its slot is its row, and where some are not, `slots` says which it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self, TypeAlias
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prerank.bundle.moved import Moved
 from prerank.errors import BundleError, DataError
 from prerank.schema import Bag, Category, Embedding, FeatureSchema
 from prerank.types import Array, Columns, Features
@@ -100,7 +101,7 @@ class ItemTable(nn.Module):
                 self.register_buffer(prefix + name, column)
         # of the items published, in the first slots; others may have one for a while
         self.num_resident = num_published if slots is None else int((slots[:num_published] >= 0).sum())
-        self._moved: tuple[Tensor, Tensor] | None = None
+        self._moved: Moved | None = None
         self.num_items = num_published
 
     @classmethod
@@ -195,11 +196,14 @@ class ItemTable(nn.Module):
         published = self.item_ids[: self.num_published]
         rows = torch.searchsorted(published, item_ids).clamp_max_(self.num_published - 1)
         rows = rows.masked_fill_(published[rows] != item_ids, -1)
-        if self._moved is not None:
-            moved, where = self._moved
-            at = torch.searchsorted(moved, item_ids).clamp_max_(len(moved) - 1)
-            rows = torch.where(moved[at] == item_ids, where[at], rows)
-        return rows
+        return rows if self._moved is None else self._moved.over(item_ids, rows)
+
+    def rows_of_few(self, item_ids: Array) -> Array:
+        """`rows_of` by numpy, a call of which costs less than one of torch where the items are few."""
+        published = self.item_ids.numpy()[: self.num_published]
+        rows = np.minimum(np.searchsorted(published, item_ids), self.num_published - 1)
+        rows[published[rows] != item_ids] = -1
+        return rows if self._moved is None else self._moved.over_few(item_ids, rows)
 
     def slots_of(self, rows: Tensor) -> Tensor:
         """Rows int64 [...] -> slots int64 [...], -1 for an item that is not resident."""
@@ -219,30 +223,23 @@ class ItemTable(nn.Module):
     def move(self, item_ids: Tensor, rows: Tensor) -> None:
         """Say where items int64 [n], each once, are from now on: rows int64 [n], -1 for one that left.
 
-        A reader sees all of a call or none of it. Those that moved before are copied, not looked up or sorted again.
+        A reader sees all of a call or none of it.
         """
         if not len(item_ids):
             return
         self.num_items += int((rows >= 0).sum()) - int((self.rows_of(item_ids) >= 0).sum())
-        item_ids, order = item_ids.sort()
-        rows = rows[order]
-        if self._moved is None:
-            self._moved = item_ids, rows
-            return
-        before, where = self._moved
-        at = torch.searchsorted(before, item_ids)
-        is_known = before[at.clamp_max(len(before) - 1)] == item_ids
-        where = where.index_put((at[is_known],), rows[is_known])
-        self._moved = _merged(before, where, item_ids[~is_known], rows[~is_known], at[~is_known])
+        moved = Moved.of(item_ids, rows)
+        self._moved = moved if self._moved is None else self._moved.then(moved)
 
-    def gather(self, names: Iterable[str], rows: Tensor) -> dict[str, Tensor]:
-        """The features `names` of rows int64 [...] -> [..., ...], integers as int64; of `known` where there are slots.
+    def codes(self, name: str, rows: Array) -> Array:
+        """A feature of rows int64 [...] -> [..., ...], in the type it is held in; of `known` where there are slots.
 
         Raises IndexError for a row the table does not have, -1 too.
         """
-        flat, prefix = rows.reshape(-1), _PREFIX if self.slots is None else _KNOWN
-        taken = {name: _wide(self.get_buffer(prefix + name).index_select(0, flat)) for name in names}
-        return {name: column.reshape(*rows.shape, *column.shape[1:]) for name, column in taken.items()}
+        if rows.size and int(rows.min()) < 0:
+            raise IndexError(f"items: expected rows of the table, got {int(rows.min())}")
+        found: Array = self.of_every_row(name).numpy()[rows]
+        return found
 
     def features(self) -> dict[str, Tensor]:
         """Every feature of every slot [S, ...], as held."""
@@ -250,7 +247,7 @@ class ItemTable(nn.Module):
 
     def of_every_row(self, name: str) -> Tensor:
         """A feature [C, ...] of all rows, as held; one of `known` where not every item is resident."""
-        return self._column(name) if self.slots is None else self.get_buffer(_KNOWN + name)
+        return self._column(name) if self.slots is None else self._held(_KNOWN + name)
 
     def first_fault(self, schema: FeatureSchema, sizes: Mapping[str, int]) -> str | None:
         """A sentence naming the first item feature that `schema` with the fitted `sizes` cannot read, or None."""
@@ -279,7 +276,12 @@ class ItemTable(nn.Module):
         return None
 
     def _column(self, name: str) -> Tensor:
-        return self.get_buffer(_PREFIX + name)
+        return self._held(_PREFIX + name)
+
+    def _held(self, name: str) -> Tensor:
+        column = self._buffers[name]  # get_buffer reads the name as a path, at ten times the cost
+        assert column is not None
+        return column
 
 
 def _num_slots(features: Features) -> int:
@@ -313,25 +315,6 @@ def _smallest(name: str, column: Array, most: int | None) -> np.dtype[np.generic
     if column.dtype == np.float32:
         return np.dtype(np.float32)
     raise DataError(f"items: {name!r} is {column.dtype}; expected whole numbers of 64 bits, or float32")
-
-
-def _merged(ids: Tensor, rows: Tensor, more_ids: Tensor, more_rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending ids [n] and their rows, and more of both [m], which stand before the `at`th of them -> both [n + m]."""
-    if not len(more_ids):
-        return ids, rows
-    to = at + torch.arange(len(at))
-    is_old = torch.ones(len(ids) + len(more_ids), dtype=torch.bool)
-    is_old[to] = False
-    both = []
-    for old, new in ((ids, more_ids), (rows, more_rows)):
-        column = torch.empty(len(is_old), dtype=torch.int64)
-        column[is_old], column[to] = old, new
-        both.append(column)
-    return both[0], both[1]
-
-
-def _wide(column: Tensor) -> Tensor:
-    return column.long() if column.dtype in _INTEGERS else column
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -63,22 +63,34 @@ def counted(counter: Counter, num_users: int, user: Array, time_ms: Array, codes
     return Timeline.build(num_users, user[row], time_ms[row], codes[row, slot])
 
 
-def encode(counter: Counter, line: Timeline, shown: Timeline, user: Array, time_ms: Array) -> Array:
+def reads_shown(counter: Counter) -> bool:
+    """Whether a counter looks at the impressions beside what it counts."""
+    return bool(counter.last) or counter.share
+
+
+def encode(counter: Counter, line: Timeline, shown: Timeline | None, user: Array, time_ms: Array) -> Array:
     """The counter's feature for users int [B] (-1 is nobody) at moments int64 [B].
 
-    `line` is what `counted` gave, `shown` the users' impressions; of a counter `on` something those on it. With a `by`
-    int32 [B, length], the codes of the latest events, newest last, -1 on the left where fewer; without one int32 [B],
-    how many events there were. Of a share float32 [B], their log odds among the impressions; 0 where there was nothing.
+    `line` is what `counted` gave, `shown` the users' impressions, of a counter `on` something those on it, and None
+    where it does not read them. With a `by` int32 [B, length], the codes of the latest events, newest last, -1 on the
+    left where fewer; without one int32 [B], how many events there were. Of a share float32 [B], their log odds among
+    the impressions; 0 where there was nothing.
     """
-    last = counter.last
-    since = shown.moment_of_last(user, time_ms, last) if last else time_ms - counter.window_ms
+    since = (
+        time_ms - counter.window_ms if not counter.last else _seen(shown).moment_of_last(user, time_ms, counter.last)
+    )
     end, start = line.ends(user, time_ms), line.ends(user, since)
     if counter.by:
         return line.gather(user, end, counter.length, start)
     number: Array = (end - start).astype(np.int32)
-    if counter.share:
-        return _log_odds(number, shown.ends(user, time_ms) - shown.ends(user, since))
-    return number
+    if not counter.share:
+        return number
+    return _log_odds(number, _seen(shown).ends(user, time_ms) - _seen(shown).ends(user, since))
+
+
+def _seen(shown: Timeline | None) -> Timeline:
+    assert shown is not None, "see reads_shown"
+    return shown
 
 
 def _log_odds(happened: Array, shown: Array) -> Array:

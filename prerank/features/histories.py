@@ -32,11 +32,21 @@ class Timeline:
         """Events in any order: user int [E] in 0..num_users-1, time_ms int64 [E], values int [E]."""
         assert user.shape == time_ms.shape == values.shape
         assert not len(user) or (user.min() >= 0 and user.max() < num_users), "every event is some user's"
+        if num_users == 1:  # as when serving
+            return cls._of_one(time_ms, values)
         if not _in_order(user, time_ms):
             order = np.lexsort((time_ms, user))
             user, time_ms, values = user[order], time_ms[order], values[order]
         offsets = np.zeros(num_users + 1, dtype=np.int64)
         np.cumsum(np.bincount(user, minlength=num_users), out=offsets[1:])
+        return cls(offsets, time_ms.astype(np.int64, copy=False), values.astype(np.int32, copy=False))
+
+    @classmethod
+    def _of_one(cls, time_ms: Array, values: Array) -> Timeline:
+        if not (time_ms[1:] >= time_ms[:-1]).all():
+            order = np.argsort(time_ms, kind="stable")
+            time_ms, values = time_ms[order], values[order]
+        offsets = np.array([0, len(time_ms)], dtype=np.int64)
         return cls(offsets, time_ms.astype(np.int64, copy=False), values.astype(np.int32, copy=False))
 
     def ends(self, user: Array, time_ms: Array) -> Array:

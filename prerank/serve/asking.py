@@ -14,7 +14,7 @@ from prerank.bundle.golden import Golden
 from prerank.bundle.manifest import GOLDEN
 from prerank.errors import DataError
 from prerank.serve.answer import Answer
-from prerank.serve.expand import ExpandUser
+from prerank.serve.expand import CountEvents, ExpandUser
 from prerank.serve.funnel import Funnel
 from prerank.serve.graph import Values
 from prerank.serve.replaying import LoggedUsers, request_of
@@ -37,11 +37,28 @@ class GiveUser:
         """One request's, leading shape [1]."""
         number = values["request"].user_id
         one = {name: column[number : number + 1] for name, column in self.features.items()}
-        return {"features": one, "user_notes": (), "record": None}
+        return {"features": one, "past": None, "user_notes": (), "record": None}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """One user in, its features out."""
         return 1, len(written["features"])
+
+
+@dataclass(frozen=True, slots=True)
+class GiveNoCounters:
+    """In the place of `CountEvents`: those of golden requests are among their features."""
+
+    name: ClassVar[str] = CountEvents.name
+    reads: ClassVar[frozenset[str]] = CountEvents.reads
+    writes: ClassVar[frozenset[str]] = CountEvents.writes
+
+    def run(self, values: Values) -> Values:
+        """Nothing."""
+        return {"counters": {}}
+
+    def count(self, values: Values, written: Values) -> tuple[int, int]:
+        """Nothing in, nothing out."""
+        return 0, 0
 
 
 class GoldenRequests:
@@ -54,7 +71,8 @@ class GoldenRequests:
     def __init__(self, funnel: Funnel, path: Path) -> None:
         golden = Golden.from_tensors(read_tensors(path / GOLDEN)[0])
         scorer = funnel.scorer
-        funnel.put_stages(GiveUser(golden.user), Target(scorer.items, None, scorer.live))
+        counting = [GiveNoCounters()] if funnel.ranking.transforms.schema.interaction else []
+        funnel.put_stages(GiveUser(golden.user), *counting, Target(scorer.items, None, scorer.live))
         self._funnel, self._k = funnel, min(golden.answers.won.shape[1], funnel.max_k)
         self.num = len(golden.answers.won)
 

@@ -1,4 +1,7 @@
-"""A request's user, looked up: few attributes for targeting, on a path of their own, and all that the models read."""
+"""A request's user, looked up: few attributes for targeting, on a path of their own, and all that the models read.
+
+Retrieval reads no counter, so events are counted in a stage of their own, while it runs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from prerank.bundle.item_table import ItemTable
 from prerank.business.targeting import Targeting
 from prerank.errors import DataError, RequestError, SchemaMismatch
 from prerank.features.transforms import Transforms
-from prerank.schema import IMPRESSION
+from prerank.schema import IMPRESSION, Counter
 from prerank.serve.graph import Values
 from prerank.serve.past import Past
 from prerank.stores.contexts import columns_of, digest
@@ -61,8 +64,17 @@ class ExpandTargeting:
 
 
 @dataclass(frozen=True, slots=True)
+class Expanded:
+    """A request's user: `features` of leading shape [1], all but counters; his `past`, and what a caller is told."""
+
+    features: Features
+    past: Past
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ExpandUser:
-    """The request's user as features: profile, context, and histories and counters cut strictly before its time.
+    """The request's user as features: profile, context, and histories cut strictly before its time.
 
     `targeting` reads context fields that no feature does. Raises SchemaMismatch at construction if the store lacks a
     column, a label or a context column that the features need.
@@ -75,7 +87,7 @@ class ExpandUser:
 
     name: ClassVar[str] = "expand_user"
     reads: ClassVar[frozenset[str]] = frozenset({"request"})
-    writes: ClassVar[frozenset[str]] = frozenset({"features", "user_notes", "record"})
+    writes: ClassVar[frozenset[str]] = frozenset({"features", "past", "user_notes", "record"})
 
     def __post_init__(self) -> None:
         schema = self.transforms.schema
@@ -93,11 +105,9 @@ class ExpandUser:
                     )
 
     def run(self, values: Values) -> Values:
-        """Look the user up; see `expand`."""
+        """Look the user up; see `read`."""
         request: Request = values["request"]
-        record = self.users.get(request.user_id)
-        features, notes = self.expand(record, request)
-        return {"features": features, "user_notes": notes, "record": record}
+        return written(record := self.users.get(request.user_id), self.read(record, request))
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """One user in, its features out."""
@@ -105,6 +115,14 @@ class ExpandUser:
 
     def expand(self, record: UserRecord | None, request: Request) -> tuple[Features, tuple[str, ...]]:
         """User and context features and counters of one request, leading shape [1], and what the caller should be told.
+
+        See `read`.
+        """
+        found = self.read(record, request)
+        return {**found.features, **counters_of(found.past, self.transforms.schema.interaction)}, found.notes
+
+    def read(self, record: UserRecord | None, request: Request) -> Expanded:
+        """The user of one request.
 
         No record is a new user: every profile feature unknown, every history empty, nothing counted. An item of the
         past that this version does not have is the unknown item. Raises RequestError for a missing or mistyped context
@@ -126,9 +144,8 @@ class ExpandUser:
             **self._profile(record, request.user_id),
             **here,
             **{name: past.history(history) for name, history in schema.histories().items()},
-            **{name: past.counter(counter) for name, counter in schema.interaction.items()},
         }
-        return {name: torch.from_numpy(array) for name, array in encoded.items()}, tuple(notes)
+        return Expanded({name: torch.from_numpy(array) for name, array in encoded.items()}, past, tuple(notes))
 
     def said(self, record: UserRecord | None, profile: Mapping[str, Given]) -> UserRecord:
         """The user as the store knows him, if it does, with what a caller says of his profile in place of its own.
@@ -170,6 +187,35 @@ class ExpandUser:
             raise DataError(f"user store, user {user_id}: {error}; build it from the tables of this version") from None
 
 
+def written(record: UserRecord | None, found: Expanded) -> Values:
+    """What `ExpandUser` writes."""
+    return {"features": found.features, "past": found.past, "user_notes": found.notes, "record": record}
+
+
+def counters_of(past: Past, interaction: Mapping[str, Counter]) -> Features:
+    """The counters by name, leading shape [1]."""
+    return {name: torch.from_numpy(past.counter(counter)) for name, counter in interaction.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class CountEvents:
+    """The counters of what the request's user did, which the ranker alone reads."""
+
+    interaction: Mapping[str, Counter]
+
+    name: ClassVar[str] = "count_events"
+    reads: ClassVar[frozenset[str]] = frozenset({"past"})
+    writes: ClassVar[frozenset[str]] = frozenset({"counters"})
+
+    def run(self, values: Values) -> Values:
+        """See `Past.counter`."""
+        return {"counters": counters_of(values["past"], self.interaction)}
+
+    def count(self, values: Values, written: Values) -> tuple[int, int]:
+        """Events in, counters out."""
+        return values["past"].num_events, len(written["counters"])
+
+
 @dataclass(frozen=True, slots=True)
 class ExpandStranger:
     """The fallback of `expand`, for when the store of users fails: the user as one of whom nothing is known."""
@@ -181,9 +227,8 @@ class ExpandStranger:
     writes: ClassVar[frozenset[str]] = ExpandUser.writes
 
     def run(self, values: Values) -> Values:
-        """See `ExpandUser.expand`."""
-        features, notes = self.expand.expand(self.expand.stranger(), values["request"])
-        return {"features": features, "user_notes": notes, "record": None}
+        """See `ExpandUser.read`."""
+        return written(None, self.expand.read(self.expand.stranger(), values["request"]))
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """One user in, its features out."""

@@ -17,6 +17,7 @@ from math import isfinite
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 
 from prerank._rows import rows_of
@@ -56,7 +57,7 @@ from prerank.stores.reads import FILE as READS
 from prerank.stores.reads import ReadCounts
 from prerank.stores.records import Users
 from prerank.stores.tail import TailStore
-from prerank.types import Given, ItemChange, Request, TopK
+from prerank.types import Array, Given, ItemChange, Request, TopK
 
 
 class Funnel:
@@ -289,12 +290,14 @@ class Funnel:
 
     def _answer(self, request: Request, run: GraphRun) -> Answer:
         top: TopK = run.outputs["winners"]
-        num = int(top.valid.sum())  # the first so many
-        item_ids, described = top.item_ids[0, :num].tolist(), run.outputs["described"]
+        described = run.outputs["described"]
+        num = len(described)  # the first so many
+        item_ids = top.item_ids[0].numpy()[:num].tolist()
         found_by = run.outputs.get("found_by", [(INDEX,)] * len(item_ids))
-        assert len(item_ids) == len(described) == len(found_by)
-        probs = rows_of(self._tasks, [_finite(of_task) for of_task in top.probs[0, :num].T])
-        winners = list(map(Winner, item_ids, _finite(top.utility[0, :num]), probs, described, found_by))
+        assert len(item_ids) == len(found_by)
+        probs = rows_of(self._tasks, [_finite(of_task) for of_task in top.probs[0].numpy()[:num].T])
+        utility = _finite(top.utility[0].numpy()[:num])
+        winners = list(map(Winner, item_ids, utility, probs, described, found_by))
         said = [run.outputs[notes] for notes in ("user_notes", "retrieve_notes", "rank_notes")]
         left_out = run.outputs.get("left_out", ())
         notes = [*chain.from_iterable(said), *run.notes, *left_out]
@@ -347,8 +350,8 @@ def _takes(transforms: Transforms, columns: Sequence[str], column: str, value: G
     return True
 
 
-def _finite(numbers: torch.Tensor) -> list[float | None]:
+def _finite(numbers: Array) -> list[float | None]:
     plain: list[float | None] = numbers.tolist()
-    if bool(numbers.isfinite().all()):
+    if np.isfinite(numbers).all():
         return plain
     return [one if one is not None and isfinite(one) else None for one in plain]

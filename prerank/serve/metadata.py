@@ -15,7 +15,7 @@ from prerank.errors import RequestError
 from prerank.serve.answer import INT64
 from prerank.stores.metadata import MetadataTable
 from prerank.stores.reads import ReadCounts
-from prerank.types import Given
+from prerank.types import Array, Given
 
 MOST_ITEMS = 10_000
 """The most items of one call for metadata."""
@@ -54,12 +54,12 @@ class Descriptions:
                 )
         return self.needed if wanted is None else wanted
 
-    def take(self, rows: torch.Tensor, wanted: tuple[str, ...] | None) -> list[Mapping[str, Given]]:
+    def take(self, rows: Array, wanted: tuple[str, ...] | None) -> list[Mapping[str, Given]]:
         """The columns of an answer for rows int64 [K], in order."""
         columns = self.columns_of(wanted)
         if self._counts is not None:
             self._counts.add(columns, len(rows), wanted is not None)
-        return self._metadata.take(rows.numpy(), columns) if columns else [{} for _ in rows]
+        return self._metadata.take(rows, columns) if columns else [{} for _ in rows]
 
     def describe(self, item_ids: Sequence[int], columns: Sequence[str] | None) -> Described:
         """These columns of items, deferred ones too; all of them if None.

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 
 from prerank.bundle.item_table import ItemTable
-from prerank.features.counters import counted, encode
+from prerank.features.counters import counted, encode, reads_shown
 from prerank.features.histories import Timeline
 from prerank.schema import IMPRESSION, Counter, History
 from prerank.stores.records import EXPOSED, UserRecord
@@ -36,14 +35,21 @@ class Past:
     ) -> None:
         self._record, self._labels, self._items, self._same = record, labels, items, same or {}
         self._moment = np.array([time_ms], np.int64)
-        # the store's arrays are read-only views, which torch does not take
-        rows = items.rows_of(torch.tensor(record.item_ids))
-        self._rows, unknown = rows.clamp_min(0), (rows < 0).numpy()
-        self._unknown = unknown if unknown.any() else None
-        self.num_unknown = int((unknown & (record.time_ms < time_ms)).sum())
+        rows = items.rows_of_few(record.item_ids)
+        unknown = rows < 0
+        self._rows, self._unknown = rows, unknown if unknown.any() else None
+        self.num_unknown = 0
+        if self._unknown is not None:
+            self._rows = rows.clip(min=0)
+            self.num_unknown = int((unknown & (record.time_ms < time_ms)).sum())
         self._events: dict[tuple[str, str], tuple[Array, Array]] = {}
         self._codes: dict[str, Array] = {}
         self._lines: dict[tuple[str, str, str], Timeline] = {}
+
+    @property
+    def num_events(self) -> int:
+        """How many there are in all."""
+        return len(self._record.time_ms)
 
     def history(self, history: History) -> Array:
         """int32 [1, L], as `Timeline.before` gives it."""
@@ -53,7 +59,7 @@ class Past:
 
     def counter(self, counter: Counter) -> Array:
         """int32 [1, L] or [1], of a share float32 [1], as `features.counters.encode` gives it."""
-        shown = self._line(Counter(on=counter.on if counter.last or counter.share else ""))
+        shown = self._line(Counter(on=counter.on)) if reads_shown(counter) else None
         return encode(counter, self._line(counter), shown, _ONLY, self._moment)
 
     def _line(self, counter: Counter) -> Timeline:
@@ -80,7 +86,7 @@ class Past:
     def _codes_of(self, name: str) -> Array:
         """The encoded item feature of each event, int32 [E] or of a bag [E, M]."""
         if name not in self._codes:
-            codes = self._items.gather([name], self._rows)[name].numpy().astype(np.int32)
+            codes = self._items.codes(name, self._rows).astype(np.int32)
             if self._unknown is not None:
                 codes[self._unknown] = 0 if codes.ndim == 1 else -1
             self._codes[name] = codes

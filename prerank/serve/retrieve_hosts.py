@@ -101,7 +101,7 @@ class RetrieveFromHosts:
                 return None
             try:
                 expand = ExpandUser(self.users, side.transforms, side.items)
-                features, _ = expand.expand(record, request)
+                features = expand.read(record, request).features
             except PrerankError as error:  # a column or a context field that this version alone reads
                 self.hosts.towers.failed(version, error)
                 return None

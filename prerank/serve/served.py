@@ -17,6 +17,7 @@ from torch import Tensor
 from prerank.bundle.scorer import Scorer
 from prerank.config import INDEX
 from prerank.serve.graph import GraphRun, StageReport
+from prerank.serve.stages import known_of
 from prerank.stores.records import UserRecord, Users
 from prerank.stores.requests import LoggedRequest, as_of, digest_of
 from prerank.types import CandidateSet, Features, Request, TopK
@@ -75,7 +76,7 @@ class Served:
             run.outputs["record"],
             users.labels,
             users.contexts,
-            run.outputs["features"],
+            known_of(run.outputs),
             scorer.ranker.tasks,
             winners,
             pacing,

@@ -22,7 +22,7 @@ from prerank.models.towers import TwoTower
 from prerank.serve.device_engines import LoadedVersion
 from prerank.serve.graph import Values
 from prerank.serve.metadata import Descriptions
-from prerank.types import CandidateSet, Request, TopK
+from prerank.types import CandidateSet, Features, Request, TopK
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +110,23 @@ class PrepareUser:
     """The ranker's side of the user, which needs no candidate: it is made while they are retrieved."""
 
     scorer: Scorer
+    has_counters: bool = False
 
     name: ClassVar[str] = "prepare_user"
-    reads: ClassVar[frozenset[str]] = frozenset({"features"})
     writes: ClassVar[frozenset[str]] = frozenset({"user_side"})
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The features, and the counters if there are any."""
+        return frozenset({"features", "counters"} if self.has_counters else {"features"})
 
     def run(self, values: Values) -> Values:
         """See `Ranker.user_side`."""
-        return {"user_side": self.scorer.ranker.user_side(values["features"])}
+        return {"user_side": self.scorer.ranker.user_side(known_of(values))}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """Features in, tensors out."""
-        return len(values["features"]), len(written["user_side"])
+        return len(known_of(values)), len(written["user_side"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +154,11 @@ class Rank:
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """Candidates in, winners out."""
         return values[self.candidates].num_valid, int(written["winners"].valid.sum())
+
+
+def known_of(values: Values) -> Features:
+    """All that is known of a request's user: features, and counters if there are any."""
+    return {**values["features"], **values.get("counters", {})}
 
 
 def eligible_notes(num_eligible: int) -> tuple[str, ...]:
@@ -220,7 +230,8 @@ class Describe:
     def run(self, values: Values) -> Values:
         """One dict a winner, in order."""
         winners: TopK = values["winners"]
-        return {"described": self.descriptions.take(winners.rows[winners.valid], values["request"].metadata)}
+        rows = winners.rows[0].numpy()[winners.valid[0].numpy()]
+        return {"described": self.descriptions.take(rows, values["request"].metadata)}
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """Winners in, winners out."""

@@ -9,7 +9,7 @@ import torch
 from prerank.bundle.load import Bundle
 from prerank.config import Serve
 from prerank.serve.device_engines import LoadedVersion
-from prerank.serve.expand import ExpandStranger, ExpandTargeting, ExpandUser
+from prerank.serve.expand import CountEvents, ExpandStranger, ExpandTargeting, ExpandUser
 from prerank.serve.generate import Attribute, Generate, GenerateNothing, Merge, names_of
 from prerank.serve.graph import Limit, RequestGraph, Stage
 from prerank.serve.hosts import IndexHosts
@@ -48,7 +48,9 @@ def wire(
     quotas = {name: options.quota for name, options in config.generators.items()}
     found, keep_found = "retrieved" if quotas else "candidates", min(keep, items.num_rows)
     expand = ExpandUser(users, bundle.transforms, items, targeting)
-    stages: list[Stage] = [expand, PrepareUser(scorer), Describe(described)]
+    interaction = bundle.transforms.schema.interaction
+    counting = [CountEvents(interaction)] if interaction else []
+    stages: list[Stage] = [expand, *counting, PrepareUser(scorer, bool(counting)), Describe(described)]
     fallbacks: dict[str, Stage] = {ExpandUser.name: ExpandStranger(expand)}
     if is_whole:
         assert device is not None
@@ -75,6 +77,7 @@ def wire(
     if hosts is not None:
         said |= {"left_out"}
     said |= {"record", "features", "candidates"}  # what the log of requests keeps
+    said |= {"counters"} if counting else set()
     return RequestGraph(
         stages,
         inputs=frozenset({"request"}),

@@ -5,7 +5,7 @@ Only the pages of the rows asked for are touched. Row numbers are those of one v
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from prerank._toml import nearest
 from prerank.errors import DataError
 from prerank.types import Array, Given
 
+_MOST_SELECTED = 64
+
 
 class MetadataTable:
     """An open `metadata.arrow`. Threads may share one. A file of one record batch is read fastest."""
@@ -27,6 +29,8 @@ class MetadataTable:
         self.columns: tuple[str, ...] = tuple(table.column_names)
         self.num_rows: int = table.num_rows
         self._later: dict[int, Mapping[str, Given]] = {}
+        self._readers = {field.name: _reader(field.type) for field in table.schema}
+        self._selected: dict[tuple[str, ...], pa.Table] = {}
 
     @classmethod
     def open(cls, path: Path) -> MetadataTable:
@@ -62,44 +66,67 @@ class MetadataTable:
 
     def take(self, rows: Array, columns: Sequence[str] = ()) -> list[Mapping[str, Given]]:
         """The `columns` (none named: all) of `rows` int64 [K] -> K mappings. Raises DataError for an unknown column."""
-        self.check_columns(columns)
-        names = list(columns) or list(self.columns)
+        names = tuple(columns) or self.columns
         if not names:
             return [{} for _ in rows]
+        table = self._of_columns(names)
         is_ours = len(rows) == 0 or (rows.min() >= 0 and (rows.max() < self.num_rows or self._later))
         assert is_ours, "a row of another version"
         if self._later and len(rows) and rows.max() >= self.num_rows:
             return self._mixed(rows, names)
-        taken = self._table.select(names).take(pa.array(rows, pa.int64()))
-        values = [_plain(column.combine_chunks()) for column in taken.columns]
-        return rows_of(names, values)
+        taken = table.take(pa.array(rows, pa.int64()))
+        return rows_of(names, [self._readers[name](_whole(taken.column(at))) for at, name in enumerate(names)])
+
+    def _of_columns(self, names: tuple[str, ...]) -> pa.Table:
+        """The table of these alone, kept: most requests want the same."""
+        found = self._selected.get(names)
+        if found is None:
+            self.check_columns(names)
+            found = self._table.select(list(names))
+            if len(self._selected) < _MOST_SELECTED:  # callers say which
+                self._selected[names] = found
+        return found
 
     def put(self, rows: Sequence[int], said: pa.Table) -> None:
         """What to say of rows [n] after those of the file: `said` [n], with every column of it."""
-        values = [_plain(column.combine_chunks()) for column in said.columns] or [[None] * len(rows)]
+        values = [_reader(column.type)(_whole(column)) for column in said.columns] or [[None] * len(rows)]
         for row, one in zip(rows, zip(*values, strict=True), strict=True):
             assert row >= self.num_rows, "the file's rows are as published"
             self._later[row] = dict(zip(said.column_names, one, strict=False))
 
-    def _mixed(self, rows: Array, names: Sequence[str]) -> list[Mapping[str, Given]]:
+    def _mixed(self, rows: Array, names: tuple[str, ...]) -> list[Mapping[str, Given]]:
         in_file = rows < self.num_rows
         said = iter(self.take(rows[in_file], names))
         later = ({name: self._later[row][name] for name in names} for row in rows[~in_file].tolist())
         return [next(said if is_first else later) for is_first in in_file.tolist()]
 
 
-def _plain(column: pa.Array) -> list[Given]:
-    kind = column.type
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _reader(kind: pa.DataType) -> Callable[[pa.Array], list[Given]]:
+    """What makes plain values of a column of this type."""
     if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
-        column = pc.cast(column, pa.string())
-    elif pa.types.is_dictionary(kind):
-        column = column.dictionary_decode()
-    elif pa.types.is_floating(kind):
-        # JSON has no NaN, and a missing number is what it means
-        values = column.to_numpy(zero_copy_only=False).astype(np.float64)
-        return [value if value == value and abs(value) != np.inf else None for value in values.tolist()]
-    elif pa.types.is_integer(kind) and not column.null_count:
-        return list(column.to_numpy().tolist())
+        return lambda column: list(pc.cast(column, pa.string()).to_pylist())
+    if pa.types.is_dictionary(kind):
+        return lambda column: list(column.dictionary_decode().to_pylist())
+    if pa.types.is_floating(kind):
+        return _floats
+    return _integers if pa.types.is_integer(kind) else _as_they_are
+
+
+def _floats(column: pa.Array) -> list[Given]:
+    # JSON has no NaN, and a missing number is what it means
+    values = column.to_numpy(zero_copy_only=False).astype(np.float64)
+    return [value if value == value and abs(value) != np.inf else None for value in values.tolist()]
+
+
+def _integers(column: pa.Array) -> list[Given]:
+    return _as_they_are(column) if column.null_count else list(column.to_numpy().tolist())
+
+
+def _as_they_are(column: pa.Array) -> list[Given]:
     return list(column.to_pylist())
 
 

@@ -29,11 +29,9 @@ def test_rows_are_in_order_of_item_id_whatever_order_they_came_in():
 
 def test_every_column_comes_back_as_it_went_in():
     items = ItemTable.build(IDS, COLUMNS)
-    gathered = items.gather(COLUMNS, torch.arange(4))
     for name, column in COLUMNS.items():
-        assert np.array_equal(gathered[name].numpy(), column[ASCENDING]), name
+        assert np.array_equal(items.codes(name, np.arange(4)), column[ASCENDING]), name
         assert np.array_equal(items.features()[name].numpy(), column[ASCENDING]), name
-        assert gathered[name].dtype == (torch.float32 if column.dtype == np.float32 else torch.int64)
 
 
 def test_whole_numbers_are_held_in_the_smallest_type_that_keeps_them():
@@ -81,22 +79,23 @@ def test_items_are_where_they_were_last_said_to_be(said):
         where |= call
         asked = torch.arange(-5, 45)
         assert items.rows_of(asked).tolist() == [where.get(one, -1) for one in asked.tolist()]
+        assert items.rows_of_few(asked.numpy()).tolist() == items.rows_of(asked).tolist()
         assert items.num_items == sum(row >= 0 for row in where.values())
     assert items.is_in_order == (not any(said))
 
 
-def test_gather_keeps_the_shape_of_the_rows_and_refuses_a_stranger():
+def test_codes_keep_the_shape_of_the_rows_and_refuse_a_stranger():
     items = ItemTable.build(IDS, COLUMNS)
-    assert items.gather(["vector"], torch.zeros(2, 5, dtype=torch.int64))["vector"].shape == (2, 5, 3)
-    assert items.gather(["bag"], torch.zeros(0, dtype=torch.int64))["bag"].shape == (0, 2)
+    assert items.codes("vector", np.zeros((2, 5), np.int64)).shape == (2, 5, 3)
+    assert items.codes("bag", np.zeros(0, np.int64)).shape == (0, 2)
     for row in (-1, 4):
         with pytest.raises(IndexError):
-            items.gather(["small"], torch.tensor([row]))
+            items.codes("small", np.array([row]))
 
 
 def test_a_feature_may_have_any_attributes_name():
     items = ItemTable.build(np.arange(2), {"item_ids": np.array([5, 6]), "forward": np.array([7, 8])})
-    assert items.gather(["item_ids", "forward"], torch.tensor([1]))["item_ids"].tolist() == [6]
+    assert [items.codes(name, np.array([1])).tolist() for name in ("item_ids", "forward")] == [[6], [8]]
 
 
 def test_a_state_dict_makes_the_same_table_without_a_copy():

@@ -53,7 +53,8 @@ def test_the_winners_are_those_of_plain_greedy_on_the_scorers_own_utilities(stor
     }
     rows = torch.arange(world.NUM_ITEMS)[None]
     with torch.inference_mode():
-        utility = scorer.utility(scorer.probs(user, rows), scorer.items.gather(scorer.utility.values, rows))[0].tolist()
+        values = {name: torch.from_numpy(scorer.items.codes(name, rows.numpy())) for name in scorer.utility.values}
+        utility = scorer.utility(scorer.probs(user, rows), values)[0].tolist()
         top = scorer(user, CandidateSet(rows, torch.zeros(rows.shape), rows >= 0), 5)
     won: list[int] = []
     for row in sorted(range(world.NUM_ITEMS), key=lambda row: -utility[row]):

@@ -208,9 +208,8 @@ def expanded(home: Path, happened: list[LiveEvent], user_id: int, time_ms: int, 
     with LiveUsers.open(home / "users.lmdb", folder / "events.lmdb") as users:
         if happened:
             users.record(happened)
-        written = ExpandUser(users, TRANSFORMS, ITEMS).run({"request": Request(user_id, 1, time_ms, CONTEXT)})
-        features: Features = written["features"]
-        return features
+        expand = ExpandUser(users, TRANSFORMS, ITEMS)
+        return expand.expand(users.get(user_id), Request(user_id, 1, time_ms, CONTEXT))[0]
 
 
 live_events = st.lists(

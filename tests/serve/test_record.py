@@ -175,7 +175,7 @@ def shown_on(funnel: Funnel, surface: str, time_ms: int) -> list[int]:
     config = world.config()
     transforms = world.transforms(replace(config, features=replace(config.features, interaction=counters)))
     expand = ExpandUser(funnel._users, transforms, funnel._items)
-    found = expand.run({"request": Request(1, 1, time_ms, {"hour": 1, "surface": surface})})["features"]
+    found, _ = expand.expand(expand.users.get(1), Request(1, 1, time_ms, {"hour": 1, "surface": surface}))
     return [*found["shown"].tolist(), *found["clicked"][0].tolist()]
 
 
