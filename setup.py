@@ -16,7 +16,7 @@ SOURCES = (
     "walk",
     "turns",
 )
-HEADERS = ("export.h", "program.h", "program_block.inc", "scan.h", "scan_rows.inc", "turns.h")
+HEADERS = ("export.h", "program.h", "program_block.inc", "scan.h", "scan_rows.inc", "stop.h", "turns.h")
 FLAGS = (
     *("-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math"),  # neither is looked at, and both keep loops from becoming vectors

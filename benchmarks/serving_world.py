@@ -6,7 +6,6 @@ import http.client
 import json
 import multiprocessing
 import socket
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import uvicorn
 from prerank.bundle.item_table import ItemTable
 from prerank.config import Config, parse_config
 from prerank.features.transforms import Transforms
+from prerank.kernels.stop import Stop
 from prerank.serve.answer import Answer, Winner
 from prerank.serve.changes import Changed
 from prerank.serve.graph import StageReport, Values
@@ -171,9 +171,7 @@ class Ready:
         for n in range(HTTP_WINNERS)
     )
 
-    def recommend(
-        self, request: Request, arrived: float | None = None, cancelled: threading.Event | None = None
-    ) -> Answer:
+    def recommend(self, request: Request, arrived: float | None = None, cancelled: Stop | None = None) -> Answer:
         """The same for everyone."""
         stages = [StageReport(f"stage {n}", 0.0, 1, 1) for n in range(4)]
         return Answer(request.request_id, self.version, self.winners, stages, False, [])

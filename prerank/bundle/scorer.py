@@ -116,6 +116,11 @@ class Scorer(nn.Module):
         """
         self._native = None if engine is None else NativeRanker(self.ranker, self.item_side.tensors(), engine)
 
+    @property
+    def is_native(self) -> bool:
+        """Whether an engine ranks: it looks between blocks whether anybody still waits (`kernels.stop`)."""
+        return self._native is not None
+
     def tell(self, changed: Changed | None) -> None:
         """From here on `changed` is told of what changes while this serves; None: nobody is."""
         self._changed = changed

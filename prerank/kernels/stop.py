@@ -1,42 +1,67 @@
 """Whether somebody still waits for what runs: told to native code, which looks between blocks.
 
-Who starts work that may be left behind gives its thread a Stop; whoever leaves it sets it.
+Who starts work that may be left behind gives its thread a Stop; whoever leaves it sets it, or it has a time.
 """
 
 from __future__ import annotations
 
 import ctypes
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 from prerank.errors import Cancelled
 
 
-class Stop:
-    """Set once, by any thread; `address` is that of an int32 that is not 0 from then on."""
+class _Told(ctypes.Structure):
+    """See native/stop.h."""
 
-    __slots__ = ("_flag",)
+    _fields_ = [("is_set", ctypes.c_int32), ("until_ns", ctypes.c_int64)]
+
+
+class Stop:
+    """Set once, by any thread, or left when its time has come; native code finds both at `address`."""
+
+    __slots__ = ("_told",)
 
     def __init__(self) -> None:
-        self._flag = ctypes.c_int32(0)
+        self._told = _Told(0, 0)
 
     def set(self) -> None:
         """Nobody waits any more."""
-        self._flag.value = 1
+        self._told.is_set = 1
 
-    @property
     def is_set(self) -> bool:
-        """Whether nobody waits any more."""
-        return bool(self._flag.value)
+        """Whether somebody has set it."""
+        return bool(self._told.is_set)
+
+    def is_left(self) -> bool:
+        """Whether nobody waits any more: it is set, or its time has come."""
+        until_ns = self._told.until_ns
+        return bool(self._told.is_set) or bool(until_ns and time.monotonic_ns() >= until_ns)
 
     @property
     def address(self) -> int:
         """Where native code finds it, as long as this object is there."""
-        return ctypes.addressof(self._flag)
+        return ctypes.addressof(self._told)
 
     def check(self) -> None:
-        """Raises Cancelled once it is set."""
-        if self.is_set:
+        """Raises Cancelled once it is left."""
+        if self.is_left():
             raise Cancelled("nobody waits for this any more")
+
+    @contextmanager
+    def here(self, left_s: float | None) -> Iterator[None]:
+        """Inside, in this context, work ends when it is set or, unless None, after `left_s` seconds from now."""
+        before = _current.get()
+        self._told.until_ns = 0 if left_s is None else time.monotonic_ns() + max(1, round(left_s * 1e9))
+        _current.set(self)
+        try:
+            yield
+        finally:
+            self._told.until_ns = 0
+            _current.set(before)
 
 
 _NEVER = Stop()

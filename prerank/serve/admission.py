@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -22,6 +21,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from prerank.errors import Cancelled, DeadlineExceeded
+from prerank.kernels.stop import Stop
 from prerank.serve.envelope import Refused
 from prerank.serve.graph import Deadline
 from prerank.serve.turns import stages_next
@@ -83,7 +83,7 @@ class Lane:
         self,
         work: Callable[[], bytes],
         deadline_of: Callable[[], Deadline | None] = lambda: None,
-        cancelled: threading.Event | None = None,
+        cancelled: Stop | None = None,
     ) -> Response:
         """What `work` gives, as JSON; see `do`."""
         return Response(await self.do(work, deadline_of, cancelled), media_type="application/json")
@@ -92,7 +92,7 @@ class Lane:
         self,
         work: Callable[[], T],
         deadline_of: Callable[[], Deadline | None] = lambda: None,
-        cancelled: threading.Event | None = None,
+        cancelled: Stop | None = None,
     ) -> T:
         """What `work` gives. `deadline_of` is asked only where it would have to wait.
 
@@ -164,9 +164,9 @@ class Lane:
 
 
 @asynccontextmanager
-async def leaving(http: HttpRequest) -> AsyncIterator[threading.Event]:
+async def leaving(http: HttpRequest) -> AsyncIterator[Stop]:
     """Set when the client of this request, whose body was read, has gone; while this lasts."""
-    gone = threading.Event()
+    gone = Stop()
 
     async def wait() -> None:
         if (await http.receive())["type"] == "http.disconnect":

@@ -46,6 +46,6 @@ class Callers:
                 while not self._waiting:
                     self._changed.wait()
                 for stop, is_gone in self._waiting.items():
-                    if not stop.is_set and is_gone():
+                    if not stop.is_set() and is_gone():
                         stop.set()
                 self._changed.wait(_LOOK_S)

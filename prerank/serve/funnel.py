@@ -6,7 +6,6 @@ The server and the command line are shells.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -31,6 +30,7 @@ from prerank.errors import BundleError, DeadlineExceeded, RegistryError, Request
 from prerank.features.transforms import Transforms
 from prerank.kernels.engine import Engine
 from prerank.kernels.native import level, library
+from prerank.kernels.stop import Stop
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed, Changes
 from prerank.serve.device_bundle import OnDevice
@@ -171,9 +171,7 @@ class Funnel:
                 one.close()
             raise
 
-    def recommend(
-        self, request: Request, arrived: float | None = None, cancelled: threading.Event | None = None
-    ) -> Answer:
+    def recommend(self, request: Request, arrived: float | None = None, cancelled: Stop | None = None) -> Answer:
         """The request's winners. `arrived` is when it came (`time.perf_counter`); its deadline counts from there.
 
         Raises RequestError for a field that is wrong, DeadlineExceeded if time runs out before there is an answer, and

@@ -118,8 +118,9 @@ class RequestGraph:
     With a `pool` stages that do not wait for each other overlap, and one that has a fallback or a deadline of its own
     is waited for no longer than that; without, a run is one stage after another on its caller's thread, and nothing is
     left before it is done. Stages named in `short` are done sooner than another thread could begin: while one is ready
-    nothing is handed on. Of the others a thread begins with the one that stands first in `stages`. `around` is entered
-    on each thread that runs stages.
+    nothing is handed on. Of the others a thread begins with the one that stands first in `stages`. Those in `heeding`
+    end by themselves soon after the `kernels.stop.Stop` of their thread is left, so none has to wait for them from
+    another thread. `around` is entered on each thread that runs stages.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class RequestGraph:
         patient: frozenset[str] = frozenset(),
         limits: Mapping[str, Limit] | None = None,
         short: frozenset[str] = frozenset(),
+        heeding: frozenset[str] = frozenset(),
         spare_ms: float = 0.0,
         pool: Executor | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -141,7 +143,7 @@ class RequestGraph:
         self.stages = tuple(stages)
         self.inputs, self.outputs, self.answer = inputs, outputs, answer
         self.fallbacks, self.limits, self.patient = dict(fallbacks), dict(limits or {}), patient
-        self.short, self.spare_ms = short, spare_ms
+        self.short, self.heeding, self.spare_ms = short, heeding, spare_ms
         self.pool, self.around, self.clock = pool, around, clock
         writers = _writers(stages, inputs)
         _check_fallbacks(stages, self.fallbacks)
@@ -151,8 +153,9 @@ class RequestGraph:
             raise GraphError(f"output {name!r}: no stage writes it; stages write {written}")
         self.order = _order(stages, self.waits_for)
         self.precedence = {one.name: (one.name not in short, place) for place, one in enumerate(stages)}
-        for name in sorted(short - set(self.waits_for)):
-            raise GraphError(f"{name!r} is said to be short, and is no stage; stages: {list(self.waits_for)}")
+        for said, names in (("short", short), ("heeding", heeding)):
+            for name in sorted(names - set(self.waits_for)):
+                raise GraphError(f"{name!r} is said to be {said}, and is no stage; stages: {list(self.waits_for)}")
         for name in sorted(patient - set(self.fallbacks)):
             raise GraphError(f"{name!r} is patient and has no fallback; fallbacks are for {list(self.fallbacks)}")
         for name, limit in self.limits.items():
@@ -178,6 +181,7 @@ class RequestGraph:
             patient=self.patient,
             limits=self.limits,
             short=self.short,
+            heeding=self.heeding,
             spare_ms=self.spare_ms,
             pool=self.pool,
             around=self.around,

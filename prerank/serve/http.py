@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import gc
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from prerank.errors import ConfigError, PrerankError
+from prerank.kernels.stop import Stop
 from prerank.serve import arrow
 from prerank.serve.admission import Door, Lane, leaving
 from prerank.serve.device_bundle import OnDevice
@@ -312,7 +312,7 @@ class _Server:
         """Before anything is read. Raises Refused where the caller may not change what is served."""
         self.exposure.check_changes(http.headers)
 
-    def _answer(self, content: bytes, arrived: float, seen: Seen, gone: threading.Event) -> bytes:
+    def _answer(self, content: bytes, arrived: float, seen: Seen, gone: Stop) -> bytes:
         # rounded up, so that an event of this very millisecond came before the moment asked about
         now_ms = -(-time.time_ns() // 1_000_000)
         body = decode_request(content)

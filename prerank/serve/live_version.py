@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from prerank.errors import PrerankError
+from prerank.kernels.stop import Stop
 from prerank.serve.answer import Answer
 from prerank.serve.changes import Changed
 from prerank.serve.metadata import Described
@@ -116,9 +117,7 @@ class LiveVersion:
             self._error = PrerankError("the server has ended")
             return left
 
-    def recommend(
-        self, request: Request, arrived: float | None = None, cancelled: threading.Event | None = None
-    ) -> Answer:
+    def recommend(self, request: Request, arrived: float | None = None, cancelled: Stop | None = None) -> Answer:
         """See `Funnel.recommend`."""
         with self.taken() as funnel:
             return funnel.recommend(request, arrived, cancelled)

@@ -3,7 +3,8 @@
 The caller's thread runs stages itself while there are any that nothing watches, and otherwise waits. A stage that is
 ready beside others goes to the pool; so does every one that is watched, which is one with a fallback for when it is
 late or a deadline of its own, for a thread that runs a stage cannot leave it. What is left behind when its time is up,
-or its client has gone, is told so (`kernels.stop`), and native code then ends; what it writes is not looked at.
+or its client has gone, is told so (`kernels.stop`), and native code then ends; what it writes is not looked at. A stage
+that heeds that is told until when instead, and runs where it is: nobody else has to wake.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ _log = structlog.get_logger(__name__)
 
 
 def run_graph(
-    graph: RequestGraph, values: Values, deadline: Deadline | None = None, cancelled: threading.Event | None = None
+    graph: RequestGraph, values: Values, deadline: Deadline | None = None, cancelled: Stop | None = None
 ) -> GraphRun:
     """Every stage as soon as what it waits for is there.
 
     Raises DeadlineExceeded if time runs out before an answer exists, Cancelled if `cancelled` is set and that is seen
-    before another stage starts or while one is waited for, and what a required stage raises.
+    before another stage starts, while one is waited for or by one that heeds it, and what a required stage raises.
     """
     if frozenset(values) != graph.inputs:
         raise GraphError(f"expected the inputs {sorted(graph.inputs)}, got {sorted(values)}")
@@ -49,12 +50,16 @@ def run_graph(
 
 @dataclass(slots=True)
 class _Watched:
-    """A stage in the pool that is left behind at `until`, seconds on the graph's clock; None: when it is done."""
+    """A stage that is left behind at `until`, seconds on the graph's clock; None: when it is done."""
 
     stage: Stage
     until: float | None
     why: str
     stop: Stop = field(default_factory=Stop)
+
+    def is_late(self, now: float) -> bool:
+        """Whether its time is up at `now`."""
+        return self.until is not None and now >= self.until
 
 
 class _Passage:
@@ -63,7 +68,7 @@ class _Passage:
         graph: RequestGraph,
         values: dict[str, Any],
         deadline: Deadline | None,
-        cancelled: threading.Event | None,
+        cancelled: Stop | None,
     ) -> None:
         self.graph, self.values, self.deadline, self.cancelled = graph, values, deadline, cancelled
         self.reports: list[StageReport] = []
@@ -72,7 +77,8 @@ class _Passage:
         self._done: set[str] = set()
         self._started: set[str] = set()
         self._ready: deque[Stage] = deque()  # that any thread may run, short ones first
-        self._watched: dict[str, _Watched] = {}
+        self._watched: dict[str, _Watched] = {}  # in the pool
+        self._heeding: dict[str, _Watched] = {}  # where they are
         self._error: BaseException | None = None
         self._is_over = False
         self._wakes = inf  # when the caller, if it waits, looks again by itself
@@ -92,7 +98,7 @@ class _Passage:
         finally:
             with self._changed:
                 self._is_over = True
-                for one in self._watched.values():
+                for one in [*self._watched.values(), *self._heeding.values()]:
                     one.stop.set()
 
     def _next(self) -> tuple[Stage, str | None] | None:
@@ -118,17 +124,26 @@ class _Passage:
         with self._changed:
             if self._is_over or self._error is not None:
                 return
-            for stage in self.graph.order:
+            begin = [
+                stage
+                for stage in self.graph.order
+                if stage.name not in self._started and self.graph.waits_for[stage.name] <= self._done
+            ]
+            is_alone = len(begin) == 1 and self._started == self._done
+            self._started |= {stage.name for stage in begin}
+            for stage in begin:
                 name = stage.name
-                if name in self._started or not self.graph.waits_for[name] <= self._done:
-                    continue
-                self._started.add(name)
-                if pool is not None and self._is_watched(stage):
-                    one = self._watched[name] = _Watched(stage, *self._until(stage))
-                    if one.until is None or one.until > self.graph.clock():
-                        self._submit(one)
-                else:
+                if pool is None or not self._is_watched(stage):
                     self._ready.append(stage)
+                    continue
+                one = _Watched(stage, *self._until(stage))
+                if is_alone and self._heeds(name):
+                    self._heeding[name] = one
+                    self._ready.append(stage)
+                    continue
+                self._watched[name] = one
+                if not one.is_late(self.graph.clock()):
+                    self._submit(one)
             # what is short comes first and by one thread, for two would wait for each other's turn at Python
             self._ready = deque(sorted(self._ready, key=lambda one: self.graph.precedence[one.name]))
             if pool is not None and self._ready and self._ready[0].name not in self.graph.short:
@@ -138,6 +153,10 @@ class _Passage:
             soonest = min((one.until for one in self._watched.values() if one.until is not None), default=inf)
             if len(self._ready) > 1 or soonest < self._wakes or len(self._done) == len(self.graph.order):
                 self._changed.notify_all()
+
+    def _heeds(self, name: str) -> bool:
+        """Whether it ends by itself in time, and needs no turn; others under way would have nobody who leaves them."""
+        return name in self.graph.heeding and name not in self.graph.turns
 
     def _submit(self, watched: _Watched | None) -> None:
         """Let a thread of the pool run this stage, and then whatever is ready."""
@@ -175,8 +194,10 @@ class _Passage:
     def _run_in_time(self, stage: Stage) -> str | None:
         """Why the stage's fallback must take its place, or None: then it is done, or nobody waits for it."""
         name, turn = stage.name, self.graph.turns.get(stage.name)
-        has_fallback = name in self.graph.fallbacks
+        has_fallback, heeding = name in self.graph.fallbacks, self._heeding.get(name)
         reason = self._why_late() if self._is_bound(stage) else None
+        if reason is None and heeding is not None and heeding.is_late(self.graph.clock()):
+            reason = heeding.why
         if reason is not None:
             turn = None
         elif turn is not None and not turn.acquire(timeout=self._left_s(stage)):
@@ -188,7 +209,13 @@ class _Passage:
                 return reason
             if reason is not None:
                 raise DeadlineExceeded(f"{name}: {reason}; allow more with deadline_ms")
-            self._run(stage, stage)
+            if heeding is None:
+                self._run(stage, stage)
+            elif not self._run_heeding(heeding):
+                reason = heeding.why
+                if not has_fallback:
+                    raise DeadlineExceeded(f"{name}: {reason}; allow more with deadline_ms")
+                return reason
         except Exception as error:
             is_answer = isinstance(error, PrerankError) and not isinstance(error, DataError)
             if is_answer or not has_fallback or self._was_left(stage):
@@ -200,6 +227,20 @@ class _Passage:
             if turn is not None:
                 turn.release()
         return None
+
+    def _run_heeding(self, one: _Watched) -> bool:
+        """Run a stage that ends by itself when its time is up; False where that is so."""
+        left_s = None if one.until is None else one.until - self.graph.clock()
+        stop = one.stop if self.cancelled is None else self.cancelled  # which may be set meanwhile
+        try:
+            with stop.here(left_s):
+                self._run(one.stage, one.stage)
+        except Cancelled:
+            self._check_cancelled()
+            if not self._is_over and not one.is_late(self.graph.clock()):
+                raise  # by something else
+            return self._is_over
+        return True
 
     def _replace(self, stage: Stage, reason: str) -> None:
         """The fallback in the stage's place, and the answer says so."""
@@ -258,7 +299,7 @@ class _Passage:
         """A watched stage whose time is up, and why. Raises DeadlineExceeded where nothing can take its place."""
         now = self.graph.clock()
         for name, one in list(self._watched.items()):
-            if one.until is not None and now >= one.until:
+            if one.is_late(now):
                 del self._watched[name]
                 one.stop.set()
                 if name in self.graph.fallbacks:
@@ -273,7 +314,7 @@ class _Passage:
 
     def _was_left(self, stage: Stage) -> bool:
         """Whether a watched stage is waited for no more, or the whole passage is over."""
-        is_pooled = self.graph.pool is not None and self._is_watched(stage)
+        is_pooled = self.graph.pool is not None and self._is_watched(stage) and stage.name not in self._heeding
         return self._is_over or (is_pooled and stage.name not in self._watched)
 
     def _why_late(self) -> str | None:

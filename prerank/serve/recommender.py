@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from prerank.kernels.stop import Stop
 from prerank.serve.answer import Answer
 from prerank.serve.changes import Changed
 from prerank.serve.metadata import Described
@@ -72,9 +72,7 @@ class Recommender(Protocol):
         """Metadata of items; see `Funnel.describe`."""
         ...
 
-    def recommend(
-        self, request: Request, arrived: float | None = None, cancelled: threading.Event | None = None
-    ) -> Answer:
+    def recommend(self, request: Request, arrived: float | None = None, cancelled: Stop | None = None) -> Answer:
         """The winners; see `Funnel.recommend`."""
         ...
 

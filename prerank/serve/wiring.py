@@ -84,6 +84,7 @@ def wire(
         outputs=frozenset(said | ({"found_by"} if quotas else set())),
         answer="winners",
         short=frozenset(one.name for one in stages if isinstance(one, short)),
+        heeding=frozenset({Rank.name} if scorer.is_native and device is None else ()),
         spare_ms=_SPARE_MS,
         fallbacks=fallbacks,
         patient=frozenset({ExpandUser.name}),  # a store that is late fails by its own timeout

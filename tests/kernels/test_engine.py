@@ -126,6 +126,10 @@ def test_a_request_that_nobody_waits_for_ends_and_others_do_not(engine):
     assert time.perf_counter() - start < 0.6 * whole_s
     with pytest.raises(Cancelled):
         contextvars.copy_context().run(asked, left)
+    start = time.perf_counter()
+    with pytest.raises(Cancelled), Stop().here(whole_s / 10):
+        native_program(user, rows)
+    assert whole_s / 10 <= time.perf_counter() - start < 0.6 * whole_s
     assert torch.equal(native_program(user, rows[:700]), native_program(user, torch.arange(700)))
 
 

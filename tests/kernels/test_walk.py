@@ -171,6 +171,9 @@ def test_a_walk_that_nobody_waits_for_ends(name):
         assert time.monotonic() - start < 5
     finally:
         let(None)
+    with pytest.raises(Cancelled), Stop().here(0.05):
+        WAYS[name](graph, weights, 10_000, None)
+    assert time.monotonic() - start < 10
 
 
 def test_without_the_library_numpy_walks(monkeypatch):

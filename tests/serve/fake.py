@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import httpx
 
+from prerank.kernels.stop import Stop
 from prerank.serve.answer import Answer, Winner, check_request
 from prerank.serve.changes import Changed
 from prerank.serve.graph import StageReport
@@ -35,7 +35,7 @@ class FakeFunnel:
     example_events: tuple[dict[str, str | int], ...] = ({"user_id": 1, "item_id": 5, "event": "impression"},)
     example_items: tuple[dict[str, int | bool], ...] = ({"item_id": 5, "on": False},)
     degraded: bool = False
-    cancelled: threading.Event | None = None
+    cancelled: Stop | None = None
     asked: list[Request] = field(default_factory=list)
     happened: list[LiveEvent] = field(default_factory=list)
     changed: list[ItemChange] = field(default_factory=list)
@@ -47,9 +47,7 @@ class FakeFunnel:
         self.changed += changes
         return Changed(len(changes), 1, 7)
 
-    def recommend(
-        self, request: Request, arrived: float | None = None, cancelled: threading.Event | None = None
-    ) -> Answer:
+    def recommend(self, request: Request, arrived: float | None = None, cancelled: Stop | None = None) -> Answer:
         assert arrived is not None
         assert 0 <= time.perf_counter() - arrived < 60
         check_request(request, MAX_K)

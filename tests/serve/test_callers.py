@@ -75,7 +75,7 @@ def test_a_scan_is_ended_in_the_middle_and_answers_nothing(slow: Callable[[], No
     threading.Timer(0.05, gone.set).start()
     with pytest.raises(Cancelled), Callers().waited_for(gone.is_set):
         slow()
-    assert not current().is_set, "what runs here next is not left"
+    assert not current().is_set(), "what runs here next is not left"
     slow()
 
 

@@ -8,7 +8,7 @@ import pytest
 import structlog
 
 from prerank.errors import Cancelled, DataError, DeadlineExceeded, GraphError, RequestError
-from prerank.kernels.stop import current
+from prerank.kernels.stop import Stop, current
 from prerank.serve.graph import Deadline, Limit, RequestGraph, Stage, Values
 from prerank.serve.passage import run_graph
 
@@ -56,14 +56,16 @@ def graph(
     pool: Executor | None = None,
     limits: Mapping[str, Limit] | None = None,
     short: frozenset[str] = frozenset(),
+    heeding: frozenset[str] = frozenset(),
     spare_ms: float = 0.0,
     patient: str = "",
+    outputs: frozenset[str] = frozenset({"out"}),
     **fallbacks: Stage,
 ) -> RequestGraph:
     return RequestGraph(
         stages,
         inputs=frozenset({"request"}),
-        outputs=frozenset({"out"}),
+        outputs=outputs,
         answer="out",
         fallbacks=fallbacks,
         patient=frozenset(patient.split()),
@@ -71,6 +73,7 @@ def graph(
         pool=pool,
         limits=limits,
         short=short,
+        heeding=heeding,
         spare_ms=spare_ms,
     )
 
@@ -544,7 +547,7 @@ def test_who_has_no_turn_in_time_is_replaced_or_refused() -> None:
 
 
 def test_a_request_that_is_given_up_starts_nothing_more(pool: Executor) -> None:
-    cancelled, later = threading.Event(), []
+    cancelled, later = Stop(), []
     wired = graph(
         step("a", "request", "x", lambda _: cancelled.set() or {"x": 1}),
         step("b", "x", "out", lambda _: later.append(1) or {"out": 1}),
@@ -557,7 +560,7 @@ def test_a_request_that_is_given_up_starts_nothing_more(pool: Executor) -> None:
 
 
 def test_a_request_that_is_given_up_is_not_waited_for(pool: Executor) -> None:
-    cancelled = threading.Event()
+    cancelled = Stop()
     wired = graph(
         sleeping("a", "request", "out", 1.0), a=step("f", "request", "out"), clock=time.perf_counter, pool=pool
     )
@@ -568,6 +571,81 @@ def test_a_request_that_is_given_up_is_not_waited_for(pool: Executor) -> None:
     assert time.perf_counter() - start < 0.5
 
 
+def heeds(stage: str, limit_s: float = 5.0) -> Stage:
+    """One that works until nobody waits any more, or `limit_s`, and says on which thread."""
+
+    def works(_: Values) -> Values:
+        start, stop = time.perf_counter(), current()
+        while not stop.is_left() and time.perf_counter() - start < limit_s:
+            time.sleep(0.001)
+        stop.check()
+        return {"out": threading.get_ident()}
+
+    return step(stage, "request", "out", works)
+
+
+def heeding_graph(pool: Executor, *beside: Stage, limit_s: float = 5.0, **more: object) -> RequestGraph:
+    fallback = step("f", "request", "out")
+    return graph(
+        heeds("a", limit_s), *beside, a=fallback, clock=time.perf_counter, pool=pool, heeding=frozenset({"a"}), **more
+    )
+
+
+def test_a_stage_that_heeds_runs_where_it_is_and_is_left_at_its_time(pool: Executor) -> None:
+    wired = heeding_graph(pool, limit_s=0.01)
+    assert run_graph(wired, {"request": "r"}).outputs["out"] == threading.get_ident()
+    start = time.perf_counter()
+    late = run_graph(heeding_graph(pool), {"request": "r"}, Deadline(start, 100.0))
+    assert late.outputs["out"] == "f(r)"
+    assert late.notes == ("a: the deadline of 100 ms passed before it was done; f took its place",)
+    own = heeding_graph(pool, limits={"a": Limit(deadline_ms=50.0)})
+    assert run_graph(own, {"request": "r"}).notes == ("a: it was not done in its 50 ms; f took its place",)
+    assert time.perf_counter() - start < 2
+    assert not current().is_left(), "what runs here next may take its time"
+
+
+def test_a_stage_that_heeds_and_has_no_fallback_is_a_deadline_exceeded(pool: Executor) -> None:
+    limits = {"a": Limit(deadline_ms=50.0)}
+    wired = graph(heeds("a"), clock=time.perf_counter, pool=pool, heeding=frozenset({"a"}), limits=limits)
+    with pytest.raises(DeadlineExceeded, match="a: it was not done in its 50 ms; allow more with deadline_ms"):
+        run_graph(wired, {"request": "r"})
+
+
+def test_a_stage_that_heeds_ends_when_its_client_leaves(pool: Executor) -> None:
+    gone, start = Stop(), time.perf_counter()
+    threading.Timer(0.05, gone.set).start()
+    with pytest.raises(Cancelled, match="given up"):
+        run_graph(heeding_graph(pool), {"request": "r"}, None, gone)
+    assert time.perf_counter() - start < 2
+
+
+def test_what_ends_by_something_else_is_no_lateness(pool: Executor) -> None:
+    def ends(_: Values) -> Values:
+        raise Cancelled("somebody else's")
+
+    wired = graph(
+        step("a", "request", "out", ends), a=step("f", "request", "out"), clock=time.perf_counter, pool=pool,
+        heeding=frozenset({"a"}),
+    )  # fmt: skip
+    with pytest.raises(Cancelled, match="somebody else's"):
+        run_graph(wired, {"request": "r"}, Deadline(time.perf_counter(), 5000.0))
+
+
+def test_beside_others_a_stage_that_heeds_is_watched_as_any(pool: Executor) -> None:
+    """For whoever runs it could leave nobody else in time."""
+    beside = sleeping("b", "request", "other", 0.5)
+    wired = heeding_graph(pool, beside, b=step("g", "request", "other"), outputs=frozenset({"out", "other"}))
+    start = time.perf_counter()
+    run = run_graph(wired, {"request": "r"}, Deadline(start, 100.0))
+    assert run.outputs == {"out": "f(r)", "other": "g(r)"}
+    assert time.perf_counter() - start < 0.4
+
+
+def test_a_heeding_stage_that_is_none_is_refused(pool: Executor) -> None:
+    with pytest.raises(GraphError, match="'c' is said to be heeding, and is no stage"):
+        graph(heeds("a"), heeding=frozenset({"c"}))
+
+
 def test_what_is_left_behind_is_told_so(pool: Executor) -> None:
     """By its own deadline, by the request's, by a client who leaves, and by an error elsewhere."""
     ended: list[float] = []
@@ -576,7 +654,7 @@ def test_what_is_left_behind_is_told_so(pool: Executor) -> None:
     def works(_: Values) -> Values:
         start, stop = time.perf_counter(), current()
         begun.set()
-        while not stop.is_set and time.perf_counter() - start < 5:
+        while not stop.is_set() and time.perf_counter() - start < 5:
             time.sleep(0.001)
         ended.append(time.perf_counter() - start)
         stop.check()
@@ -587,7 +665,7 @@ def test_what_is_left_behind_is_told_so(pool: Executor) -> None:
         return fails(values)
 
     def ask(deadline_ms: float | None, limit_ms: float | None, beside: Stage | None = None) -> object:
-        cancelled = threading.Event()
+        cancelled = Stop()
         if deadline_ms is None and limit_ms is None:
             threading.Timer(0.25, cancelled.set).start()
         stages = [step("a", "request", "out", works), *([beside] if beside else [])]

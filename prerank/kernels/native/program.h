@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "stop.h"
+
 namespace prerank {
 
 enum Operation : int64_t { GATHER, SCALE, LINEAR, NORM, SOFTMAX, MIX, MATCH, DOT, CLEAR, OUTPUT };
@@ -68,7 +70,7 @@ struct Asked {
     const void* const* slots;
     const int64_t* lengths;
     float* logits;
-    const int32_t* stop;  // once it is not 0, nobody waits for the logits
+    const Stop* stop;  // once it is left, nobody waits for the logits
 };
 
 // The rows from `first` on, at most a block of them, in `scratch` of program.block * program.row_bytes bytes.

@@ -76,7 +76,7 @@ private:
                 job.next += job.program.block;
                 if (job.next >= job.asked.count) jobs_.pop_front();
                 held.unlock();
-                const bool is_wanted = !__atomic_load_n(job.asked.stop, __ATOMIC_RELAXED);
+                const bool is_wanted = !job.asked.stop->is_left();
                 const size_t wanted = static_cast<size_t>(job.program.block * job.program.row_bytes);
                 if (wanted > size) {
                     std::free(scratch);
@@ -166,7 +166,7 @@ PRERANK_EXPORT Engine* prerank_engine_make(int64_t num_threads, int32_t is_pinne
 
 PRERANK_EXPORT void prerank_engine_free(Engine* engine) { delete engine; }
 
-// Waits until every candidate's logits are written, or `asked->stop` is set and no block is under way.
+// Waits until every candidate's logits are written, or `asked->stop` is left and no block is under way.
 PRERANK_EXPORT void prerank_engine_run(Engine* engine, const prerank::Program* program, const prerank::Table* tables,
                                        const prerank::Asked* asked) {
     engine->run(*program, tables, *asked);

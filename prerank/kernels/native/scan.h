@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "stop.h"
+
 namespace prerank {
 
 enum Kind : int64_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
@@ -18,7 +20,7 @@ struct Scan {
     float* similarity;
     int64_t* found;
     int64_t kind, items, dim, num_queries, k, num_rows, threads, level;
-    const int32_t* stop;  // once it is not 0, nobody waits for the answer
+    const Stop* stop;  // once it is left, nobody waits for the answer
 };
 
 // The best of one query so far, as keys: at most `room`, of which the `k` largest count. Below `beaten` none can enter.

@@ -13,6 +13,7 @@
 #include <functional>
 
 #include "export.h"
+#include "stop.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -37,7 +38,7 @@ struct Walk {
     const uint8_t* may;        // a bit a row, the lowest first: those that may be found; null is all
     int64_t* found;            // [num_queries, width], -1 past the last
     int64_t rows, stride, lowest_links, upper_links, entry, levels, num_queries, width, threads, level;
-    const int32_t* stop;  // once it is not 0, nobody waits for the answer
+    const Stop* stop;  // once it is left, nobody waits for the answer
 };
 
 // A row and how similar it is, as one integer: larger for a larger similarity or, of equal ones, a smaller row.
@@ -191,7 +192,6 @@ struct Walker {
         return num;
     }
 
-    bool is_left() const { return __atomic_load_n(walk.stop, __ATOMIC_RELAXED) != 0; }
 
     void run(int64_t number) {
         query = walk.weights + number * walk.stride;
@@ -202,7 +202,7 @@ struct Walker {
         met[row_of(start) >> 6] |= uint64_t{1} << (row_of(start) & 63);
         meet(start);
         int32_t fresh[MOST_LINKS], similarity[MOST_LINKS];
-        for (int64_t step = 0; num_open && (step % STEPS_A_LOOK || !is_left()); step++) {
+        for (int64_t step = 0; num_open && (step % STEPS_A_LOOK || !walk.stop->is_left()); step++) {
             const int64_t key = open[0];
             if (is_full() && key < beam[0]) break;
             std::pop_heap(open, open + num_open--);
@@ -238,7 +238,7 @@ void* work(void* given) {
     Walker walker(*task.walk, task.memory);
     for (;;) {
         const int64_t number = task.next->fetch_add(1, std::memory_order_relaxed);
-        if (number >= task.walk->num_queries || walker.is_left()) return nullptr;
+        if (number >= task.walk->num_queries || task.walk->stop->is_left()) return nullptr;
         walker.run(number);
     }
 }
