@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prerank.bundle.registry import Registry
-from prerank.cli.device import DeviceDtype, DeviceNames, Dtype, placed
+from prerank.cli.device import DeviceDtype, DeviceNames, DeviceWhole, Dtype, placed
 from prerank.cli.options import (
     STORE,
     FunnelName,
@@ -27,6 +27,7 @@ from prerank.cli.options import (
     resolved,
 )
 from prerank.cli.progress import progress
+from prerank.errors import ConfigError
 
 if TYPE_CHECKING:
     from prerank.evaluate.profile import Line, Profile
@@ -50,6 +51,7 @@ def profile(
     ] = None,
     device: DeviceNames = [],  # noqa: B006 - typer reads the default
     device_dtype: DeviceDtype = Dtype.BFLOAT16,
+    device_whole: DeviceWhole = False,
     most: Annotated[int, typer.Option("--most", min=0, help="Of what runs in a stage, at most so many lines.")] = 6,
     measure: Annotated[bool, typer.Option(help="Measure what the machine can do at best, for the floors.")] = True,
     store: StoreFolder = STORE,
@@ -74,8 +76,13 @@ def profile(
     chosen = resolved(registry, version) if version else live_of(registry)
     files = [] if requests is None else request_files(requests)
     check_trace(trace)
+    if device_whole and requests is None:
+        raise ConfigError(
+            "--device-whole: expected --requests too; golden requests are of every item that is on, and a device finds "
+            "those that targeting lets"
+        )
     with (
-        placed(device, dtype=device_dtype) as on_device,
+        placed(device, dtype=device_dtype, whole=device_whole) as on_device,
         Funnel.open(home, chosen, workers, tail, users=users, device=on_device) as opened,
         progress(err) as report,
     ):

@@ -14,10 +14,12 @@ from prerank.errors import ConfigError, DeviceFailed
 from prerank.serve import device_cuda
 from prerank.serve.device_options import Options
 from prerank.serve.device_streams import CpuDevice
+from prerank.serve.funnel import Funnel
 from prerank.types import CandidateSet
 from tests.bundle.test_scorer import scorer
 from tests.serve import world
 from tests.serve.conftest import publish_live
+from tests.serve.logs import log
 from tests.serve.test_generators import GENERATORS
 
 
@@ -97,6 +99,21 @@ def test_a_device_answers_whole_requests_where_that_is_said(monkeypatch, capsys,
     )
     assert "whole" in {one["name"] for one in device["stages"]}
     assert [one["item_id"] for one in device["winners"]] == [one["item_id"] for one in host["winners"]]
+
+
+@pytest.mark.usefixtures("devices")
+def test_a_profile_tells_the_whole_stage_of_a_device(monkeypatch, capsys, tmp_path):
+    with Funnel.open(publish_live(tmp_path / "tiny", world.config())) as funnel:
+        log(funnel, tmp_path / "log")
+    words = ("profile", "--store", tmp_path, "-n", 2, "--no-measure", "--json", "--out", tmp_path / "trace.json")
+    whole = ("--device", "cuda", "--device-whole")
+    printed = said(monkeypatch, capsys, *words, *whole, "--requests", tmp_path / "log")
+    told, _ = json.JSONDecoder().raw_decode(printed[printed.index("{") :])
+    stages = {one["stage"] for one in told["lines"]}
+    assert "whole" in stages
+    assert not stages & {"target", "retrieve", "rank"}
+    told = " ".join(said(monkeypatch, capsys, *words, *whole, code=1).split())
+    assert "--device-whole: expected --requests too; golden requests are of every item that is on" in told
 
 
 @pytest.mark.usefixtures("devices")
