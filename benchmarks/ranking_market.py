@@ -3,8 +3,7 @@
 The simulated market. Part a: rankers of about equal weights outside the tables, three seeds, trained on clicks, against
 the truth on the test day's impressions and on random ads for 500 users; beside them oracles that know some terms of the
 truth exactly, and what no dot product can hold. Part b: one ranker for all surfaces against one a surface, at three
-numbers of training impressions a surface, one seed. Two processes of one thread each. PRERANK_BENCHMARK_PART=a or b
-runs one part, PRERANK_BENCHMARK_STORE names a folder that keeps markets and trainings.
+numbers of training impressions a surface, one seed. Two processes of one thread each.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import cast
 
 import numpy as np
@@ -39,7 +37,7 @@ from benchmarks.market_truth import (
     references,
     taken,
 )
-from benchmarks.ranking_world import num_weights
+from benchmarks.ranking_world import home_of_trainings, num_weights
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
 from prerank.config import Config, Segments, load_config
@@ -57,6 +55,7 @@ from prerank.types import Array
 
 BASE, PLAIN, FULL, TWICE = "mmoe_dcn", "cross_feature, no crossings", "cross_feature", "twice the epochs"
 DOT = "knows context, biases and taste"
+PARTS = ("a", "b")
 SPLIT = (FULL, BASE)  # the rankers of part b, the dearer one first
 PAIRS = (
     ("two_tower", BASE), ("mtmd", BASE), ("mtmd", "mtmd without domains"), (f"mtmd, {TWICE}", f"{BASE}, {TWICE}"),
@@ -136,12 +135,12 @@ class Told:
 
 
 def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
-    sizes, part = QUICK if options.quick else Sizes(), os.environ.get("PRERANK_BENCHMARK_PART", "ab")
+    sizes, part = QUICK if options.quick else Sizes(), options.only or PARTS
+    sizes = replace(sizes, seeds=options.seeds or sizes.seeds)
     config = load_config(REPOSITORY / "funnel.toml")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     rows: list[Row] = []
-    with TemporaryDirectory() as kept, ProcessPoolExecutor(2, get_context("spawn"), _one_thread) as pool:
-        home = Path(os.environ.get("PRERANK_BENCHMARK_STORE", kept))
+    with home_of_trainings(options) as home, ProcessPoolExecutor(2, get_context("spawn"), _one_thread) as pool:
         several: dict[tuple[str, int], Future[Told]] = {}
         if "b" in part:  # the longest first, so that no process ends alone with one
             say(f"ranking_market: a market of {sizes.split_impressions:,} impressions")
@@ -158,7 +157,7 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
         if "b" in part:
             rows += split_rows(wide, sizes, told)
     said = {name: one.to_dict()["ranker"] for name, one in models(config).items()}
-    return Measured(rows, {**asdict(sizes), "part": part, "seed": config.seed, "rankers": said})
+    return Measured(rows, {**asdict(sizes), "part": "".join(part), "seed": config.seed, "rankers": said})
 
 
 def _one_thread() -> None:
@@ -295,4 +294,4 @@ def split_rows(world: World, sizes: Sizes, told: Mapping[tuple[str, int], Told])
 
 
 if __name__ == "__main__":
-    run("ranking_market", __doc__, measure)
+    run("ranking_market", __doc__, measure, parts=PARTS, keeps=True)

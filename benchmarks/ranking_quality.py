@@ -84,7 +84,7 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
     seeds, config = seeds_of(options), funnel_of(options)
     if not options.quick:
         config = replace(config, ranker=replace(config.ranker, epochs=PASSES))
-    with home_of_trainings() as home:
+    with home_of_trainings(options) as home:
         prepared_of(config, options.data, home)
         first = [(seed, BASE) for seed in seeds]  # with the towers, the heavy ranker and the labels of its seed
         later = [(seed, name) for name in (TEACHER, *students(config)) if name not in (BASE, *ONCE) for seed in seeds]
@@ -156,4 +156,4 @@ def _divergence_rows(found: Sequence[Comparison], name: str, tasks: Sequence[str
 
 
 if __name__ == "__main__":
-    run("ranking_quality", __doc__, measure)
+    run("ranking_quality", __doc__, measure, keeps=True)

@@ -84,7 +84,7 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
         return Measured([Row.skipped("ranking teacher", "no folder of KuaiRand-Pure; name one by --data")], {})
     seeds, config = seeds_of(options), funnel_of(options)
     without = ablations(config)
-    with home_of_trainings() as home:
+    with home_of_trainings(options) as home:
         for own in (config, *without.values()):
             prepared_of(own, options.data, home)
         jobs = [(seed, TEACHER) for seed in seeds] + [(seed, name) for name in without for seed in seeds[:NUM_ABLATED]]
@@ -130,4 +130,4 @@ def _rows(
 
 
 if __name__ == "__main__":
-    run("ranking_teacher", __doc__, measure)
+    run("ranking_teacher", __doc__, measure, keeps=True)

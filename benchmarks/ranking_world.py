@@ -1,15 +1,13 @@
 """What the questions about rankers share: KuaiRand-Pure by the example's funnel, seeds, and trainings side by side.
 
-PRERANK_BENCHMARK_SEEDS=7,8 takes other seeds, PRERANK_BENCHMARK_STORE names a folder that keeps trainings. What is
-trained is judged on the test day; options were chosen on the validate day.
+What is trained is judged on the test day; options were chosen on the validate day.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,8 +46,7 @@ class Told:
 
 def seeds_of(options: Options) -> tuple[int, ...]:
     """Three, one in a quick run, or those that are asked for."""
-    named = os.environ.get("PRERANK_BENCHMARK_SEEDS", "")
-    return QUICK_SEEDS if options.quick else tuple(map(int, named.split(","))) if named else SEEDS
+    return options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
 
 
 def funnel_of(options: Options) -> Config:
@@ -65,10 +62,10 @@ def funnel_of(options: Options) -> Config:
 
 
 @contextmanager
-def home_of_trainings() -> Iterator[Path]:
+def home_of_trainings(options: Options) -> Iterator[Path]:
     """The folder that keeps them, or one for now."""
-    with TemporaryDirectory() as kept:
-        yield Path(os.environ.get("PRERANK_BENCHMARK_STORE", kept))
+    with TemporaryDirectory() if options.work is None else nullcontext(options.work) as home:
+        yield Path(home)
 
 
 def prepared_of(config: Config, data: Path, home: Path) -> Prepared:

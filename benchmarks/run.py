@@ -61,12 +61,14 @@ def run(
     ablations: bool = False,
     trainings: Sequence[str] = (),
     parts: Sequence[str] = (),
+    keeps: bool = False,
     accelerator: Callable[[], str] | None = None,
 ) -> None:
     """The whole command of one question; the last line printed is the result as one line of JSON.
 
-    `trainings` or `parts` are what may be asked for alone. A question about an `accelerator` gives its name, and where
-    there is none it measures nothing, says so in a row without a number, and writes no file.
+    `trainings` or `parts` are what may be asked for alone. Where it `keeps` what it trains, or has `trainings`, a
+    folder for that and other seeds may be named. A question about an `accelerator` gives its name, and where there is
+    none it measures nothing, says so in a row without a number, and writes no file.
     """
     parser = arguments(description.partition("\n")[0])
     if ablations:
@@ -75,14 +77,14 @@ def run(
         parser.add_argument(
             "--only", nargs="+", default=(), choices=[*trainings, *parts], help="these alone; writes no file"
         )
-    if trainings:
+    if trainings or keeps:
         parser.add_argument("--work", type=Path, help="keep what was trained there; the same command goes on from it")
-        parser.add_argument("--seeds", nargs="+", type=int, default=(), help="instead of three where there is a bar")
+        parser.add_argument("--seeds", nargs="+", type=int, default=(), help="instead of its own")
     given = parser.parse_args()
     options = Options(given.quick, ablations and given.ablate, data_folder(given.data))
     if trainings or parts:
         options = replace(options, only=tuple(given.only))
-    if trainings:
+    if trainings or keeps:
         options = replace(options, work=given.work, seeds=tuple(given.seeds))
     device = accelerator() if accelerator else ""
     if accelerator and not device:
