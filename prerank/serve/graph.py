@@ -188,6 +188,12 @@ class RequestGraph:
             clock=self.clock,
         )
 
+    def is_watched(self, name: str) -> bool:
+        """Whether this stage is waited for no longer than its time, or the request's."""
+        limit = self.limits.get(name)
+        is_replaced = name in self.fallbacks and name not in self.patient
+        return is_replaced or (limit is not None and limit.deadline_ms is not None)
+
     def _waits_for(self, stage: Stage, writers: Mapping[str, str | None]) -> frozenset[str]:
         # what a fallback reads must be there before its stage starts, so both count as the stage's needs
         either = [stage, *(f for name, f in self.fallbacks.items() if name == stage.name)]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections import deque
-from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
@@ -22,9 +21,9 @@ from prerank.errors import Cancelled, DataError, DeadlineExceeded, GraphError, P
 from prerank.kernels import ranges
 from prerank.kernels.stop import Stop, let
 from prerank.serve.graph import Deadline, GraphRun, RequestGraph, Stage, StageReport, Values
+from prerank.serve.lateness import Lateness, Watched
 from prerank.serve.seen import current
 
-_MOST_SPARED = 0.1  # of a short deadline, so that the stage itself has its chance
 _log = structlog.get_logger(__name__)
 
 
@@ -48,20 +47,6 @@ def run_graph(
     return GraphRun({n: passage.values[n] for n in graph.outputs}, reports, tuple(passage.notes))
 
 
-@dataclass(slots=True)
-class _Watched:
-    """A stage that is left behind at `until`, seconds on the graph's clock; None: when it is done."""
-
-    stage: Stage
-    until: float | None
-    why: str
-    stop: Stop = field(default_factory=Stop)
-
-    def is_late(self, now: float) -> bool:
-        """Whether its time is up at `now`."""
-        return self.until is not None and now >= self.until
-
-
 class _Passage:
     def __init__(
         self,
@@ -71,14 +56,15 @@ class _Passage:
         cancelled: Stop | None,
     ) -> None:
         self.graph, self.values, self.deadline, self.cancelled = graph, values, deadline, cancelled
+        self._lateness = Lateness(graph, deadline)
         self.reports: list[StageReport] = []
         self.notes: list[str] = []
         self._changed = threading.Condition()
         self._done: set[str] = set()
         self._started: set[str] = set()
         self._ready: deque[Stage] = deque()  # that any thread may run, short ones first
-        self._watched: dict[str, _Watched] = {}  # in the pool
-        self._heeding: dict[str, _Watched] = {}  # where they are
+        self._watched: dict[str, Watched] = {}  # in the pool
+        self._heeding: dict[str, Watched] = {}  # where they are
         self._error: BaseException | None = None
         self._is_over = False
         self._wakes = inf  # when the caller, if it waits, looks again by itself
@@ -133,10 +119,10 @@ class _Passage:
             self._started |= {stage.name for stage in begin}
             for stage in begin:
                 name = stage.name
-                if pool is None or not self._is_watched(stage):
+                if pool is None or not self.graph.is_watched(stage.name):
                     self._ready.append(stage)
                     continue
-                one = _Watched(stage, *self._until(stage))
+                one = self._lateness.watched(stage, self._is_bound(stage))
                 if is_alone and self._heeds(name):
                     self._heeding[name] = one
                     self._ready.append(stage)
@@ -158,13 +144,13 @@ class _Passage:
         """Whether it ends by itself in time, and needs no turn; others under way would have nobody who leaves them."""
         return name in self.graph.heeding and name not in self.graph.turns
 
-    def _submit(self, watched: _Watched | None) -> None:
+    def _submit(self, watched: Watched | None) -> None:
         """Let a thread of the pool run this stage, and then whatever is ready."""
         assert self.graph.pool is not None
         context = contextvars.copy_context()  # what logs are bound to, such as the request's id
         self.graph.pool.submit(context.run, self._work, watched)
 
-    def _work(self, watched: _Watched | None) -> None:
+    def _work(self, watched: Watched | None) -> None:
         with self.graph.around():
             if watched is not None:
                 let(watched.stop)
@@ -195,7 +181,7 @@ class _Passage:
         """Why the stage's fallback must take its place, or None: then it is done, or nobody waits for it."""
         name, turn = stage.name, self.graph.turns.get(stage.name)
         has_fallback, heeding = name in self.graph.fallbacks, self._heeding.get(name)
-        reason = self._why_late() if self._is_bound(stage) else None
+        reason = self._lateness.why() if self._is_bound(stage) else None
         if reason is None and heeding is not None and heeding.is_late(self.graph.clock()):
             reason = heeding.why
         if reason is not None:
@@ -205,7 +191,11 @@ class _Passage:
         try:
             if self._was_left(stage):  # while it waited for a thread or its turn
                 return None
-            if reason is not None and has_fallback and (name not in self.graph.patient or self._is_watched(stage)):
+            if (
+                reason is not None
+                and has_fallback
+                and (name not in self.graph.patient or self.graph.is_watched(stage.name))
+            ):
                 return reason
             if reason is not None:
                 raise DeadlineExceeded(f"{name}: {reason}; allow more with deadline_ms")
@@ -228,7 +218,7 @@ class _Passage:
                 turn.release()
         return None
 
-    def _run_heeding(self, one: _Watched) -> bool:
+    def _run_heeding(self, one: Watched) -> bool:
         """Run a stage that ends by itself when its time is up; False where that is so."""
         left_s = None if one.until is None else one.until - self.graph.clock()
         stop = one.stop if self.cancelled is None else self.cancelled  # which may be set meanwhile
@@ -270,31 +260,6 @@ class _Passage:
             self._watched.pop(stage.name, None)
         return True
 
-    def _is_watched(self, stage: Stage) -> bool:
-        limit = self.graph.limits.get(stage.name)
-        is_replaced = stage.name in self.graph.fallbacks and stage.name not in self.graph.patient
-        return is_replaced or (limit is not None and limit.deadline_ms is not None)
-
-    def _until(self, stage: Stage) -> tuple[float | None, str]:
-        """When a watched stage is left behind, and why."""
-        limit, now = self.graph.limits.get(stage.name), self.graph.clock()
-        own = None if limit is None or limit.deadline_ms is None else now + limit.deadline_ms / 1000.0
-        whole = None if self.deadline is None or not self._is_bound(stage) else now + self.deadline.left_s(now)
-        has_fallback, spare_ms = stage.name in self.graph.fallbacks, self._spare_ms()
-        if whole is not None and has_fallback and whole > now:
-            whole = max(now, whole - spare_ms / 1000.0)
-        if own is not None and (whole is None or own < whole):
-            assert limit is not None
-            return own, f"it was not done in its {limit.deadline_ms:g} ms"
-        why, ms = self._why_late(), 0.0 if self.deadline is None else self.deadline.ms
-        if why is None and has_fallback and spare_ms:
-            why = f"it was not done {spare_ms:g} ms before the deadline of {ms:g} ms"
-        return whole, why or f"the deadline of {ms:g} ms passed before it was done"
-
-    def _spare_ms(self) -> float:
-        """What is kept of the request's time for a fallback, and for what comes after it."""
-        return 0.0 if self.deadline is None else min(self.graph.spare_ms, _MOST_SPARED * self.deadline.ms)
-
     def _leave_late(self) -> tuple[Stage, str] | None:
         """A watched stage whose time is up, and why. Raises DeadlineExceeded where nothing can take its place."""
         now = self.graph.clock()
@@ -314,13 +279,10 @@ class _Passage:
 
     def _was_left(self, stage: Stage) -> bool:
         """Whether a watched stage is waited for no more, or the whole passage is over."""
-        is_pooled = self.graph.pool is not None and self._is_watched(stage) and stage.name not in self._heeding
+        is_pooled = (
+            self.graph.pool is not None and self.graph.is_watched(stage.name) and stage.name not in self._heeding
+        )
         return self._is_over or (is_pooled and stage.name not in self._watched)
-
-    def _why_late(self) -> str | None:
-        if self.deadline is None or not self.deadline.passed(self.graph.clock()):
-            return None
-        return f"the deadline of {self.deadline.ms:g} ms passed before it could start"
 
     def _left_s(self, stage: Stage) -> float | None:
         """For how long a stage may wait for its turn; where the answer exists, as long as it takes."""
