@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -105,8 +105,9 @@ class Inventory:
 
     def check_room(self, num: int) -> None:
         """Raises NoRoom where there are not so many free rows."""
-        free = self._items.num_rows - self._next + self._num_left()
-        if num > free:
+        fresh = self._items.num_rows - self._next
+        if num > fresh + self._num_left(num - fresh):
+            free = fresh + self._num_left(len(self._left))
             slack = self._items.num_rows - self._items.num_published
             raise NoRoom(
                 f"items: {num} of them need a row each, and of {slack} rows of slack {free} are free; publish again, "
@@ -173,8 +174,10 @@ class Inventory:
             on, pacing = live.on[was] | is_new, torch.where(is_new, 1.0, live.pacing[was])
             values = {name: written.features[name].float() for name in live.names}
             for at, one in enumerate(said):
-                on[at] = on[at] if one.on is None else one.on
-                pacing[at] = pacing[at] if one.pacing is None else one.pacing
+                if one.on is not None:
+                    on[at] = one.on
+                if one.pacing is not None:
+                    pacing[at] = one.pacing
                 for name, value in one.values.items():
                     values[name][at] = value
             live.prepare(written.rows, values, pacing)
@@ -199,13 +202,18 @@ class Inventory:
             self._leave(rows)
             return len(rows)
 
-    def _num_left(self) -> int:
-        """How many rows that items left nobody reads any more; those left first are the first."""
-        return sum(1 for _ in takewhile(lambda one: self.readers.are_past(one[1]), self._left))
+    def _num_left(self, most: int) -> int:
+        """How many rows, at most so many, that items left nobody reads any more; those left first are the first."""
+        num, past = 0, -1
+        for _, line in islice(self._left, max(most, 0)):
+            if line != past and not self.readers.are_past(line):
+                break
+            num, past = num + 1, line
+        return num
 
     def _take(self, num: int) -> list[int]:
         """Rows that nobody has or reads, of which there are so many."""
-        again = [self._left.popleft()[0] for _ in range(min(self._num_left(), num))]
+        again = [self._left.popleft()[0] for _ in range(self._num_left(num))]
         first = self._next
         self._next += num - len(again)
         return [*again, *range(first, self._next)]

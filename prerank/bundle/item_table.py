@@ -22,6 +22,7 @@ from prerank.types import Array, Columns, Features
 _PREFIX, _KNOWN = "feature_", "known_"  # a feature may be called like an attribute of a module
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 _AT_ONCE = 1 << 16
+_FEW = 512
 
 Empty: TypeAlias = Callable[[Sequence[int], torch.dtype], Tensor]
 """Gives a tensor of a shape and type to write into."""
@@ -193,6 +194,8 @@ class ItemTable(nn.Module):
 
     def rows_of(self, item_ids: Tensor) -> Tensor:
         """item_ids int64 [...] -> rows int64 [...]; -1 for an item that is not here."""
+        if item_ids.numel() <= _FEW:
+            return torch.from_numpy(self.rows_of_few(item_ids.numpy()))
         published = self.item_ids[: self.num_published]
         rows = torch.searchsorted(published, item_ids).clamp_max_(self.num_published - 1)
         rows = rows.masked_fill_(published[rows] != item_ids, -1)

@@ -47,6 +47,7 @@ from prerank.serve.record import Recorded, check_contexts, check_events
 from prerank.serve.seen import current
 from prerank.serve.served import Served
 from prerank.serve.tail import Tail
+from prerank.serve.threads import settle
 from prerank.serve.turns import RANKING_NICER
 from prerank.serve.wiring import wire
 from prerank.stores.events import LiveEvent
@@ -107,7 +108,7 @@ class Funnel:
             anybody, _ = expand.expand(None, Request(0, 1, 0, self.example_context))
             self._on_device = device.load(bundle, anybody, self.max_k, hosts is not None)
         self.ranking = Ranking(bundle, expand, self.tail, self.inventory.readers, self.max_k, self._on_device)
-        self._pool = ThreadPoolExecutor(_STAGES_AT_ONCE, thread_name_prefix="stage")
+        self._pool = ThreadPoolExecutor(_STAGES_AT_ONCE, "stage", initializer=settle)
         self._descriptions = Descriptions(config.metadata, metadata, items, bundle.version, counts)
         self._counts = counts
         if hosts is not None:
@@ -177,6 +178,7 @@ class Funnel:
         Raises RequestError for a field that is wrong, DeadlineExceeded if time runs out before there is an answer, and
         Cancelled when `cancelled` is set.
         """
+        settle()
         start = time.perf_counter() if arrived is None else arrived
         check_request(request, self.max_k)
         self._descriptions.columns_of(request.metadata)
@@ -213,6 +215,7 @@ class Funnel:
         What is taken is on the disk, and applies to later versions too. Raises RequestError for a field that is wrong,
         NoRoom where more items come than there is slack for, DataError if the store cannot be written.
         """
+        settle()
         return self._changes.take(changes)
 
     def catch_up(self, item_ids: Collection[int]) -> None:

@@ -21,6 +21,7 @@ from prerank.serve.answer import check_request
 from prerank.serve.device_engines import LoadedVersion
 from prerank.serve.expand import ExpandUser
 from prerank.serve.tail import Tail
+from prerank.serve.threads import settle
 from prerank.types import CandidateSet, Features, Given, Request
 
 PADDING = -1
@@ -90,6 +91,7 @@ class Ranking:
         Raises RequestError naming what is wrong: too much of it, a `k` out of its range, a value no utility reads, a
         profile's or a context's column.
         """
+        settle()
         values = values or {}
         self._check(item_ids, askers, k, values)
         items = self._scorer.items

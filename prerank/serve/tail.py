@@ -27,6 +27,7 @@ from prerank.bundle.load import Bundle
 from prerank.bundle.readers import Readers
 from prerank.errors import DataError, PrerankError
 from prerank.serve.graph import Values
+from prerank.serve.threads import settle
 from prerank.stores.tail import RATE, Row, TailStore
 from prerank.types import Array, CandidateSet, Features
 
@@ -63,7 +64,7 @@ class Tail:
         self._made: deque[tuple[float, int, int]] = deque()  # when slots grow stale, oldest first, and of which row
         self._host: TTLCache[int, Row] = TTLCache(num * _HOST_ITEMS_A_SLOT, self._ttl_s, clock)
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tail")
+        self._pool = ThreadPoolExecutor(_THREADS, "tail", initializer=settle)
         self._counts = Counter[str](dict.fromkeys(OUTCOMES, 0))
         self._evicted = Counter[str](dict.fromkeys(EVICTIONS, 0))
 

@@ -25,6 +25,7 @@ from prerank.serve.device_bundle import OnDevice
 from prerank.serve.funnel import Funnel, engine_of
 from prerank.serve.hosts import IndexHosts
 from prerank.serve.live_version import Held, LiveVersion
+from prerank.serve.threads import settle
 from prerank.types import Request
 
 _log = structlog.get_logger(__name__)
@@ -145,6 +146,7 @@ class VersionWatch:
             self._engine.close()
 
     def _watch(self) -> None:
+        settle()
         while not self._closing.wait(self._poll_s):
             try:
                 self.look()
