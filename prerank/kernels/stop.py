@@ -14,6 +14,11 @@ from contextvars import ContextVar
 from prerank.errors import Cancelled
 
 
+def _now_ns() -> int:
+    """By the clock that native code reads."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+
 class _Told(ctypes.Structure):
     """See native/stop.h."""
 
@@ -39,7 +44,7 @@ class Stop:
     def is_left(self) -> bool:
         """Whether nobody waits any more: it is set, or its time has come."""
         until_ns = self._told.until_ns
-        return bool(self._told.is_set) or bool(until_ns and time.monotonic_ns() >= until_ns)
+        return bool(self._told.is_set) or bool(until_ns and _now_ns() >= until_ns)
 
     @property
     def address(self) -> int:
@@ -55,7 +60,7 @@ class Stop:
     def here(self, left_s: float | None) -> Iterator[None]:
         """Inside, in this context, work ends when it is set or, unless None, after `left_s` seconds from now."""
         before = _current.get()
-        self._told.until_ns = 0 if left_s is None else time.monotonic_ns() + max(1, round(left_s * 1e9))
+        self._told.until_ns = 0 if left_s is None else _now_ns() + max(1, round(left_s * 1e9))
         _current.set(self)
         try:
             yield
