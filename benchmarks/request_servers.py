@@ -102,7 +102,7 @@ while True:
 )
 SERVERS = {"prerank": ("prerank", _OURS), "FastAPI": ("fastapi", _FASTAPI), "LitServe": ("litserve", _LITSERVE)}
 SERVERS["Ray Serve"] = ("ray", _RAY)
-_READY_S = 90.0
+_READY_S, _TRIES = 90.0, 3
 
 
 def server_rows(is_quick: bool) -> Iterator[Row]:
@@ -137,23 +137,42 @@ def server_rows(is_quick: bool) -> Iterator[Row]:
 @contextmanager
 def _server(code: str, path: Path) -> Iterator[int]:
     path.write_text(code, encoding="utf-8")
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, str(path), str(port)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process, port = _started(path)
     try:
-        deadline = time.monotonic() + _READY_S
-        while not is_ready(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"it did not start (exit status {process.poll()})")
-            time.sleep(0.05)
         yield port
     finally:
-        process.send_signal(signal.SIGINT)
+        _end(process)
+
+
+def _started(path: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """A server and its port. A port that a part of it took for itself, as Ray's do, is not its: then it gets another."""
+    for _ in range(_TRIES):
+        port = free_port()
+        process = subprocess.Popen(
+            [sys.executable, str(path), str(port)],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            deadline = time.monotonic() + _READY_S
+            while not is_ready(port):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"it did not start (exit status {process.poll()})")
+                time.sleep(0.05)
+        except http.client.HTTPException:
+            _end(process)
+        except BaseException:
+            _end(process)
+            raise
+        else:
+            return process, port
+    raise RuntimeError(f"something else listened on each of {_TRIES} ports that were free")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
