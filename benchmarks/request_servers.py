@@ -145,7 +145,7 @@ def _server(code: str, path: Path) -> Iterator[int]:
 
 
 def _started(path: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """A server and its port. A port that a part of it took for itself, as Ray's do, is not its: then it gets another."""
+    """A server and its port; another where a part of it took that for itself, as Ray's do."""
     for _ in range(_TRIES):
         port = free_port()
         process = subprocess.Popen(
