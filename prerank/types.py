@@ -123,7 +123,7 @@ class CandidateSet:
     @property
     def num_valid(self) -> int:
         """How many candidates are valid over all B requests."""
-        return int(self.valid.sum())
+        return int(np.count_nonzero(self.valid.numpy())) if self.valid.is_cpu else int(self.valid.sum())
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from prerank.bundle.item_table import ItemTable
@@ -153,7 +154,12 @@ class Rank:
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """Candidates in, winners out."""
-        return values[self.candidates].num_valid, int(written["winners"].valid.sum())
+        return values[self.candidates].num_valid, num_won(written["winners"])
+
+
+def num_won(winners: TopK) -> int:
+    """How many winners there are."""
+    return int(np.count_nonzero(winners.valid.numpy()))
 
 
 def known_of(values: Values) -> Features:
@@ -214,7 +220,7 @@ class RankBySimilarity:
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """Candidates in, winners out."""
-        return values["candidates"].num_valid, int(written["winners"].valid.sum())
+        return values["candidates"].num_valid, num_won(written["winners"])
 
 
 @dataclass(frozen=True, slots=True)

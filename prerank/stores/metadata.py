@@ -18,6 +18,7 @@ from prerank.errors import DataError
 from prerank.types import Array, Given
 
 _MOST_SELECTED = 64
+_INT64 = pa.int64()
 
 
 class MetadataTable:
@@ -65,16 +66,18 @@ class MetadataTable:
                 )
 
     def take(self, rows: Array, columns: Sequence[str] = ()) -> list[Mapping[str, Given]]:
-        """The `columns` (none named: all) of `rows` int64 [K] -> K mappings. Raises DataError for an unknown column."""
+        """The `columns` (none named: all) of `rows` int64 [K] -> K mappings.
+
+        Raises DataError for an unknown column, IndexError for a row of another version.
+        """
         names = tuple(columns) or self.columns
         if not names:
             return [{} for _ in rows]
         table = self._of_columns(names)
-        is_ours = len(rows) == 0 or (rows.min() >= 0 and (rows.max() < self.num_rows or self._later))
-        assert is_ours, "a row of another version"
         if self._later and len(rows) and rows.max() >= self.num_rows:
             return self._mixed(rows, names)
-        taken = table.take(pa.array(rows, pa.int64()))
+        places = np.ascontiguousarray(rows, np.int64)
+        taken = table.take(pa.Array.from_buffers(_INT64, len(places), [None, pa.py_buffer(places)]))
         return rows_of(names, [self._readers[name](_whole(taken.column(at))) for at, name in enumerate(names)])
 
     def _of_columns(self, names: tuple[str, ...]) -> pa.Table:
@@ -113,7 +116,7 @@ def _reader(kind: pa.DataType) -> Callable[[pa.Array], list[Given]]:
         return lambda column: list(column.dictionary_decode().to_pylist())
     if pa.types.is_floating(kind):
         return _floats
-    return _integers if pa.types.is_integer(kind) else _as_they_are
+    return _as_they_are
 
 
 def _floats(column: pa.Array) -> list[Given]:
@@ -122,12 +125,9 @@ def _floats(column: pa.Array) -> list[Given]:
     return [value if value == value and abs(value) != np.inf else None for value in values.tolist()]
 
 
-def _integers(column: pa.Array) -> list[Given]:
-    return _as_they_are(column) if column.null_count else list(column.to_numpy().tolist())
-
-
 def _as_they_are(column: pa.Array) -> list[Given]:
-    return list(column.to_pylist())
+    values: list[Given] = column.to_pylist()
+    return values
 
 
 def _is_list(kind: pa.DataType) -> bool:
