@@ -22,7 +22,7 @@ from prerank.types import Array, Columns, Features
 _PREFIX, _KNOWN = "feature_", "known_"  # a feature may be called like an attribute of a module
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 _AT_ONCE = 1 << 16
-_FEW = 512
+_FEW = 512  # item_ids that numpy looks up sooner, for its calls cost less; of many torch is done first
 
 Empty: TypeAlias = Callable[[Sequence[int], torch.dtype], Tensor]
 """Gives a tensor of a shape and type to write into."""
@@ -199,14 +199,14 @@ class ItemTable(nn.Module):
         published = self.item_ids[: self.num_published]
         rows = torch.searchsorted(published, item_ids).clamp_max_(self.num_published - 1)
         rows = rows.masked_fill_(published[rows] != item_ids, -1)
-        return rows if self._moved is None else self._moved.over(item_ids, rows)
+        return rows if self._moved is None else torch.from_numpy(self._moved.over(item_ids.numpy(), rows.numpy()))
 
     def rows_of_few(self, item_ids: Array) -> Array:
         """`rows_of` by numpy, a call of which costs less than one of torch where the items are few."""
         published = self.item_ids.numpy()[: self.num_published]
         rows = np.minimum(np.searchsorted(published, item_ids), self.num_published - 1)
         rows[published[rows] != item_ids] = -1
-        return rows if self._moved is None else self._moved.over_few(item_ids, rows)
+        return rows if self._moved is None else self._moved.over(item_ids, rows)
 
     def slots_of(self, rows: Tensor) -> Tensor:
         """Rows int64 [...] -> slots int64 [...], -1 for an item that is not resident."""
@@ -282,7 +282,7 @@ class ItemTable(nn.Module):
         return self._held(_PREFIX + name)
 
     def _held(self, name: str) -> Tensor:
-        column = self._buffers[name]  # get_buffer reads the name as a path, at ten times the cost
+        column = self._buffers[name]  # get_buffer would read the name as a path, each time
         assert column is not None
         return column
 

@@ -24,13 +24,8 @@ class Moved:
         item_ids, order = item_ids.sort()
         return cls(item_ids, rows[order])
 
-    def over(self, item_ids: Tensor, rows: Tensor) -> Tensor:
+    def over(self, item_ids: Array, rows: Array) -> Array:
         """`rows` int64 [...] of `item_ids` int64 [...] as published -> where they are."""
-        at = torch.searchsorted(self.item_ids, item_ids).clamp_max_(len(self.item_ids) - 1)
-        return torch.where(self.item_ids[at] == item_ids, self.rows[at], rows)
-
-    def over_few(self, item_ids: Array, rows: Array) -> Array:
-        """The same, by numpy."""
         ids, where = self.item_ids.numpy(), self.rows.numpy()
         at = np.minimum(np.searchsorted(ids, item_ids), len(ids) - 1)
         return np.where(ids[at] == item_ids, where[at], rows)

@@ -1,6 +1,6 @@
 """Whether somebody still waits for what runs: told to native code, which looks between blocks.
 
-Who starts work that may be left behind gives its thread a Stop; whoever leaves it sets it, or it has a time.
+Who starts work that may be left behind does so inside a Stop; whoever leaves it sets it, or it has a time.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Stop:
             raise Cancelled("nobody waits for this any more")
 
     @contextmanager
-    def here(self, left_s: float | None) -> Iterator[None]:
-        """Inside, in this context, work ends when it is set or, unless None, after `left_s` seconds from now."""
+    def here(self, left_s: float | None = None) -> Iterator[None]:
+        """Inside, in this context, work may be left by setting this; it ends after `left_s` seconds, unless None."""
         before = _current.get()
         self._told.until_ns = 0 if left_s is None else _now_ns() + max(1, round(left_s * 1e9))
         _current.set(self)
@@ -76,8 +76,3 @@ _current: ContextVar[Stop] = ContextVar("prerank_stop", default=_NEVER)
 def current() -> Stop:
     """That of what runs here; one that nobody sets, where nobody may leave it."""
     return _current.get()
-
-
-def let(stop: Stop | None) -> None:
-    """From here on, in this context, work may be left by setting `stop`; None: it may not."""
-    _current.set(_NEVER if stop is None else stop)

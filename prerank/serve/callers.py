@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from prerank.kernels.stop import Stop, let
+from prerank.kernels.stop import Stop
 
 _LOOK_S = 0.005
 
@@ -32,11 +32,10 @@ class Callers:
                 self._thread = threading.Thread(target=self._look, name="callers", daemon=True)
                 self._thread.start()
             self._changed.notify()
-        let(stop)
         try:
-            yield
+            with stop.here():
+                yield
         finally:
-            let(None)
             with self._changed:  # whoever looks has done so
                 del self._waiting[stop]
 

@@ -71,6 +71,10 @@ class Expanded:
     past: Past
     notes: tuple[str, ...]
 
+    def values(self, record: UserRecord | None) -> Values:
+        """What the stage writes; `record` is what the store had of him."""
+        return {"features": self.features, "past": self.past, "user_notes": self.notes, "record": record}
+
 
 @dataclass(frozen=True, slots=True)
 class ExpandUser:
@@ -107,7 +111,8 @@ class ExpandUser:
     def run(self, values: Values) -> Values:
         """Look the user up; see `read`."""
         request: Request = values["request"]
-        return written(record := self.users.get(request.user_id), self.read(record, request))
+        record = self.users.get(request.user_id)
+        return self.read(record, request).values(record)
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """One user in, its features out."""
@@ -187,11 +192,6 @@ class ExpandUser:
             raise DataError(f"user store, user {user_id}: {error}; build it from the tables of this version") from None
 
 
-def written(record: UserRecord | None, found: Expanded) -> Values:
-    """What `ExpandUser` writes."""
-    return {"features": found.features, "past": found.past, "user_notes": found.notes, "record": record}
-
-
 def counters_of(past: Past, interaction: Mapping[str, Counter]) -> Features:
     """The counters by name, leading shape [1]."""
     return {name: torch.from_numpy(past.counter(counter)) for name, counter in interaction.items()}
@@ -228,7 +228,7 @@ class ExpandStranger:
 
     def run(self, values: Values) -> Values:
         """See `ExpandUser.read`."""
-        return written(None, self.expand.read(self.expand.stranger(), values["request"]))
+        return self.expand.read(self.expand.stranger(), values["request"]).values(None)
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """One user in, its features out."""

@@ -19,7 +19,7 @@ import structlog
 
 from prerank.errors import Cancelled, DataError, DeadlineExceeded, GraphError, PrerankError
 from prerank.kernels import ranges
-from prerank.kernels.stop import Stop, let
+from prerank.kernels.stop import Stop
 from prerank.serve.graph import Deadline, GraphRun, RequestGraph, Stage, StageReport, Values
 from prerank.serve.lateness import Lateness, Watched
 from prerank.serve.seen import current
@@ -106,7 +106,6 @@ class _Passage:
 
     def _find_ready(self) -> None:
         """Start what waits for nothing any more: what is watched in the pool, and all but one of what is long."""
-        pool = self.graph.pool
         with self._changed:
             if self._is_over or self._error is not None:
                 return
@@ -118,21 +117,10 @@ class _Passage:
             is_alone = len(begin) == 1 and self._started == self._done
             self._started |= {stage.name for stage in begin}
             for stage in begin:
-                name = stage.name
-                if pool is None or not self.graph.is_watched(stage.name):
-                    self._ready.append(stage)
-                    continue
-                one = self._lateness.watched(stage, self._is_bound(stage))
-                if is_alone and self._heeds(name):
-                    self._heeding[name] = one
-                    self._ready.append(stage)
-                    continue
-                self._watched[name] = one
-                if not one.is_late(self.graph.clock()):
-                    self._submit(one)
+                self._begin(stage, is_alone)
             # what is short comes first and by one thread, for two would wait for each other's turn at Python
             self._ready = deque(sorted(self._ready, key=lambda one: self.graph.precedence[one.name]))
-            if pool is not None and self._ready and self._ready[0].name not in self.graph.short:
+            if self.graph.pool is not None and self._ready and self._ready[0].name not in self.graph.short:
                 for _ in range(len(self._ready) - 1):
                     self._submit(None)
             # a caller that is woken takes its turn at Python from the thread that goes on with what is ready
@@ -140,9 +128,20 @@ class _Passage:
             if len(self._ready) > 1 or soonest < self._wakes or len(self._done) == len(self.graph.order):
                 self._changed.notify_all()
 
-    def _heeds(self, name: str) -> bool:
-        """Whether it ends by itself in time, and needs no turn; others under way would have nobody who leaves them."""
-        return name in self.graph.heeding and name not in self.graph.turns
+    def _begin(self, stage: Stage, is_alone: bool) -> None:
+        """Make a stage ready for any thread, or hand it to the pool: with others under way somebody must leave it."""
+        name, graph = stage.name, self.graph
+        if graph.pool is None or not graph.is_watched(name):
+            self._ready.append(stage)
+            return
+        one = self._lateness.watched(stage, self._is_bound(stage))
+        if is_alone and name in graph.heeding and name not in graph.turns:  # for a turn it would wait past its time
+            self._heeding[name] = one
+            self._ready.append(stage)
+            return
+        self._watched[name] = one
+        if not one.is_late(graph.clock()):
+            self._submit(one)
 
     def _submit(self, watched: Watched | None) -> None:
         """Let a thread of the pool run this stage, and then whatever is ready."""
@@ -153,9 +152,8 @@ class _Passage:
     def _work(self, watched: Watched | None) -> None:
         with self.graph.around():
             if watched is not None:
-                let(watched.stop)
-                self._attempt(watched.stage)
-                let(None)  # others wait for what this thread does next
+                with watched.stop.here():  # and no longer: others wait for what this thread does next
+                    self._attempt(watched.stage)
             while True:
                 with self._changed:
                     if self._is_over or not self._ready:
@@ -191,21 +189,12 @@ class _Passage:
         try:
             if self._was_left(stage):  # while it waited for a thread or its turn
                 return None
-            if (
-                reason is not None
-                and has_fallback
-                and (name not in self.graph.patient or self.graph.is_watched(stage.name))
-            ):
+            if reason is None:
+                reason = self._run_till_late(stage, heeding)
+            is_replaced = has_fallback and (name not in self.graph.patient or self.graph.is_watched(name))
+            if reason is None or is_replaced:
                 return reason
-            if reason is not None:
-                raise DeadlineExceeded(f"{name}: {reason}; allow more with deadline_ms")
-            if heeding is None:
-                self._run(stage, stage)
-            elif not self._run_heeding(heeding):
-                reason = heeding.why
-                if not has_fallback:
-                    raise DeadlineExceeded(f"{name}: {reason}; allow more with deadline_ms")
-                return reason
+            raise DeadlineExceeded(f"{name}: {reason}; allow more with deadline_ms")
         except Exception as error:
             is_answer = isinstance(error, PrerankError) and not isinstance(error, DataError)
             if is_answer or not has_fallback or self._was_left(stage):
@@ -216,21 +205,23 @@ class _Passage:
         finally:
             if turn is not None:
                 turn.release()
-        return None
 
-    def _run_heeding(self, one: Watched) -> bool:
-        """Run a stage that ends by itself when its time is up; False where that is so."""
-        left_s = None if one.until is None else one.until - self.graph.clock()
-        stop = one.stop if self.cancelled is None else self.cancelled  # which may be set meanwhile
+    def _run_till_late(self, stage: Stage, heeding: Watched | None) -> str | None:
+        """Run a stage to its end, or one that heeds a Stop until its time is up; then why it was left."""
+        if heeding is None:
+            self._run(stage, stage)
+            return None
+        left_s = None if heeding.until is None else heeding.until - self.graph.clock()
+        stop = heeding.stop if self.cancelled is None else self.cancelled  # which may be set meanwhile
         try:
             with stop.here(left_s):
-                self._run(one.stage, one.stage)
+                self._run(stage, stage)
         except Cancelled:
             self._check_cancelled()
-            if not self._is_over and not one.is_late(self.graph.clock()):
+            if not self._is_over and not heeding.is_late(self.graph.clock()):
                 raise  # by something else
-            return self._is_over
-        return True
+            return None if self._is_over else heeding.why
+        return None
 
     def _replace(self, stage: Stage, reason: str) -> None:
         """The fallback in the stage's place, and the answer says so."""

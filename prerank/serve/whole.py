@@ -15,7 +15,7 @@ from prerank.serve.device_engines import Finder
 from prerank.serve.device_sought import Chosen, Found, Sought
 from prerank.serve.graph import Stage, Values
 from prerank.serve.seen import current
-from prerank.serve.stages import Rank, RankBySimilarity, Retrieve, Target, eligible_notes, lost_notes
+from prerank.serve.stages import Rank, RankBySimilarity, Retrieve, Target, eligible_notes, lost_notes, num_won
 from prerank.types import CandidateSet, Request
 
 IN_ITS_PLACE = (Target.name, Retrieve.name, Rank.name)
@@ -53,7 +53,7 @@ class InTurn:
 
     def count(self, values: Values, written: Values) -> tuple[int, int]:
         """All items in, winners out."""
-        return self.target.items.num_items, int(written["winners"].valid.sum())
+        return self.target.items.num_items, num_won(written["winners"])
 
 
 @dataclass(frozen=True, slots=True)

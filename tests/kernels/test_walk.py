@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from prerank.errors import Cancelled
 from prerank.kernels import native, walk
-from prerank.kernels.stop import Stop, let
+from prerank.kernels.stop import Stop
 
 HERE = native.LEVELS[: native.LEVELS.index(native.level()) + 1]
 WAYS = {"numpy": lambda *asked: walk.walk_by_numpy(*asked)} | {
@@ -162,15 +162,11 @@ def test_a_walk_that_nobody_waits_for_ends(name):
     graph = graph_of(20_000, 64, links=32, levels=1, seed=1)
     weights = asked(graph, 4000, 64, seed=2)
     stop = Stop()
-    let(stop)
-    try:
-        threading.Timer(0.05, stop.set).start()
-        start = time.monotonic()
-        with pytest.raises(Cancelled):
-            WAYS[name](graph, weights, 10_000, None)
-        assert time.monotonic() - start < 5
-    finally:
-        let(None)
+    threading.Timer(0.05, stop.set).start()
+    start = time.monotonic()
+    with pytest.raises(Cancelled), stop.here():
+        WAYS[name](graph, weights, 10_000, None)
+    assert time.monotonic() - start < 5
     with pytest.raises(Cancelled), Stop().here(0.05):
         WAYS[name](graph, weights, 10_000, None)
     assert time.monotonic() - start < 10

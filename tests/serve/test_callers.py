@@ -12,7 +12,7 @@ from prerank.bundle.shard import Place
 from prerank.errors import Cancelled
 from prerank.kernels import native
 from prerank.kernels.scan import scan_by_torch, scan_top_k
-from prerank.kernels.stop import Stop, current, let
+from prerank.kernels.stop import Stop, current
 from prerank.serve.callers import Callers
 from prerank.serve.index_flight import FlightHost, FlightServer
 from prerank.serve.index_host import Found, HostFailed, IndexHost, Search
@@ -87,12 +87,8 @@ def test_a_scan_that_is_left_before_it_begins_raises(way: str) -> None:
     vectors, query = torch.rand(10, 4), torch.rand(1, 4)
     stop = Stop()
     stop.set()
-    let(stop)
-    try:
-        with pytest.raises(Cancelled):
-            scan(vectors, None, query, 2, None)
-    finally:
-        let(None)
+    with pytest.raises(Cancelled), stop.here():
+        scan(vectors, None, query, 2, None)
 
 
 def test_whoever_has_gone_is_not_asked_after_the_search_ended() -> None:

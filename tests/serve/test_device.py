@@ -253,12 +253,8 @@ def test_several_requests_are_ranked_as_one_batch_and_who_is_left_waits_no_more(
         assert engine.snapshot().batches == 1
         nobody = stop.Stop()
         nobody.set()
-        stop.let(nobody)
-        try:
-            with pytest.raises(Cancelled):
-                version.rank(sides, candidates, 5)
-        finally:
-            stop.let(None)
+        with pytest.raises(Cancelled), nobody.here():
+            version.rank(sides, candidates, 5)
         version.close()
         assert engine.snapshot().requests == 3
 
