@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from prerank.config import Config, Distillation
 from prerank.models.ranker import Ranker
 from prerank.train.examples import UserExamples
-from prerank.train.items import DailyItems
+from prerank.train.items import DailyItems, item_sides
 from prerank.train.lessons import Lessons
 from prerank.train.losses import bernoulli_kl
 from prerank.train.prepare import Prepared
@@ -21,24 +21,27 @@ from prerank.types import Array, Features
 
 @dataclass(frozen=True, slots=True)
 class TaughtBatch:
-    """Impressions, each with C candidates after it, gathered: the user's features once, the items' [B, 1 + C, ...].
+    """Impressions, each with C candidates after it, gathered: the user's features once, and each distinct item's.
 
+    items are the features of the batch's U distinct items [U, ...], place int64 [B, 1 + C] is where each pair's are;
     teacher float32 [B, 1 + C, T] are the heavy ranker's logits, valid bool [B, C] where there is a candidate, labels
     float32 [B, T] the impressions' own.
     """
 
     user: Features
     items: Features
+    place: Tensor
     teacher: Tensor
     valid: Tensor
     labels: Tensor
     options: Distillation
 
     def logits(self, ranker: Ranker) -> Tensor:
-        """float32 [B, 1 + C, T]; the user's side is computed once for all of an impression's items."""
-        shape = self.teacher.shape[:2]
-        flat = {name: column.flatten(0, 1) for name, column in self.items.items()}
-        item_side = {name: side.view(*shape, *side.shape[1:]) for name, side in ranker.item_side(flat).items()}
+        """float32 [B, 1 + C, T]; a user's side is made once for an impression's items, an item's once a batch.
+
+        So where a ranker drops out, what it drops of a user or an item is dropped of it in the whole batch.
+        """
+        item_side = item_sides(ranker, self.items, self.place)
         return ranker(ranker.user_side(self.user), item_side).float()
 
     def loss(self, ranker: Ranker) -> Tensor:
@@ -83,9 +86,9 @@ class Taught:
         """Of positions int64 [B] in the lessons."""
         events, places = self.lessons.events[chosen], torch.from_numpy(chosen)
         rows = torch.from_numpy(self.rows[chosen].astype(np.int64))
-        items = self.items.at(rows.clamp_min(0), self.day[events])
-        user = self.users.at(events)
-        return TaughtBatch(user, items, self.teacher[places], rows[:, 1:] >= 0, self.labels[places], self.options)
+        items, place = self.items.distinct(rows.clamp_min(0), self.day[events])
+        user, valid = self.users.at(events), rows[:, 1:] >= 0
+        return TaughtBatch(user, items, place, self.teacher[places], valid, self.labels[places], self.options)
 
     def of(self, positions: Array) -> Taught:
         """Some of the lessons only, at positions int64 [P]."""

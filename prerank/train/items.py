@@ -11,10 +11,11 @@ from torch import Tensor
 from prerank.config import Config
 from prerank.errors import DataError
 from prerank.features.rates import rates
+from prerank.models.ranker import Ranker
 from prerank.schema import IMPRESSION
 from prerank.train.examples import item_tensors
 from prerank.train.prepare import Prepared
-from prerank.types import Array, day_number
+from prerank.types import Array, Features, day_number
 
 
 class Calendar:
@@ -41,6 +42,15 @@ class Calendar:
         flat = self._day[rows].astype(np.int64) * self._num_items + self._log["item"][rows]
         found = np.bincount(flat, minlength=self.num_days * self._num_items)
         return found.astype(np.float64).reshape(self.num_days, self._num_items)
+
+
+def item_sides(ranker: Ranker, items: Features, place: Tensor) -> dict[str, Tensor]:
+    """The item side of `items` [U, ...], each made once and gathered at `place` int64 [B, N] -> [B, N, ...]."""
+    flat, shape = place.flatten(), place.shape
+    # its gradient is summed in a fraction of the time of an index's or an embedding's
+    return {
+        name: side.index_select(0, flat).view(*shape, *side.shape[1:]) for name, side in ranker.item_side(items).items()
+    }
 
 
 class DailyItems:
@@ -79,11 +89,23 @@ class DailyItems:
         return item_tensors(self._prepared)
 
     def at(self, rows: Tensor, day: Array) -> dict[str, Tensor]:
-        """Of items int64 [B] or [B, N] as seen at the start of days int [B] since 1970 -> [B, ...] or [B, N, ...]."""
+        """Of items int64 [B] as seen at the start of days int [B] since 1970 -> [B, ...]."""
         place = self.calendar.place(day)
-        place = place if rows.dim() == 1 else place.unsqueeze(1).expand_as(rows)
         found = {name: column[rows] for name, column in self.lasting.items()}
         return found | {name: table[place, rows] for name, table in self.rates.items()}
+
+    def distinct(self, rows: Tensor, day: Array) -> tuple[dict[str, Tensor], Tensor]:
+        """As `at`, of items int64 [B, N], each as of one day once -> [U, ...], and its place of each, int64 [B, N].
+
+        Popular items come many times in a batch; what is made of an item alone is made once so (`item_sides`).
+        """
+        num_items = len(self._prepared.item_ids)
+        place = self.calendar.place(day) if self.rates else torch.zeros(len(rows), dtype=torch.int64)
+        found, where = np.unique((place.unsqueeze(1) * num_items + rows).numpy(), return_inverse=True)
+        of_day, of_item = (torch.from_numpy(part) for part in np.divmod(found, num_items))
+        items = {name: column[of_item] for name, column in self.lasting.items()}
+        items |= {name: table[of_day, of_item] for name, table in self.rates.items()}
+        return items, torch.from_numpy(where.reshape(rows.shape))
 
     def on(self, day: int) -> dict[str, Tensor]:
         """Every item's [I, ...] as seen at the start of one day since 1970."""

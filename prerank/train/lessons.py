@@ -25,7 +25,7 @@ from prerank.models.ranker import Ranker
 from prerank.models.towers import TwoTower
 from prerank.train.candidates import Retriever
 from prerank.train.examples import UserExamples
-from prerank.train.items import DailyItems
+from prerank.train.items import DailyItems, item_sides
 from prerank.train.prepare import Prepared
 from prerank.types import Array, Report, silent
 
@@ -116,10 +116,8 @@ class _Labels:
     @torch.inference_mode()
     def __call__(self, ranker: Ranker, events: Array, rows: Array) -> Tensor:
         """events int64 [P], rows int [P, N] -> float32 [P, N, T]."""
-        items = self.items.at(torch.from_numpy(rows.astype(np.int64).clip(min=0)), self.day[events])
-        flat = {name: column.flatten(0, 1) for name, column in items.items()}
-        side = {name: one.view(*rows.shape, *one.shape[1:]) for name, one in ranker.item_side(flat).items()}
-        return ranker(ranker.user_side(self.users.at(events)), side).float()
+        items = self.items.distinct(torch.from_numpy(rows.astype(np.int64).clip(min=0)), self.day[events])
+        return ranker(ranker.user_side(self.users.at(events)), item_sides(ranker, *items)).float()
 
 
 def _write(path: Path, identity: str, lessons: Lessons) -> None:

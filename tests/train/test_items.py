@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,3 +110,15 @@ def test_without_older_events_it_begins_with_nothing(tmp_path):
 def test_a_history_that_does_not_know_the_label_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"features\.item\.whole: history = true, and no event .* is_click"):
         daily(tmp_path, history(((0, None), (1, None))))
+
+
+def test_each_item_of_a_day_is_told_once_and_as_it_was_that_day(tmp_path):
+    found = daily(tmp_path, history())
+    draw = np.random.default_rng(0)
+    rows, day = torch.from_numpy(draw.integers(0, world.ITEMS, (40, 5))), FIRST_DAY + draw.integers(0, 3, 40)
+    items, place = found.distinct(rows, day)
+    kinds = {(int(at), int(row)) for at, some in zip(found.calendar.place(day), rows, strict=True) for row in some}
+    assert all(len(column) == len(kinds) for column in items.values())
+    for name, column in found.at(rows.flatten(), np.repeat(day, 5)).items():
+        assert torch.equal(items[name][place].flatten(0, 1), column), name
+    assert len({float(value) for value in found.rates["whole"].flatten()}) > 1  # days and items do differ

@@ -143,6 +143,28 @@ def test_the_loss_is_kl_of_winners_and_of_candidates_and_asked_for_the_real_labe
     torch.testing.assert_close(whole, winners + 0.5 * candidates + 0.25 * real)
 
 
+def test_an_item_made_once_for_a_batch_gives_each_of_its_pairs_its_own_logits_and_gradient(
+    config, trained, heavy, lessons
+):
+    taught = Taught(trained.prepared, config, lessons)
+    batch = taught.batch(np.arange(60))
+    pairs = batch.place.numel()
+    assert len(next(iter(batch.items.values()))) < pairs / 2
+    items = {name: column[batch.place].flatten(0, 1) for name, column in batch.items.items()}
+    apart = replace(batch, items=items, place=torch.arange(pairs).view(batch.place.shape))
+    torch.testing.assert_close(batch.logits(heavy), apart.logits(heavy), rtol=1e-4, atol=1e-5)
+    found = []
+    for one in (batch, apart):
+        heavy.zero_grad()
+        (one.logits(heavy) * one.teacher).mean().backward()
+        found.append(
+            {name: weight.grad.clone() for name, weight in heavy.named_parameters() if weight.grad is not None}
+        )
+    heavy.zero_grad()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_the_teacher_has_nothing_to_learn_from_itself(config, trained, heavy, lessons):
     found = Taught(trained.prepared, config, lessons).divergence(heavy)
     assert found["kl_winners"] == pytest.approx(0, abs=1e-6)
