@@ -1,10 +1,13 @@
 """How fast does the training loop train beside a plain PyTorch DataLoader over rows, and which lever pays?
 
-One ranker, mmoe_dcn of examples/kuairand/funnel.toml, on its training days; on a simulated market where there is no
-KuaiRand. The plain loop is a Dataset whose `__getitem__` makes one row's features as a dict, default collate, AdamW as
-it comes. The ceilings are one batch held in memory going forward and backward again and again, and gathering alone.
-All take turns, round by round, in this process; a number is the median of its rounds. Ours is the clock over all of
-`run`, its files included; only where a table is large are those left out, for their size would be what is told.
+First a ranker of logged impressions, mmoe_dcn, a row of the plain loop being an impression; then rankers of the heavy
+one's lessons, mmoe_dcn and the funnel's own, a row being a pair: an impression or one of its candidates. All of
+examples/kuairand/funnel.toml, on its training days; on a simulated market where there is no KuaiRand. The plain loop is
+a Dataset whose `__getitem__` makes one row's features as a dict, default collate, AdamW as it comes. The ceilings are
+one batch held in memory going forward and backward again and again, and gathering alone. All take turns, round by
+round, in this process; a number is the median of its rounds, in pairs of a user and an item a second. Ours is the clock
+over all of `run`, its files included; only where a table is large are those left out, for their size would be what is
+told.
 """
 
 from __future__ import annotations
@@ -16,41 +19,30 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from benchmarks.machine import REPOSITORY, say
+from benchmarks.machine import say
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
-from prerank.config import Config, RankerConfig, load_config
-from prerank.data.logs import open_tables
-from prerank.market.generate import generate_market
-from prerank.models.ranker import Ranker
-from prerank.models.rankers import build_ranker
+from benchmarks.training_courses import Course, World, items_apart, users_apart
 from prerank.train.loop import run as train
 from prerank.train.optimisers import lookup_tables
 from prerank.train.plan import Plan
-from prerank.train.prepare import Prepared, prepare
-from prerank.train.ranking import Batch, Impressions
-from prerank.types import Array
 
-KUAIRAND_FUNNEL = REPOSITORY / "examples" / "kuairand" / "funnel.toml"
-MARKET_FUNNEL = REPOSITORY / "funnel.toml"
 USUAL_BATCH = 512
-BAR = 5.0  # times the plain loop's examples a second
+BAR = 5.0  # times the plain loop's pairs a second
 LARGE_TABLES = ("item.author_id", "item.campaign_id")  # KuaiRand's and the market's, no history's
 READY, GATHER = "forward and backward of a batch in memory", "gathering alone"
 PLAIN, PLAIN_OURS = f"DataLoader, batch {USUAL_BATCH}", "DataLoader, our batch"
 PLAIN_WORKERS, PLAIN_LARGE = f"{PLAIN}, 2 workers", f"{PLAIN}, large table"
 OURS, LARGE, LARGE_SPARSE = "ours", "ours, large table", "ours, large table, sparse tables"
 
-Lever: TypeAlias = Callable[[Plan], Plan]
-LEVERS: dict[str, Lever] = {
+LEVERS: dict[str, Callable[[Plan], Plan]] = {
     "nothing made ahead": lambda plan: replace(plan, prefetch=0),
     "bf16": lambda plan: replace(plan, bf16=True),
     "AdamW not fused": lambda plan: replace(plan, fused=False),
@@ -60,32 +52,47 @@ LEVERS: dict[str, Lever] = {
     "batch 8,192": lambda plan: replace(plan, batch=8192),
     "bf16, batch 8,192": lambda plan: replace(plan, bf16=True, batch=8192),
 }
+LESSON_LEVERS: dict[str, tuple[Callable[[Plan], Plan], Callable[[Any], Any]]] = {
+    "users made a pair": (lambda plan: plan, users_apart),
+    "items made a pair": (lambda plan: plan, items_apart),
+    "users and items made a pair": (lambda plan: plan, lambda batch: items_apart(users_apart(batch))),
+    "bf16": (LEVERS["bf16"], lambda batch: batch),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Examples of a turn of ours (-1 is all), of the plain loop and with a large table; its rows; and rounds."""
+    """Examples of a turn of ours (-1 is all), of the plain loop and with a large table; its rows; and rounds.
+
+    `lessons` are those of a turn of ours, `plain_lessons` those whose pairs are the plain loop's.
+    """
 
     ready_steps: int = 32
     ours: int = 65_536
     plain: int = 16_384
+    lessons: int = 16_384
+    plain_lessons: int = 4_096
     large_table: int = 1_000_000
     rounds: int = 2
     market_ads: int = 20_000
 
 
-QUICK = Sizes(ready_steps=16, ours=32_768, plain=2_048, large_table=100_000, rounds=1, market_ads=2_000)
+QUICK = Sizes(
+    ready_steps=8, ours=16_384, plain=2_048, lessons=2_048, plain_lessons=256, large_table=100_000, rounds=1,
+    market_ads=2_000,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn: examples a second, and the share of its time spent on waiting for a batch."""
+    """One turn: pairs a second, and the share of its time spent on waiting for a batch."""
 
-    examples_s: float
+    pairs_s: float
     waited: float = math.nan
 
 
 Turns: TypeAlias = dict[str, list[Turn]]
+Works: TypeAlias = dict[str, Callable[[], Turn]]
 
 
 def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
@@ -99,200 +106,179 @@ def throughput(data: Path | None, sizes: Sizes) -> Measured:
     """Every row, with the ceilings; `data` is the folder of KuaiRand, None a simulated market."""
     with TemporaryDirectory() as name:
         say("training_throughput: preparing")
-        world = World.build(data, Path(name), sizes)
-        works = world.works()
+        world = World(data, Path(name), sizes.market_ads)
+        ways = Ways(world.impressions(sizes.ours, sizes.plain), Path(name), sizes)
+        lessons = {
+            f"lessons, {model}: ": Ways(course, Path(name), sizes)
+            for model, course in world.lessons(sizes.lessons, sizes.plain_lessons).items()
+        }
+        works = ways.of_impressions()
+        for prefix, some in lessons.items():
+            works |= {prefix + what: work for what, work in some.of_lessons().items()}
         turns: Turns = {what: [] for what in works}
         for number in range(sizes.rounds):
             for what, work in works.items():
                 say(f"training_throughput: round {number + 1} of {sizes.rounds}, {what}")
                 turns[what].append(work())
+        rows = list(_impression_rows(turns, ways))
+        for prefix, some in lessons.items():
+            own = {what.removeprefix(prefix): some for what, some in turns.items() if what.startswith(prefix)}
+            rows += [_renamed(row, prefix) for row in _lesson_rows(own, some)]
     about = {"funnel": world.config.to_dict(), "threads": torch.get_num_threads(), **asdict(sizes)}
     least = {f"{what.replace(' ', '_')}_examples_s": round(_speed(turns[what])) for what in (READY, GATHER)}
-    return Measured(list(_rows(turns, world)), about, least)
+    return Measured(rows, about, least)
 
 
-class World:
-    """One prepared log, the examples of a turn, and every way to train on them."""
+class Ways:
+    """Every way to train on one course, and the ceilings."""
 
-    def __init__(self, config: Config, prepared: Prepared, folder: Path, sizes: Sizes) -> None:
-        self.config, self.prepared, self.folder, self.sizes = config, prepared, folder, sizes
-        events = np.flatnonzero(prepared.of_days(config.data.days("train")))
-        self.many = Impressions(prepared, config, _some(events, sizes.ours))
-        self.few = Impressions(prepared, config, _some(events, sizes.plain))
-        self.runs = 0
+    def __init__(self, course: Course, folder: Path, sizes: Sizes) -> None:
+        self.course, self.folder, self.sizes = course, folder, sizes
+        self.order = np.random.default_rng(0).permutation(len(course.many))
 
-    @classmethod
-    def build(cls, data: Path | None, folder: Path, sizes: Sizes) -> World:
-        """Of KuaiRand in `data`, or of a market made in `folder`."""
-        config = load_config(KUAIRAND_FUNNEL if data else MARKET_FUNNEL)
-        # counters and rates would need a plain version too, and mmoe_dcn crosses nothing with them
-        config = replace(config, features=config.features.lasting(), ranker=RankerConfig(model="mmoe_dcn"))
-        if data is None:
-            data = folder / "market"
-            generate_market(data, num_ads=sizes.market_ads, num_impressions=10 * sizes.market_ads)
-        work = folder / "work"
-        return cls(config, prepare(config, open_tables(config, data, work), work), folder, sizes)
-
-    def works(self) -> dict[str, Callable[[], Turn]]:
+    def of_impressions(self) -> Works:
         """A turn of each, by name; the ceilings first."""
-        batch = self.config.ranker.batch
-        rows = self.prepared.transforms.sizes()
+        rows = self.course.sizes
         large = {name: max(self.sizes.large_table, rows[name]) for name in LARGE_TABLES if name in rows}
-        found: dict[str, Callable[[], Turn]] = {
-            READY: self._ready,
-            GATHER: self._gather,
-            PLAIN: partial(self._plain, USUAL_BATCH, 0),
-            PLAIN_OURS: partial(self._plain, batch, 0),
-            PLAIN_WORKERS: partial(self._plain, USUAL_BATCH, 2),
-            OURS: self._ours,
+        found: Works = {
+            READY: self.ready,
+            GATHER: self.gather,
+            PLAIN: partial(self.plain, USUAL_BATCH, 0),
+            PLAIN_OURS: partial(self.plain, self.course.batch, 0),
+            PLAIN_WORKERS: partial(self.plain, USUAL_BATCH, 2),
+            OURS: self.ours,
         }
-        found |= {f"{OURS}, {lever}": partial(self._ours, change) for lever, change in LEVERS.items()}
-        found[PLAIN_LARGE] = partial(self._plain, USUAL_BATCH, 0, large)
-        found[LARGE] = partial(self._ours, tables=large)
-        found[LARGE_SPARSE] = partial(self._ours, LEVERS["sparse tables"], large)
+        found |= {f"{OURS}, {lever}": partial(self.ours, change) for lever, change in LEVERS.items()}
+        found[PLAIN_LARGE] = partial(self.plain, USUAL_BATCH, 0, large)
+        found[LARGE] = partial(self.ours, tables=large)
+        found[LARGE_SPARSE] = partial(self.ours, LEVERS["sparse tables"], tables=large)
         return found
 
-    def ranker(self, tables: Mapping[str, int] | None = None) -> Ranker:
-        """As drawn; `tables` are rows of some that differ from the prepared ones'."""
-        torch.manual_seed(self.config.seed)
-        return build_ranker(self.config, {**self.prepared.transforms.sizes(), **(tables or {})})
+    def of_lessons(self) -> Works:
+        """As `of_impressions`."""
+        found: Works = {
+            READY: self.ready,
+            GATHER: self.gather,
+            PLAIN: partial(self.plain, USUAL_BATCH, 0),
+            PLAIN_OURS: partial(self.plain, self.course.batch * self.course.pairs, 0),
+            PLAIN_WORKERS: partial(self.plain, USUAL_BATCH, 2),
+            OURS: self.ours,
+        }
+        return found | {f"{OURS}, {lever}": partial(self.ours, *how) for lever, how in LESSON_LEVERS.items()}
 
-    def _ready(self) -> Turn:
-        ranker, num = self.ranker(), self.config.ranker.batch
-        chosen, steps = np.random.default_rng(0).permutation(len(self.many.events))[:num], self.sizes.ready_steps
-        batch = self.many.batch(chosen)
-        _backward(ranker, batch)
+    def ready(self) -> Turn:
+        """The ceiling of computing."""
+        ranker, batch = self.course.ranker(), self.course.many.batch(self.order[: self.course.batch])
+        loss_of = cast(Callable[[nn.Module], Tensor], batch.loss)
+        _backward(ranker, loss_of)
         started = perf_counter()
-        for _ in range(steps):
-            _backward(ranker, batch)
-        return Turn(steps * len(chosen) / (perf_counter() - started))
+        for _ in range(self.sizes.ready_steps):
+            _backward(ranker, loss_of)
+        done = self.sizes.ready_steps * len(self.order[: self.course.batch])
+        return Turn(done * self.course.pairs / (perf_counter() - started))
 
-    def _gather(self) -> Turn:
-        order, num = np.random.default_rng(0).permutation(len(self.many.events)), self.config.ranker.batch
+    def gather(self) -> Turn:
+        """The ceiling of the host's own work."""
         started = perf_counter()
-        for start in range(0, len(order), num):
-            self.many.batch(order[start : start + num])
-        return Turn(len(order) / (perf_counter() - started))
+        for start in range(0, len(self.order), self.course.batch):
+            self.course.many.batch(self.order[start : start + self.course.batch])
+        return Turn(len(self.order) * self.course.pairs / (perf_counter() - started))
 
-    def _plain(self, batch: int, workers: int, tables: Mapping[str, int] | None = None) -> Turn:
-        ranker, options = self.ranker(tables), self.config.ranker
-        rows = Rows(self.few)
-        loader = DataLoader(rows, batch, shuffle=True, num_workers=workers)
-        weights = _module(ranker).parameters()
-        optimiser = torch.optim.AdamW(weights, options.learning_rate, weight_decay=options.weight_decay)
-        waited = 0.0
+    def plain(self, batch: int, workers: int, tables: Mapping[str, int] | None = None) -> Turn:
+        """A DataLoader over rows."""
+        ranker, options = self.course.ranker(tables), self.course.config.ranker
+        loader = DataLoader(self.course.rows, batch, shuffle=True, num_workers=workers)
+        optimiser = torch.optim.AdamW(ranker.parameters(), options.learning_rate, weight_decay=options.weight_decay)
+        waited, rows = 0.0, 0
         started = asked = perf_counter()
         for row in loader:
             waited += perf_counter() - asked
-            _backward(ranker, Batch(row["user"], row["item"], row["labels"]))
+            optimiser.zero_grad()
+            loss = self.course.plain_loss(ranker, row)  # type: ignore[arg-type]
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
+            rows += len(next(iter(row["user"].values())))
             asked = perf_counter()
-        return Turn(len(rows) / (asked - started), waited / (asked - started))
+        return Turn(rows / (asked - started), waited / (asked - started))
 
-    def _ours(self, lever: Lever = lambda plan: plan, tables: Mapping[str, int] | None = None) -> Turn:
-        ranker, impressions = self.ranker(tables), self.few if tables else self.many
-        num = len(impressions.events)
-        plan = lever(replace(Plan.of(self.config.ranker, "throughput", num, self.config.seed), epochs=1))
-        self.runs += 1
-        started = perf_counter()
-        [record] = train(
-            _module(ranker),
-            plan,
-            lambda examples, draw: impressions.batch(examples),
-            partial(loss_of, ranker),
-            self.folder / f"run-{self.runs}",
-            lookup_tables=lookup_tables(_module(ranker), self.config.features),
-        )
-        seconds = record["seconds"] if tables else perf_counter() - started
-        return Turn(num / seconds, record["waited_s"] / seconds)
+    def ours(
+        self,
+        lever: Callable[[Plan], Plan] = lambda plan: plan,
+        made: Callable[[Any], Any] = lambda batch: batch,
+        tables: Mapping[str, int] | None = None,
+    ) -> Turn:
+        """`prerank.train.loop`, its plan changed by `lever` and its batches by `made`."""
+        course = self.course
+        ranker, examples = course.ranker(tables), course.few if tables else course.many
+        plan = replace(Plan.of(course.config.ranker, "throughput", len(examples), course.config.seed), epochs=1)
+        with TemporaryDirectory(dir=self.folder) as folder:
+            started = perf_counter()
+            [record] = train(
+                ranker,
+                lever(plan),
+                lambda chosen, draw: made(examples.batch(chosen)),
+                lambda batch: batch.loss(ranker),
+                Path(folder),
+                lookup_tables=lookup_tables(ranker, course.config.features),
+            )
+            seconds = record["seconds"] if tables else perf_counter() - started
+        return Turn(len(examples) * course.pairs / seconds, record["waited_s"] / seconds)
 
 
-def _module(ranker: Ranker) -> nn.Module:
-    assert isinstance(ranker, nn.Module)
-    return ranker
-
-
-def _backward(ranker: Ranker, batch: Batch) -> None:
-    for weight in _module(ranker).parameters():
+def _backward(ranker: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> None:
+    for weight in ranker.parameters():
         weight.grad = None
-    loss_of(ranker, batch).backward()  # type: ignore[no-untyped-call]
+    loss_of(ranker).backward()  # type: ignore[no-untyped-call]
 
 
-def loss_of(ranker: Ranker, batch: Batch) -> torch.Tensor:
-    """As `prerank.train.ranking` has it."""
-    return binary_cross_entropy_with_logits(batch.logits(ranker), batch.labels)
+def _impression_rows(turns: Turns, ways: Ways) -> Iterator[Row]:
+    yield from _common_rows(turns, ways, f"{ways.course.batch:,}")
+    for lever in LEVERS:
+        yield _lever_row(turns, ways, lever)
+    plain, rows = _speed(turns[PLAIN_LARGE]), ways.sizes.large_table
+    yield Row.of(PLAIN_LARGE, plain, _UNIT, rows)
+    for name in (LARGE, LARGE_SPARSE):
+        yield Row.of(name, _speed(turns[name]), _UNIT, rows, PLAIN_LARGE, _speed(turns[name]) / plain)
 
 
-class Rows(Dataset[dict[str, object]]):
-    """Impressions one by one, as a dataset is commonly written: everything in memory, a history a search in it."""
-
-    def __init__(self, impressions: Impressions) -> None:
-        prepared, users = impressions.users.prepared, impressions.users
-        self.events, self.labels = impressions.events, impressions.labels.numpy()
-        self.log = {name: np.array(prepared.events[name]) for name in ("user", "item", "time_ms", *users.context)}
-        self.users = {name: np.array(prepared.users[name]) for name in users.profile}
-        self.items = {name: np.array(column) for name, column in prepared.items.items()}
-        self.context = users.context
-        self.histories = {
-            name: (line.offsets, line.time_ms, line.values, users.lengths[name])
-            for name, line in users.timelines.items()
-        }
-
-    def __len__(self) -> int:
-        return len(self.events)
-
-    def __getitem__(self, position: int) -> dict[str, object]:
-        event = self.events[position]
-        user, item, moment = (self.log[name][event] for name in ("user", "item", "time_ms"))
-        features = {name: column[user] for name, column in self.users.items()}
-        features |= {name: self.log[name][event] for name in self.context}
-        features |= {name: self._history(name, user, moment) for name in self.histories}
-        items = {name: column[item] for name, column in self.items.items()}
-        return {"user": features, "item": items, "labels": self.labels[position]}
-
-    def _history(self, name: str, user: int, moment: int) -> Array:
-        offsets, time_ms, values, length = self.histories[name]
-        start, stop = offsets[user], offsets[user + 1]
-        end = start + np.searchsorted(time_ms[start:stop], moment)
-        taken = values[max(start, end - length) : end]
-        out = np.full(length, -1, dtype=np.int32)
-        if len(taken):
-            out[-len(taken) :] = taken
-        return out
+def _lesson_rows(turns: Turns, ways: Ways) -> Iterator[Row]:
+    yield from _common_rows(turns, ways, f"{ways.course.batch:,} of {ways.course.pairs} pairs")
+    for lever in LESSON_LEVERS:
+        yield _lever_row(turns, ways, lever)
 
 
-def _rows(turns: Turns, world: World) -> Iterator[Row]:
-    num, few, batch = len(world.many.events), len(world.few.events), world.config.ranker.batch
-    plain, ours, unit = _speed(turns[PLAIN]), _speed(turns[OURS]), "examples/s"
-    yield Row.of(f"{READY}, batch {batch:,}", _speed(turns[READY]), unit, num)
-    yield Row.of(f"{GATHER}, batch {batch:,}", _speed(turns[GATHER]), unit, num)
-    yield Row.of(PLAIN, plain, unit, few)
+_UNIT = "examples/s"
+
+
+def _common_rows(turns: Turns, ways: Ways, batch: str) -> Iterator[Row]:
+    """The ceilings, the plain loop, ours, and how long each waited."""
+    num, few = (len(one) * ways.course.pairs for one in (ways.course.many, ways.course.few))
+    plain, ours = _speed(turns[PLAIN]), _speed(turns[OURS])
+    yield Row.of(f"{READY}, batch {batch}", _speed(turns[READY]), _UNIT, num)
+    yield Row.of(f"{GATHER}, batch {batch}", _speed(turns[GATHER]), _UNIT, num)
+    yield Row.of(PLAIN, plain, _UNIT, few)
     for name in (PLAIN_OURS, PLAIN_WORKERS):
-        yield Row.of(name, _speed(turns[name]), unit, few, PLAIN, _speed(turns[name]) / plain)
-    row = Row.of(f"{OURS}, batch {batch:,}", ours, unit, num, PLAIN, ours / plain)
+        yield Row.of(name, _speed(turns[name]), _UNIT, few, PLAIN, _speed(turns[name]) / plain)
+    row = Row.of(f"{OURS}, batch {batch}", ours, _UNIT, num, PLAIN, ours / plain)
     yield replace(row, bar=BAR, holds=ours / plain >= BAR)
     yield Row.of(f"{OURS}: of the ceiling", 100 * ours / _speed(turns[READY]), "%", num)
     for name in (PLAIN, PLAIN_OURS, PLAIN_WORKERS, OURS, f"{OURS}, nothing made ahead"):
-        waited = float(np.median([turn.waited for turn in turns[name]]))
-        yield Row.of(f"{name}: waiting for data", 100 * waited, "%", num if name.startswith(OURS) else few)
-    for lever in LEVERS:
-        speed = _speed(turns[f"{OURS}, {lever}"])
-        yield Row.of(f"{OURS}, {lever}", speed, unit, num, OURS, speed / ours)
-    plain, rows = _speed(turns[PLAIN_LARGE]), world.sizes.large_table
-    yield Row.of(PLAIN_LARGE, plain, unit, rows)
-    for name in (LARGE, LARGE_SPARSE):
-        yield Row.of(name, _speed(turns[name]), unit, rows, PLAIN_LARGE, _speed(turns[name]) / plain)
+        if name in turns:
+            waited = float(np.median([turn.waited for turn in turns[name]]))
+            yield Row.of(f"{name}: waiting for data", 100 * waited, "%", num if name.startswith(OURS) else few)
+
+
+def _lever_row(turns: Turns, ways: Ways, lever: str) -> Row:
+    speed, num = _speed(turns[f"{OURS}, {lever}"]), len(ways.course.many) * ways.course.pairs
+    return Row.of(f"{OURS}, {lever}", speed, _UNIT, num, OURS, speed / _speed(turns[OURS]))
+
+
+def _renamed(row: Row, prefix: str) -> Row:
+    return replace(row, name=prefix + row.name)
 
 
 def _speed(turns: list[Turn]) -> float:
-    return float(np.median([turn.examples_s for turn in turns]))
-
-
-def _some(events: Array, count: int) -> Array:
-    """`count` of them, ascending, drawn so that they are as far apart as all are; all where it is -1."""
-    if count < 0 or count >= len(events):
-        return events
-    return np.sort(np.random.default_rng(0).choice(events, count, replace=False))
+    return float(np.median([turn.pairs_s for turn in turns]))
 
 
 if __name__ == "__main__":
