@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -138,7 +137,6 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
     sizes, part = QUICK if options.quick else Sizes(), options.only or PARTS
     sizes = replace(sizes, seeds=options.seeds or sizes.seeds)
     config = load_config(REPOSITORY / "funnel.toml")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     rows: list[Row] = []
     with home_of_trainings(options) as home, ProcessPoolExecutor(2, get_context("spawn"), _one_thread) as pool:
         several: dict[tuple[str, int], Future[Told]] = {}

@@ -81,7 +81,8 @@ class World:
         self.folder = folder
         if data is None:
             data = folder / "market"
-            generate_market(data, num_ads=market_ads, num_impressions=10 * market_ads)
+            if not data.exists():
+                generate_market(data, num_ads=market_ads, num_impressions=10 * market_ads)
         self.prepared = prepare(self.config, open_tables(self.config, data, folder / "work"), folder / "work")
         self.events = np.flatnonzero(self.prepared.of_days(config.data.days("train")))
 

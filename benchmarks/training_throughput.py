@@ -5,17 +5,26 @@ one's lessons, mmoe_dcn and the funnel's own, a row being a pair: an impression 
 examples/kuairand/funnel.toml, on its training days; on a simulated market where there is no KuaiRand. The plain loop is
 a Dataset whose `__getitem__` makes one row's features as a dict, default collate, AdamW as it comes. The ceilings are
 one batch held in memory going forward and backward again and again, and gathering alone. All take turns, round by
-round, in this process; a number is the median of its rounds, in pairs of a user and an item a second. Ours is the clock
-over all of `run`, its files included; only where a table is large are those left out, for their size would be what is
-told.
+round; a number is the median of its rounds, in pairs of a user and an item a second. Ours is the clock over all of
+`run`, its files included; only where a table is large are those left out, for their size would be what is told.
+
+The plain loop has a process of its own, whose OpenMP waits as it does by itself, and ours has one that waits as
+`prerank train` does (docs/decisions/0002); a third lets its threads sleep between any two operations. Where "a core is
+taken" another program computes all the time.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -38,9 +47,13 @@ USUAL_BATCH = 512
 BAR = 5.0  # times the plain loop's pairs a second
 LARGE_TABLES = ("item.author_id", "item.campaign_id")  # KuaiRand's and the market's, no history's
 READY, GATHER = "forward and backward of a batch in memory", "gathering alone"
-PLAIN, PLAIN_OURS = f"DataLoader, batch {USUAL_BATCH}", "DataLoader, our batch"
+PLAIN_LOOP = "DataLoader"
+PLAIN, PLAIN_OURS = f"{PLAIN_LOOP}, batch {USUAL_BATCH}", f"{PLAIN_LOOP}, our batch"
 PLAIN_WORKERS, PLAIN_LARGE = f"{PLAIN}, 2 workers", f"{PLAIN}, large table"
 OURS, LARGE, LARGE_SPARSE = "ours", "ours, large table", "ours, large table, sparse tables"
+_ASLEEP_TOO, _TAKEN = "threads asleep between operations", "a core taken"
+ASLEEP, TAKEN, ASLEEP_TAKEN = f"{OURS}, {_ASLEEP_TOO}", f"{OURS}, {_TAKEN}", f"{OURS}, {_ASLEEP_TOO}, {_TAKEN}"
+WAITS = (ASLEEP, TAKEN, ASLEEP_TAKEN)
 
 LEVERS: dict[str, Callable[[Plan], Plan]] = {
     "nothing made ahead": lambda plan: replace(plan, prefetch=0),
@@ -106,56 +119,88 @@ def throughput(data: Path | None, sizes: Sizes) -> Measured:
     """Every row, with the ceilings; `data` is the folder of KuaiRand, None a simulated market."""
     with TemporaryDirectory() as name:
         say("training_throughput: preparing")
-        world = World(data, Path(name), sizes.market_ads)
-        ways = Ways(world.impressions(sizes.ours, sizes.plain), Path(name), sizes)
-        lessons = {
-            f"lessons, {model}: ": Ways(course, Path(name), sizes)
-            for model, course in world.lessons(sizes.lessons, sizes.plain_lessons).items()
-        }
-        works = ways.of_impressions()
-        for prefix, some in lessons.items():
-            works |= {prefix + what: work for what, work in some.of_lessons().items()}
-        turns: Turns = {what: [] for what in works}
-        for number in range(sizes.rounds):
-            for what, work in works.items():
-                say(f"training_throughput: round {number + 1} of {sizes.rounds}, {what}")
-                turns[what].append(work())
-        rows = list(_impression_rows(turns, ways))
-        for prefix, some in lessons.items():
-            own = {what.removeprefix(prefix): some for what, some in turns.items() if what.startswith(prefix)}
-            rows += [_renamed(row, prefix) for row in _lesson_rows(own, some)]
-    about = {"funnel": world.config.to_dict(), "threads": torch.get_num_threads(), **asdict(sizes)}
+        job = (data, Path(name), sizes)
+        every = every_way(*job)
+        turns: Turns = {}
+        with ExitStack() as open_now:
+            plain, awake, asleep = (open_now.enter_context(_process(job, waits)) for waits in (_ALONE, {}, _ASLEEP))
+            for number in range(sizes.rounds):
+                for prefix, ways in every.items():
+                    for what in (*ways.works(), *WAITS):
+                        say(f"training_throughput: round {number + 1} of {sizes.rounds}, {prefix}{what}")
+                        ours = asleep if what in (ASLEEP, ASLEEP_TAKEN) else awake
+                        where = plain if what.startswith(PLAIN_LOOP) else ours
+                        with _a_core_taken() if _TAKEN in what else nullcontext():
+                            turn = where.submit(_turn, prefix, OURS if what in WAITS else what).result()
+                        turns.setdefault(prefix + what, []).append(turn)
+        rows: list[Row] = []
+        for prefix, ways in every.items():
+            own = {what: turns[prefix + what] for what in (*ways.works(), *WAITS)}
+            rows += [_named(row, prefix) for row in _rows(own, ways)]
+    about = {"threads": torch.get_num_threads(), **asdict(sizes)}
+    about["rankers"] = {
+        prefix or "impressions": ways.course.config.to_dict()["ranker"] for prefix, ways in every.items()
+    }
     least = {f"{what.replace(' ', '_')}_examples_s": round(_speed(turns[what])) for what in (READY, GATHER)}
     return Measured(rows, about, least)
+
+
+def every_way(data: Path | None, folder: Path, sizes: Sizes) -> dict[str, Ways]:
+    """By what its rows' names begin with. What is prepared and trained first is kept in `folder`."""
+    world = World(data, folder, sizes.market_ads)
+    found = {"": Ways(world.impressions(sizes.ours, sizes.plain), folder, sizes, lessons=False)}
+    for model, course in world.lessons(sizes.lessons, sizes.plain_lessons).items():
+        found[f"lessons, {model}: "] = Ways(course, folder, sizes, lessons=True)
+    return found
+
+
+_ALONE, _ASLEEP = {"GOMP_SPINCOUNT": "300000"}, {"OMP_WAIT_POLICY": "PASSIVE"}  # the first is what it is without any
+_mine: dict[str, Ways] = {}
+
+
+@contextmanager
+def _process(job: tuple[Path | None, Path, Sizes], waits: Mapping[str, str]) -> Iterator[ProcessPoolExecutor]:
+    """One that has every way ready, and whose OpenMP read `waits` and nothing else of how to wait."""
+    before = dict(os.environ)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        os.environ.pop(name, None)
+    os.environ.update(waits)
+    with ProcessPoolExecutor(1, get_context("spawn"), _open, job) as pool:
+        try:
+            pool.submit(abs, 0).result()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        yield pool
+
+
+@contextmanager
+def _a_core_taken() -> Iterator[None]:
+    """Beside another program that computes all the time."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            yield
+        finally:
+            other.kill()
+
+
+def _open(data: Path | None, folder: Path, sizes: Sizes) -> None:
+    _mine.update(every_way(data, folder, sizes))
+
+
+def _turn(prefix: str, what: str) -> Turn:
+    return _mine[prefix].works()[what]()
 
 
 class Ways:
     """Every way to train on one course, and the ceilings."""
 
-    def __init__(self, course: Course, folder: Path, sizes: Sizes) -> None:
-        self.course, self.folder, self.sizes = course, folder, sizes
+    def __init__(self, course: Course, folder: Path, sizes: Sizes, lessons: bool) -> None:
+        self.course, self.folder, self.sizes, self.lessons = course, folder, sizes, lessons
         self.order = np.random.default_rng(0).permutation(len(course.many))
 
-    def of_impressions(self) -> Works:
+    def works(self) -> Works:
         """A turn of each, by name; the ceilings first."""
-        rows = self.course.sizes
-        large = {name: max(self.sizes.large_table, rows[name]) for name in LARGE_TABLES if name in rows}
-        found: Works = {
-            READY: self.ready,
-            GATHER: self.gather,
-            PLAIN: partial(self.plain, USUAL_BATCH, 0),
-            PLAIN_OURS: partial(self.plain, self.course.batch, 0),
-            PLAIN_WORKERS: partial(self.plain, USUAL_BATCH, 2),
-            OURS: self.ours,
-        }
-        found |= {f"{OURS}, {lever}": partial(self.ours, change) for lever, change in LEVERS.items()}
-        found[PLAIN_LARGE] = partial(self.plain, USUAL_BATCH, 0, large)
-        found[LARGE] = partial(self.ours, tables=large)
-        found[LARGE_SPARSE] = partial(self.ours, LEVERS["sparse tables"], tables=large)
-        return found
-
-    def of_lessons(self) -> Works:
-        """As `of_impressions`."""
         found: Works = {
             READY: self.ready,
             GATHER: self.gather,
@@ -164,7 +209,15 @@ class Ways:
             PLAIN_WORKERS: partial(self.plain, USUAL_BATCH, 2),
             OURS: self.ours,
         }
-        return found | {f"{OURS}, {lever}": partial(self.ours, *how) for lever, how in LESSON_LEVERS.items()}
+        if self.lessons:
+            return found | {f"{OURS}, {lever}": partial(self.ours, *how) for lever, how in LESSON_LEVERS.items()}
+        rows = self.course.sizes
+        large = {name: max(self.sizes.large_table, rows[name]) for name in LARGE_TABLES if name in rows}
+        found |= {f"{OURS}, {lever}": partial(self.ours, change) for lever, change in LEVERS.items()}
+        found[PLAIN_LARGE] = partial(self.plain, USUAL_BATCH, 0, large)
+        found[LARGE] = partial(self.ours, tables=large)
+        found[LARGE_SPARSE] = partial(self.ours, LEVERS["sparse tables"], tables=large)
+        return found
 
     def ready(self) -> Turn:
         """The ceiling of computing."""
@@ -231,27 +284,24 @@ def _backward(ranker: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> None
     loss_of(ranker).backward()  # type: ignore[no-untyped-call]
 
 
-def _impression_rows(turns: Turns, ways: Ways) -> Iterator[Row]:
-    yield from _common_rows(turns, ways, f"{ways.course.batch:,}")
-    for lever in LEVERS:
-        yield _lever_row(turns, ways, lever)
-    plain, rows = _speed(turns[PLAIN_LARGE]), ways.sizes.large_table
-    yield Row.of(PLAIN_LARGE, plain, _UNIT, rows)
-    for name in (LARGE, LARGE_SPARSE):
-        yield Row.of(name, _speed(turns[name]), _UNIT, rows, PLAIN_LARGE, _speed(turns[name]) / plain)
-
-
-def _lesson_rows(turns: Turns, ways: Ways) -> Iterator[Row]:
-    yield from _common_rows(turns, ways, f"{ways.course.batch:,} of {ways.course.pairs} pairs")
-    for lever in LESSON_LEVERS:
-        yield _lever_row(turns, ways, lever)
-
-
 _UNIT = "examples/s"
 
 
-def _common_rows(turns: Turns, ways: Ways, batch: str) -> Iterator[Row]:
+def _rows(turns: Turns, ways: Ways) -> Iterator[Row]:
+    yield from _common_rows(turns, ways)
+    for lever in (_ASLEEP_TOO, _TAKEN, *(LESSON_LEVERS if ways.lessons else LEVERS)):
+        yield _lever_row(turns, ways, lever)
+    yield _lever_row(turns, ways, f"{_ASLEEP_TOO}, {_TAKEN}", f"{OURS}, {_TAKEN}")
+    if not ways.lessons:
+        plain, rows = _speed(turns[PLAIN_LARGE]), ways.sizes.large_table
+        yield Row.of(PLAIN_LARGE, plain, _UNIT, rows)
+        for name in (LARGE, LARGE_SPARSE):
+            yield Row.of(name, _speed(turns[name]), _UNIT, rows, PLAIN_LARGE, _speed(turns[name]) / plain)
+
+
+def _common_rows(turns: Turns, ways: Ways) -> Iterator[Row]:
     """The ceilings, the plain loop, ours, and how long each waited."""
+    batch = f"{ways.course.batch:,}" + (f" of {ways.course.pairs} pairs" if ways.lessons else "")
     num, few = (len(one) * ways.course.pairs for one in (ways.course.many, ways.course.few))
     plain, ours = _speed(turns[PLAIN]), _speed(turns[OURS])
     yield Row.of(f"{READY}, batch {batch}", _speed(turns[READY]), _UNIT, num)
@@ -268,13 +318,13 @@ def _common_rows(turns: Turns, ways: Ways, batch: str) -> Iterator[Row]:
             yield Row.of(f"{name}: waiting for data", 100 * waited, "%", num if name.startswith(OURS) else few)
 
 
-def _lever_row(turns: Turns, ways: Ways, lever: str) -> Row:
+def _lever_row(turns: Turns, ways: Ways, lever: str, over: str = OURS) -> Row:
     speed, num = _speed(turns[f"{OURS}, {lever}"]), len(ways.course.many) * ways.course.pairs
-    return Row.of(f"{OURS}, {lever}", speed, _UNIT, num, OURS, speed / _speed(turns[OURS]))
+    return Row.of(f"{OURS}, {lever}", speed, _UNIT, num, over, speed / _speed(turns[over]))
 
 
-def _renamed(row: Row, prefix: str) -> Row:
-    return replace(row, name=prefix + row.name)
+def _named(row: Row, prefix: str) -> Row:
+    return replace(row, name=prefix + row.name, against=prefix + row.against if row.against else "")
 
 
 def _speed(turns: list[Turn]) -> float:

@@ -1,10 +1,9 @@
 """One command a verb."""
 
-import os
+from prerank._openmp import wait_briefly
 
-# before torch loads its OpenMP: two pools that spin on the same cores wait for each other (docs/decisions/0002)
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+wait_briefly()
 
-from prerank.cli.app import main
+from prerank.cli.app import main  # noqa: E402 - torch comes with it
 
 __all__ = ["main"]

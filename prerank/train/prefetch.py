@@ -8,6 +8,9 @@ from queue import SimpleQueue
 from threading import Semaphore, Thread
 from typing import Generic, TypeVar
 
+import torch
+from threadpoolctl import threadpool_limits
+
 Key = TypeVar("Key")
 Batch = TypeVar("Batch")
 
@@ -47,6 +50,13 @@ class _Maker(Generic[Key, Batch]):
         self._thread.start()
 
     def _work(self) -> None:
+        # a pool of threads of its own would make more threads than cores, and OpenMP then lets all of them, those of
+        # whoever computes too, sleep after each operation; torch says its number once a thread, so after that
+        torch.get_num_threads()
+        with threadpool_limits(1, "openmp"):
+            self._make_all()
+
+    def _make_all(self) -> None:
         try:
             for key in self._keys:
                 self._places.acquire()

@@ -5,6 +5,7 @@ import time
 import traceback
 
 import pytest
+import torch
 
 from prerank.train.prefetch import ahead
 
@@ -18,6 +19,15 @@ def test_every_batch_comes_once_and_in_order(depth):
     with ahead(lambda key: key * key, range(20), depth) as made:
         assert list(made) == [key * key for key in range(20)]
     assert not running()
+
+
+def test_the_thread_that_makes_batches_has_no_threads_of_its_own_and_leaves_others_theirs():
+    before = torch.get_num_threads()
+    with ahead(lambda key: torch.get_num_threads(), range(4), 2) as made:
+        assert list(made) == [1] * 4
+        assert torch.get_num_threads() == before
+    with ahead(lambda key: torch.get_num_threads(), range(4), 0) as made:
+        assert list(made) == [before] * 4
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
