@@ -10,5 +10,5 @@ def wait_briefly() -> None:
     whoever computes beside it (docs/decisions/0002). LLVM's OpenMP counts in whole milliseconds, so there it is none.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         os.environ.setdefault("KMP_BLOCKTIME", "0")
