@@ -1,6 +1,6 @@
 """One command a verb."""
 
-from prerank._openmp import wait_briefly
+from prerank.openmp import wait_briefly
 
 wait_briefly()
 
