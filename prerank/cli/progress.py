@@ -42,6 +42,7 @@ def progress(console: Console) -> Iterator[Report]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
+        known: dict[str, int] = {}
 
         def report(what: str, done: int, total: int, unit: str) -> None:
             if what not in tasks:
@@ -49,6 +50,9 @@ def progress(console: Console) -> Iterator[Report]:
                     bars.update(shown, visible=False)
                 # what was done before it began, an epoch's predecessors say, is no speed of its own
                 tasks[what] = bars.add_task(what, total=total or None, completed=done, unit=unit)
+            elif done < known[what]:  # of the validate days after those of training, say
+                bars.reset(tasks[what], completed=done)
+            known[what] = done
             bars.update(tasks[what], completed=done, total=total or None)
 
         yield report
@@ -57,7 +61,8 @@ def progress(console: Console) -> Iterator[Report]:
 class _Lines:
     """What a log file wants: every piece of work once when it starts, every ten seconds, and when it is done.
 
-    The lines between say the speed since the piece began, and how long the rest takes at it.
+    The lines between say the speed since the piece began, and how long the rest takes at it. A piece of which less is
+    done than before has begun again.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -65,9 +70,14 @@ class _Lines:
         self._clock = clock
         self._began: dict[str, tuple[float, int]] = {}
         self._told: dict[str, float] = {}
+        self._done: dict[str, int] = {}
 
     def __call__(self, what: str, done: int, total: int, unit: str) -> None:
         now = self._clock()
+        if done < self._done.get(what, 0):
+            for known in (self._began, self._told):
+                known.pop(what, None)
+        self._done[what] = done
         finished = bool(total) and done >= total
         if not finished and now - self._told.get(what, -_QUIET_S) < _QUIET_S:
             return
