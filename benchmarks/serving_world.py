@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import torch
@@ -167,8 +168,9 @@ class Ready:
     example_events: Sequence[Mapping[str, Given]] = ()
     example_items: Sequence[Mapping[str, Given]] = ()
     winners: tuple[Winner, ...] = tuple(
-        Winner(n, 2.5 * n, {"click": 0.25}, {"advertiser_id": n, "title": f"title {n}", "format": "image"})
+        Winner(n, 2.5 * n, {"click": 0.25}, msgspec.Raw(msgspec.json.encode(said)))
         for n in range(HTTP_WINNERS)
+        for said in [{"advertiser_id": n, "title": f"title {n}", "format": "image"}]
     )
 
     def recommend(self, request: Request, arrived: float | None = None, cancelled: Stop | None = None) -> Answer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
@@ -332,6 +332,10 @@ class Metadata:
 
     columns: tuple[str, ...] = ()
     deferred: tuple[str, ...] = ()
+
+    def needed_of(self, kept: Sequence[str]) -> tuple[str, ...]:
+        """Which of the columns that are `kept` come with answers."""
+        return self.columns or tuple(name for name in kept if name not in self.deferred)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ from prerank.config import Config
 from prerank.errors import BundleError, DataError, SchemaMismatch
 from prerank.index.generators import build_generators, tensors_of
 from prerank.models.ranker import Ranker
-from prerank.stores.metadata import MetadataTable
+from prerank.stores.metadata import MetadataTable, write_metadata
 from prerank.types import Array
 
 _ITEMS_AT_ONCE = 1 << 16
@@ -195,9 +195,7 @@ def _write_metadata(path: Path, raw: pa.Table, config: Config) -> None:
     """What answers show of the `raw` items, which may have more: columns that only a rule reads."""
     kept = config.metadata.columns and (*config.metadata.columns, *config.metadata.deferred)
     shown = [name for name in kept if name in raw.column_names] or raw.column_names
-    table = raw.select(shown).combine_chunks().replace_schema_metadata(None)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=max(table.num_rows, 1))
+    write_metadata(path, raw.select(shown), config.metadata.needed_of(shown))
     MetadataTable.open(path).check_columns([*config.metadata.columns, *config.metadata.deferred])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Annotated
 
 import msgspec
 
@@ -18,7 +19,10 @@ LAST_TIME_MS = 253_402_300_799_999
 """The end of the year 9999: a `time_ms` past it was not in milliseconds."""
 
 
-class Winner(msgspec.Struct, frozen=True, gc=False):
+_SAID = msgspec.Meta(extra_json_schema=msgspec.json.schema(dict[str, Given]))
+
+
+class Winner(msgspec.Struct, frozen=True, gc=False, rename={"said": "metadata"}):
     """One item of an answer. Utility is in micros per impression; None is what a degraded answer did not compute.
 
     `found_by` are the generators that found it: "index", and those of [generators].
@@ -27,8 +31,16 @@ class Winner(msgspec.Struct, frozen=True, gc=False):
     item_id: int
     utility_micros: float | None
     prob: Mapping[str, float | None]
-    metadata: Mapping[str, Given]
+    said: Annotated[msgspec.Raw, _SAID]  # a JSON object
     found_by: Sequence[str] = (INDEX,)
+
+    @property
+    def metadata(self) -> dict[str, Given]:
+        """What is said of the item, by column; read of its JSON each time."""
+        return _metadata.decode(self.said)
+
+
+_metadata = msgspec.json.Decoder(dict[str, Given])
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +64,7 @@ class Answer:
                     "item_id": w.item_id,
                     "utility_micros": w.utility_micros,
                     "prob": dict(w.prob),
-                    "metadata": dict(w.metadata),
+                    "metadata": w.metadata,
                     "found_by": list(w.found_by),
                 }
                 for w in self.winners

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 
@@ -37,7 +38,7 @@ class Descriptions:
     ) -> None:
         self._metadata, self._items, self._version, self._counts = metadata, items, version, counts
         self.deferred = options.deferred
-        self.needed = options.columns or tuple(name for name in metadata.columns if name not in options.deferred)
+        self.needed = options.needed_of(metadata.columns)
         metadata.check_columns([*self.needed, *self.deferred])
 
     def columns_of(self, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -54,12 +55,12 @@ class Descriptions:
                 )
         return self.needed if wanted is None else wanted
 
-    def take(self, rows: Array, wanted: tuple[str, ...] | None) -> list[Mapping[str, Given]]:
-        """The columns of an answer for rows int64 [K], in order."""
+    def take(self, rows: Array, wanted: tuple[str, ...] | None) -> list[msgspec.Raw]:
+        """The columns of an answer for rows int64 [K], in order, as JSON objects."""
         columns = self.columns_of(wanted)
         if self._counts is not None:
             self._counts.add(columns, len(rows), wanted is not None)
-        return self._metadata.take(rows, columns) if columns else [{} for _ in rows]
+        return self._metadata.take_json(rows, columns)
 
     def describe(self, item_ids: Sequence[int], columns: Sequence[str] | None) -> Described:
         """These columns of items, deferred ones too; all of them if None.

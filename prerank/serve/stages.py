@@ -234,7 +234,7 @@ class Describe:
     writes: ClassVar[frozenset[str]] = frozenset({"described"})
 
     def run(self, values: Values) -> Values:
-        """One dict a winner, in order."""
+        """One JSON object a winner, in order."""
         winners: TopK = values["winners"]
         rows = winners.rows[0].numpy()[winners.valid[0].numpy()]
         return {"described": self.descriptions.take(rows, values["request"].metadata)}

@@ -345,7 +345,9 @@ def _malformed() -> Iterator[None]:
 
 def encode_answer(answer: Answer) -> bytes:
     """The answer as JSON, in the form of `AnswerBody`."""
-    return msgspec.json.encode(answer.to_dict())
+    stages = [StageBody(s.name, round(s.start_ms, 3), round(s.ms, 3), s.num_in, s.num_out) for s in answer.stages]
+    body = AnswerBody(answer.request_id, answer.version, answer.winners, stages, answer.degraded, answer.notes)
+    return msgspec.json.encode(body)
 
 
 def encode_recorded(recorded: Recorded) -> bytes:

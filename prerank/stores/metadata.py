@@ -1,13 +1,20 @@
 """What an answer says about each winner: the items table as one memory-mapped Arrow file, read by row number.
 
-Only the pages of the rows asked for are touched. Row numbers are those of one version's ItemTable.
+Only the pages of the rows asked for are touched. Row numbers are those of one version's ItemTable. The columns that
+come with every answer are in the file once more, as the JSON that is sent of each row: to make it anew of a hundred
+winners, each in another place, takes longer than to find it.
 """
 
 from __future__ import annotations
 
+import json
+import mmap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,8 +24,40 @@ from prerank._toml import nearest
 from prerank.errors import DataError
 from prerank.types import Array, Given
 
+READY = "prerank.json"
+"""The column of ready JSON, an object a row; its field's metadata names the columns in it."""
+_NAMES = b"columns"
 _MOST_SELECTED = 64
+_ROWS_AT_ONCE = 1 << 13
 _INT64 = pa.int64()
+
+
+def write_metadata(path: Path, table: pa.Table, ready: Sequence[str]) -> None:
+    """Write the rows of `table`, and of the columns `ready` the JSON that answers send.
+
+    The JSON is on the disk while it is made. Raises DataError for columns that are not there.
+    """
+    if READY in table.column_names:
+        raise DataError(f"{path}: the items table has a column {READY!r}, which is the name of our own; rename it")
+    table = table.combine_chunks().replace_schema_metadata(None)
+    whole = MetadataTable(table, path)
+    whole.check_columns(ready)
+    offsets = np.zeros(table.num_rows + 1, np.int64)
+    with TemporaryFile(dir=path.parent) as made:
+        for start in range(0, table.num_rows if ready else 0, _ROWS_AT_ONCE):
+            rows = np.arange(start, min(start + _ROWS_AT_ONCE, table.num_rows))
+            said = [msgspec.json.encode(one) for one in whole.take(rows, ready)]
+            offsets[rows + 1] = [len(one) for one in said]
+            made.writelines(said)
+        np.cumsum(offsets, out=offsets)
+        made.flush()
+        if offsets[-1]:
+            content = pa.py_buffer(mmap.mmap(made.fileno(), 0, access=mmap.ACCESS_READ))
+            column = pa.Array.from_buffers(pa.large_binary(), table.num_rows, [None, pa.py_buffer(offsets), content])
+            field = pa.field(READY, column.type, metadata={_NAMES: json.dumps(list(ready)).encode()})
+            table = table.append_column(field, column)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=max(table.num_rows, 1))
 
 
 class MetadataTable:
@@ -27,10 +66,11 @@ class MetadataTable:
     def __init__(self, table: pa.Table, path: Path) -> None:
         self._table = table
         self._path = path
-        self.columns: tuple[str, ...] = tuple(table.column_names)
+        self.columns: tuple[str, ...] = tuple(name for name in table.column_names if name != READY)
         self.num_rows: int = table.num_rows
         self._later: dict[int, Mapping[str, Given]] = {}
-        self._readers = {field.name: _reader(field.type) for field in table.schema}
+        self._readers = {field.name: _reader(field.type) for field in table.schema if field.name != READY}
+        self._ready = _Ready.of(table)
         self._selected: dict[tuple[str, ...], pa.Table] = {}
 
     @classmethod
@@ -80,6 +120,21 @@ class MetadataTable:
         taken = table.take(pa.Array.from_buffers(_INT64, len(places), [None, pa.py_buffer(places)]))
         return rows_of(names, [self._readers[name](_whole(taken.column(at))) for at, name in enumerate(names)])
 
+    def take_json(self, rows: Array, columns: Sequence[str]) -> list[msgspec.Raw]:
+        """`take` of these columns as JSON objects; found, not made, where they are those that come with answers.
+
+        Raises as `take` does.
+        """
+        names, ready = tuple(columns), self._ready
+        if ready is None or names != ready.names:
+            return [_json_of(one) for one in (self.take(rows, names) if names else [{} for _ in rows])]
+        if not (self._later and len(rows) and rows.max() >= self.num_rows):
+            return ready.take(rows)
+        in_file = rows < self.num_rows
+        found = iter(ready.take(rows[in_file]))
+        later = (_json_of(one) for one in self.take(rows[~in_file], names))
+        return [next(found if is_first else later) for is_first in in_file.tolist()]
+
     def _of_columns(self, names: tuple[str, ...]) -> pa.Table:
         """The table of these alone, kept: most requests want the same."""
         found = self._selected.get(names)
@@ -102,6 +157,36 @@ class MetadataTable:
         said = iter(self.take(rows[in_file], names))
         later = ({name: self._later[row][name] for name in names} for row in rows[~in_file].tolist())
         return [next(said if is_first else later) for is_first in in_file.tolist()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """The JSON object of row r is `said[offsets[r] : offsets[r + 1]]`, of the columns `names`."""
+
+    names: tuple[str, ...]
+    offsets: Array
+    said: memoryview
+
+    @classmethod
+    def of(cls, table: pa.Table) -> _Ready | None:
+        """None where the file has none: it is older, or in several batches."""
+        if READY not in table.column_names or table.column(READY).num_chunks != 1:
+            return None
+        names = json.loads(table.schema.field(READY).metadata[_NAMES])
+        _, offsets, said = table.column(READY).chunk(0).buffers()
+        return cls(tuple(names), np.frombuffer(offsets, np.int64), memoryview(said))
+
+    def take(self, rows: Array) -> list[msgspec.Raw]:
+        """The objects of rows int64 [K], which stay in the file until they are sent."""
+        if len(rows) and rows.min() < 0:
+            raise IndexError(f"metadata: expected rows of the file, got {rows.min()}")
+        places = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
+        said, raw = self.said, msgspec.Raw
+        return [raw(said[start:end]) for start, end in places]
+
+
+def _json_of(row: Mapping[str, Given]) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(row))
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:

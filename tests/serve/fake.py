@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import httpx
+import msgspec
 
 from prerank.kernels.stop import Stop
 from prerank.serve.answer import Answer, Winner, check_request
@@ -54,7 +55,7 @@ class FakeFunnel:
         self.asked.append(request)
         self.cancelled = cancelled
         self.before(request)
-        winners = [Winner(n, 2.5, {"click": 0.25}, {"title": f"item {n}"}) for n in range(request.k)]
+        winners = [Winner(n, 2.5, {"click": 0.25}, msgspec.Raw(b'{"title":"item %d"}' % n)) for n in range(request.k)]
         stages = [StageReport("retrieve", 2.0004, 500, 100), StageReport("rank", 1.0, 100, request.k, 2.0)]
         return Answer(request.request_id, self.version, winners, stages, self.degraded, ["a note"])
 
