@@ -15,6 +15,7 @@ SOURCES = (
     *("scan", "scan_portable", "scan_avx2", "scan_avx512"),
     "walk",
     "turns",
+    "lookup",
 )
 HEADERS = ("export.h", "program.h", "program_block.inc", "scan.h", "scan_rows.inc", "stop.h", "turns.h")
 FLAGS = (

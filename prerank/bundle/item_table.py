@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from prerank.bundle.moved import Moved
 from prerank.errors import BundleError, DataError
+from prerank.kernels.lookup import Lookup
 from prerank.schema import Bag, Category, Embedding, FeatureSchema
 from prerank.types import Array, Columns, Features
 
 _PREFIX, _KNOWN = "feature_", "known_"  # a feature may be called like an attribute of a module
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 _AT_ONCE = 1 << 16
-_FEW = 512  # item_ids that numpy looks up sooner, for its calls cost less; of many torch is done first
 
 Empty: TypeAlias = Callable[[Sequence[int], torch.dtype], Tensor]
 """Gives a tensor of a shape and type to write into."""
@@ -103,6 +103,7 @@ class ItemTable(nn.Module):
         # of the items published, in the first slots; others may have one for a while
         self.num_resident = num_published if slots is None else int((slots[:num_published] >= 0).sum())
         self._moved: Moved | None = None
+        self._places: Lookup | None = None
         self.num_items = num_published
 
     @classmethod
@@ -194,18 +195,13 @@ class ItemTable(nn.Module):
 
     def rows_of(self, item_ids: Tensor) -> Tensor:
         """item_ids int64 [...] -> rows int64 [...]; -1 for an item that is not here."""
-        if item_ids.numel() <= _FEW:
-            return torch.from_numpy(self.rows_of_few(item_ids.numpy()))
-        published = self.item_ids[: self.num_published]
-        rows = torch.searchsorted(published, item_ids).clamp_max_(self.num_published - 1)
-        rows = rows.masked_fill_(published[rows] != item_ids, -1)
-        return rows if self._moved is None else torch.from_numpy(self._moved.over(item_ids.numpy(), rows.numpy()))
+        return torch.from_numpy(self.rows_among(item_ids.numpy()))
 
-    def rows_of_few(self, item_ids: Array) -> Array:
-        """`rows_of` by numpy, a call of which costs less than one of torch where the items are few."""
-        published = self.item_ids.numpy()[: self.num_published]
-        rows = np.minimum(np.searchsorted(published, item_ids), self.num_published - 1)
-        rows[published[rows] != item_ids] = -1
+    def rows_among(self, item_ids: Array) -> Array:
+        """`rows_of` of an array."""
+        if self._places is None:  # a version that only searches never asks
+            self._places = Lookup(self.item_ids.numpy()[: self.num_published])
+        rows = self._places.find(item_ids)
         return rows if self._moved is None else self._moved.over(item_ids, rows)
 
     def slots_of(self, rows: Tensor) -> Tensor:

@@ -31,9 +31,10 @@ class Timeline:
     def build(cls, num_users: int, user: Array, time_ms: Array, values: Array) -> Timeline:
         """Events in any order: user int [E] in 0..num_users-1, time_ms int64 [E], values int [E]."""
         assert user.shape == time_ms.shape == values.shape
-        assert not len(user) or (user.min() >= 0 and user.max() < num_users), "every event is some user's"
         if num_users == 1:  # as when serving
+            assert not user.any(), "every event is some user's"
             return cls._of_one(time_ms, values)
+        assert not len(user) or (user.min() >= 0 and user.max() < num_users), "every event is some user's"
         if not _in_order(user, time_ms):
             order = np.lexsort((time_ms, user))
             user, time_ms, values = user[order], time_ms[order], values[order]
@@ -91,6 +92,11 @@ class Timeline:
         start = self._slices(user)[0] if first is None else first
         out = np.full((len(user), length), -1, dtype=np.int32)
         if not len(self.values):
+            return out
+        if len(user) == 1:  # as when serving
+            end = int(ends[0])
+            begin = max(int(start[0]), end - length)
+            out[0, length - max(end - begin, 0) :] = self.values[begin:end]
             return out
         back = np.arange(-length, 0)
         rows = max(1, _CELLS_AT_ONCE // max(length, 1))  # pieces that stay in the cache

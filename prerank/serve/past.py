@@ -35,7 +35,7 @@ class Past:
     ) -> None:
         self._record, self._labels, self._items, self._same = record, labels, items, same or {}
         self._moment = np.array([time_ms], np.int64)
-        rows = items.rows_of_few(record.item_ids)
+        rows = items.rows_among(record.item_ids)
         unknown = rows < 0
         self._rows, self._unknown = rows, unknown if unknown.any() else None
         self.num_unknown = 0

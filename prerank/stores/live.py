@@ -134,6 +134,8 @@ class LiveUsers:
     def get(self, user_id: int) -> UserRecord | None:
         """What is known of the user, or None if nothing. Raises DataError on a damaged record."""
         record, rows = self._both(user_id)
+        if not len(rows):
+            return record
         flags = self._flags.take(rows["event"])
         counts = (rows["time_ms"] > self.until_ms) & (flags != 0)
         if record is not None and counts.any():

@@ -79,7 +79,6 @@ def test_items_are_where_they_were_last_said_to_be(said):
         where |= call
         asked = torch.arange(-5, 45)
         assert items.rows_of(asked).tolist() == [where.get(one, -1) for one in asked.tolist()]
-        assert items.rows_of_few(asked.numpy()).tolist() == items.rows_of(asked).tolist()
         assert items.num_items == sum(row >= 0 for row in where.values())
     assert items.is_in_order == (not any(said))
 
