@@ -36,12 +36,14 @@ from prerank.serve.graph import RequestGraph, Values
 from prerank.serve.index_columns import batch_of, columns_of, options_of
 from prerank.serve.passage import run_graph
 from prerank.serve.stages import Target
+from prerank.serve.wire import encode_answer
 from prerank.types import Request
 
 NUM_ITEMS, QUICK_ITEMS = 1_000_000, 30_000
 SIZES, QUICK_SIZES = (10_000, 100_000), (1_000,)
 CALLS, QUICK_CALLS = 40, 4
 NAIVE_CALLS = {1_000: 4, 10_000: 12, 100_000: 5}
+_COLUMNS = {True: "columns", False: "columns that are not compressed"}
 SCORER = ("target", "retrieve", "prepare_user", "rank")
 LATENCIES_MS = {"expand_user": 9.0, "expand_targeting": 3.0, "target": 2.0}
 """Of a store that is asked over a network, and of reading bitmaps."""
@@ -97,13 +99,13 @@ def _paths(funnel: Funnel, naive: Naive, keep: int, calls: int) -> Iterator[Row]
     torch.set_num_threads(1)
     for k in (K, 100):
         rest = [_overhead(funnel, user % NUM_USERS, k) for user in range(calls)]
-        row = Row.timed(f"request while no part of the scorer runs, {k:,} winners, {name}", rest, keep)
+        row = Row.timed(f"request and its JSON while no part of the scorer runs, {k:,} winners, {name}", rest, keep)
         yield row if k == K else replace(row, bar=1.5, holds=float(np.median(rest)) <= 1.5)
     yield from _retrieval(funnel, naive, keep, max(3, slow))
 
 
 def _retrieval(funnel: Funnel, naive: Naive, keep: int, calls: int) -> Iterator[Row]:
-    """What goes to the next process: objects in JSON, or ids and bids as index hosts send them, compressed too."""
+    """What goes to the next process: objects in JSON, or ids and bids as index hosts send them: compressed, or not."""
     name = f"{keep:,} candidates"
     stages = {one.name: one for one in funnel._graph.order}
     target = stages["target"]
@@ -118,7 +120,7 @@ def _retrieval(funnel: Funnel, naive: Naive, keep: int, calls: int) -> Iterator[
     def by_rows() -> None:
         sent["rows"] = len(json.dumps(naive.retrieve(features, str(profile.get("country")), keep)))
 
-    def by_columns(is_compressed: bool = False) -> None:
+    def by_columns(is_compressed: bool) -> None:
         targeted = target.run({"request": request, "profile": profile})
         candidates = stages["retrieve"].run({"features": features, **targeted})["candidates"]
         ids = funnel._items.item_ids[candidates.rows[0]]
@@ -129,23 +131,24 @@ def _retrieval(funnel: Funnel, naive: Naive, keep: int, calls: int) -> Iterator[
             writer.write_batch(batch)
         content = sink.getvalue()
         pa.ipc.open_stream(pa.BufferReader(content)).read_all()  # whoever gets them has to
-        sent["compressed" if is_compressed else "columns"] = len(content)
+        sent[_COLUMNS[is_compressed]] = len(content)
 
     torch.set_num_threads(2)
     rows: list[float] = []
-    columns: dict[str, list[float]] = {"columns": [], "compressed": []}
+    columns: dict[str, list[float]] = {how: [] for how in _COLUMNS.values()}
     for _ in range(calls):
         rows += times_ms(by_rows, 1, warm_up=0)
-        for how, times in columns.items():
-            times += times_ms(partial(by_columns, how == "compressed"), 1, warm_up=0)
+        for is_compressed, how in _COLUMNS.items():
+            columns[how] += times_ms(partial(by_columns, is_compressed), 1, warm_up=0)
     yield Row.timed(f"retrieval as objects with metadata, {name}", rows, keep)
     yield Row.of(f"bytes of candidates as objects, {name}", sent["rows"], "bytes", keep)
-    for how, times in columns.items():
-        said = how if how == "columns" else "compressed columns"
-        yield Row.timed(f"retrieval as {said}, {name}", times, keep)
-        yield _bar(f"retrieval as {said} over objects, p50, {name}", _share(times, rows, 50), 1 / 10, keep)
-        yield Row.of(f"bytes of candidates as {said}, {name}", sent[how], "bytes", keep)
-        yield _bar(f"bytes of {said} over objects, {name}", sent[how] / sent["rows"], 1 / 50, keep)
+    for is_compressed, how in _COLUMNS.items():
+        yield Row.timed(f"retrieval as {how}, {name}", columns[how], keep)
+        yield Row.of(f"bytes of candidates as {how}, {name}", sent[how], "bytes", keep)
+        time_share, byte_share = _share(columns[how], rows, 50), sent[how] / sent["rows"]
+        least = (1 / 10, 1 / 50) if is_compressed else (None, None)  # of what is sent unless told otherwise
+        yield _bar(f"retrieval as {how} over objects, p50, {name}", time_share, least[0], keep)
+        yield _bar(f"bytes of {how} over objects, {name}", byte_share, least[1], keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +197,10 @@ def _ours(funnel: Funnel, user: int) -> dict[str, float]:
 
 
 def _overhead(funnel: Funnel, user: int, k: int) -> float:
-    """Milliseconds of a request in which neither eligibility, nor retrieval, nor the ranker was at work."""
+    """Milliseconds until the JSON is there in which neither eligibility, nor retrieval, nor the ranker was at work."""
     start = time.perf_counter()
     answer = funnel.recommend(Request(user, k, T0_MS, {"surface": "a"}))
+    encode_answer(answer)
     whole, covered, until = 1000 * (time.perf_counter() - start), 0.0, 0.0
     for one in answer.stages:  # as they began
         if one.name in SCORER:
@@ -210,8 +214,9 @@ def _share(ours: list[float], theirs: list[float], percentile: int) -> float:
     return float(np.percentile(ours, percentile) / np.percentile(theirs, percentile))
 
 
-def _bar(name: str, ratio: float, bar: float, n: int) -> Row:
-    return replace(Row.of(name, ratio, "times", n), bar=bar, holds=ratio <= bar)
+def _bar(name: str, ratio: float, bar: float | None, n: int) -> Row:
+    row = Row.of(name, ratio, "times", n)
+    return row if bar is None else replace(row, bar=bar, holds=ratio <= bar)
 
 
 def _items(num: int) -> pa.Table:

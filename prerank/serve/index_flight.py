@@ -67,7 +67,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         port: int = 0,
         exposure: Exposure = LOCAL,
         tls: HostTls | None = None,
-        is_compressed: bool = False,
+        is_compressed: bool = True,
     ) -> None:
         self._host, self._exposure, self._callers = host, exposure, Callers()
         self._options = options_of(is_compressed)
@@ -231,7 +231,7 @@ def serve_index_host(
     token_file: Path | None = None,
     threads: int = 1,
     tls: HostTls | None = None,
-    is_compressed: bool = False,
+    is_compressed: bool = True,
 ) -> None:
     """Serve shard `place` of the funnel at `store` until a signal ends it, and searches that run have ended.
 

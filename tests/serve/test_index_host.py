@@ -361,12 +361,13 @@ def test_versions_are_loaded_and_let_go_over_the_wire_by_who_shows_the_token(
         assert list(stranger.holding(5.0).versions) == [versions[0]], "reading needs none"
 
 
-def test_compressed_candidates_are_the_same(three: tuple[Path, list[str]]) -> None:
+@pytest.mark.parametrize("is_compressed", [True, False])
+def test_candidates_are_the_same_compressed_or_not(three: tuple[Path, list[str]], is_compressed: bool) -> None:
     store, versions = three
     host = IndexHost(store, Place(0, 2))
     host.load(versions[0])
     search = asked(store, versions[0])
-    server = FlightServer(host, is_compressed=True)
+    server = FlightServer(host, is_compressed=is_compressed)
     client = FlightHost(f"127.0.0.1:{server.port}")
     try:
         found, plain = client.search(search), host.search(search)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from prerank.errors import DataError
-from prerank.stores.metadata import MetadataTable
+from prerank.stores.metadata import READY, MetadataTable, write_metadata
 
 
 def write(path: Path, table: pa.Table, max_chunksize: int | None = None) -> Path:
@@ -97,3 +97,75 @@ def test_a_row_of_another_version_is_our_own_mistake(tmp_path: Path) -> None:
     table = MetadataTable.open(write(tmp_path / "m", items()))
     with pytest.raises(IndexError):
         table.take(np.array([4]))
+
+
+ALL = ["item_id", "title", "bid", "ctr", "is_new", "tags", "genre"]
+
+
+def written(path: Path, table: pa.Table, ready: list[str]) -> MetadataTable:
+    write_metadata(path, table, ready)
+    return MetadataTable.open(path)
+
+
+@pytest.mark.parametrize("ready", [ALL, ["title"], ["genre", "ctr"], []])
+def test_json_is_that_of_the_columns_whether_it_is_ready_or_not(tmp_path: Path, ready: list[str]) -> None:
+    table = written(tmp_path / "m", items(), ready)
+    assert list(table.columns) == ALL
+    rows = np.array([3, 0, 3, 1])
+    for names in (ALL, ["title"], ["ctr", "genre"], ["genre", "ctr"]):
+        said = [json.loads(bytes(one)) for one in table.take_json(rows, names)]
+        assert said == table.take(rows, names)
+        assert [list(one) for one in said] == [names] * len(rows)
+    assert [bytes(one) for one in table.take_json(rows, [])] == [b"{}"] * len(rows)
+    assert table.take_json(np.zeros(0, np.int64), ALL) == []
+
+
+def test_ready_json_is_found_in_the_file_and_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = written(tmp_path / "m", items(), ["title", "bid"])
+    monkeypatch.setattr(table, "take", None)
+    assert [bytes(one) for one in table.take_json(np.array([1, 0]), ["title", "bid"])] == [
+        b'{"title":null,"bid":2}',
+        b'{"title":"a","bid":1}',
+    ]
+
+
+def test_items_that_came_later_are_said_among_those_of_the_file(tmp_path: Path) -> None:
+    table = written(tmp_path / "m", items().select(["title", "bid"]), ["title", "bid"])
+    table.put([4, 6], pa.table({"title": ["new", None], "bid": pa.array([7, 8], pa.int32())}))
+    said = [json.loads(bytes(one)) for one in table.take_json(np.array([6, 0, 4]), ["title", "bid"])]
+    assert said == [{"title": None, "bid": 8}, {"title": "a", "bid": 1}, {"title": "new", "bid": 7}]
+
+
+def test_many_rows_are_each_their_own(tmp_path: Path) -> None:
+    num = 20_000  # more than are made at once
+    table = written(
+        tmp_path / "m", pa.table({"n": range(num), "text": [f"é{n}" * (n % 5) for n in range(num)]}), ["text"]
+    )
+    rows = np.random.default_rng(0).permutation(num)[:500]
+    assert [json.loads(bytes(one))["text"] for one in table.take_json(rows, ["text"])] == [
+        f"é{n}" * (n % 5) for n in rows
+    ]
+
+
+def test_a_file_without_ready_json_still_answers(tmp_path: Path) -> None:
+    """As one published by an earlier prerank, or one in several batches."""
+    for chunks in (None, 2):
+        table = MetadataTable.open(write(tmp_path / "m", items(), chunks))
+        assert bytes(table.take_json(np.array([2]), ["title", "ctr"])[0]) == b'{"title":"c","ctr":null}'
+
+
+@pytest.mark.parametrize("rows", [[4], [-1], [0, 400]])
+def test_ready_json_of_a_row_of_another_version_is_our_own_mistake(tmp_path: Path, rows: list[int]) -> None:
+    with pytest.raises(IndexError):
+        written(tmp_path / "m", items(), ALL).take_json(np.array(rows), ALL)
+
+
+def test_a_column_of_the_name_of_our_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"has a column '{READY}', which is the name of our own; rename it"):
+        write_metadata(tmp_path / "m", pa.table({READY: [1]}), [])
+    with pytest.raises(DataError, match="got 'titel'"):
+        write_metadata(tmp_path / "m", items(), ["titel"])
+
+
+def test_a_table_of_no_rows_is_written(tmp_path: Path) -> None:
+    assert written(tmp_path / "m", items().slice(0, 0), ALL).num_rows == 0
