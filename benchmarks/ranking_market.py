@@ -1,9 +1,10 @@
 """How near does each ranker come to the true probability of a click, and when does a model a segment pay?
 
 The simulated market. Part a: rankers of about equal weights outside the tables, three seeds, trained on clicks, against
-the truth on the test day's impressions and on random ads for 500 users; beside them oracles that know some terms of the
-truth exactly, and what no dot product can hold. Part b: one ranker for all surfaces against one a surface, at three
-numbers of training impressions a surface, one seed. Two processes of one thread each.
+the truth on the test day's impressions, on random ads for 500 users, and on what a user's visits to advertisers are
+worth; beside them oracles that know some terms of the truth exactly, and what no dot product can hold. Part b: one
+ranker for all surfaces against one a surface, at three numbers of training impressions a surface, one seed. Two
+processes of one thread each.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from benchmarks.market_truth import (
     references,
     taken,
 )
+from benchmarks.market_visits import Visitors, visit_rows
 from benchmarks.ranking_world import home_of_trainings, num_weights
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
@@ -126,11 +128,15 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What one training gave: two arrays of probabilities, its seconds, and a ranker's weights outside the tables."""
+    """What one training gave: two arrays of probabilities, its seconds, and a ranker's weights outside the tables.
+
+    Of part a also what a user's visits add to its logits, as `Visitors.told`.
+    """
 
     probs: tuple[Array, ...]
     seconds: float
     weights: int
+    visits: Array | None = None
 
 
 def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
@@ -175,7 +181,9 @@ def judged(world: World, sizes: Sizes, name: str, seed: int) -> Told:
     test = Impressions(prepared, config, np.flatnonzero(prepared.of_days(config.data.days("test"))))
     found = predict(ranker, test, ask(world.config, prepared, sizes))
     assert found.candidates is not None
-    return Told((found.winners[:, 0], found.candidates[..., 0].ravel()), _seconds(epochs), num_weights(ranker))
+    visits = Visitors.of(MarketTruth.load(world.folder), prepared, world.config, sizes.questions).told(ranker, test)
+    probs = found.winners[:, 0], found.candidates[..., 0].ravel()
+    return Told(probs, _seconds(epochs), num_weights(ranker), visits)
 
 
 def _seconds(epochs: Sequence[Mapping[str, float]]) -> float:
@@ -219,6 +227,9 @@ def truth_rows(world: World, sizes: Sizes, told: Mapping[str, Sequence[Told]]) -
         more = interval_of(areas[ours] - areas[theirs])
         yield from interval_rows(f"{ours} over {theirs}, impressions, AUC", more, "AUC", len(shown))
     yield from rank_rows(truth, config.ranker.dim, logit_of(drawn).reshape(-1, sizes.candidates), probs)
+    worth = Visitors.of(truth, prepared, config, sizes.questions).worth(truth, log, prepared)
+    visits = {name: [one.visits for one in runs if one.visits is not None] for name, runs in told.items()}
+    yield from visit_rows(worth, visits, config.ranker.dim)
 
 
 def _splits(sizes: Sizes) -> list[tuple[int, str]]:
