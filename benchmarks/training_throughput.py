@@ -70,6 +70,8 @@ LESSON_LEVERS: dict[str, tuple[Callable[[Plan], Plan], Callable[[Any], Any]]] = 
     "items made a pair": (lambda plan: plan, items_apart),
     "users and items made a pair": (lambda plan: plan, lambda batch: items_apart(users_apart(batch))),
     "bf16": (LEVERS["bf16"], lambda batch: batch),
+    "4 times the batch": (lambda plan: replace(plan, batch=4 * plan.batch), lambda batch: batch),
+    "bf16, 4 times the batch": (lambda plan: replace(plan, bf16=True, batch=4 * plan.batch), lambda batch: batch),
 }
 
 
