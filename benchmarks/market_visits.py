@@ -1,33 +1,42 @@
-"""What a visit is worth, user by advertiser: a table no dot product can hold, and each ranker's own answer to it.
+"""What is a visit to an advertiser's site worth, and can a dot product know it?
 
-Each of Q users visited the site of an advertiser of his own before the log; one ad of each of these advertisers makes
-Q columns. The truth adds a surface's number where the user visited the advertiser and nothing elsewhere: nearly a
-diagonal. A ranker's answer is what it says of the pairs less what it says of them when it is told of no visits. Of two
-towers that difference is a product of as many numbers as theirs, and what such a product leaves at least of a table
-Eckart and Young (1936) tell, whatever it was trained on; biases are taken out with the means of rows and columns.
+The simulated market, rankers of about equal weights outside the tables, three seeds, trained on clicks as part a of
+`ranking_market` trains them. Each of Q users visited the site of an advertiser of his own before the log; one ad of
+each of these advertisers makes Q columns. The truth adds a surface's number where the user visited the advertiser and
+nothing elsewhere: nearly a diagonal. A ranker's answer is what it says of the pairs less what it says of them when it
+is told of no visits. Of two towers that difference is a product of as many numbers as theirs, and what such a product
+leaves at least of a table Eckart and Young (1936) tell, whatever it was trained on; biases are taken out with the means
+of rows and columns. Fifteen in a hundred of the true visits are in no table that a ranker reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 
 import numpy as np
 import torch
 
+from benchmarks.machine import REPOSITORY, say
 from benchmarks.market import _law, _Log
-from benchmarks.market_truth import logit_of, pair_error, seed_rows
+from benchmarks.market_truth import log_order, logit_of, pair_error, seed_rows, taken
+from benchmarks.ranking_market import BASE, FULL, PLAIN, QUICK, Sizes, World, models, one_thread
+from benchmarks.ranking_world import home_of_trainings
 from benchmarks.result import Row
-from prerank.config import Config
+from benchmarks.run import Measured, Options, run
+from prerank.config import Config, load_config
 from prerank.market.generate import MarketTruth, best_rank_error
 from prerank.market.hash import rows_of_ids
 from prerank.models.ranker import Ranker
 from prerank.train.candidates import candidate_probs, one_event_a_user
 from prerank.train.prepare import Prepared
-from prerank.train.ranking import Impressions
+from prerank.train.ranking import Impressions, train_ranker
 from prerank.types import Array
 
 VISITS = "visited_advertisers"
+RANKERS = (FULL, PLAIN, BASE, "mtmd", "two_tower")
 UNIT = "of squared error"
 
 
@@ -74,8 +83,37 @@ class Visitors:
 def visit_rows(worth: Array, told: Mapping[str, Sequence[Array]], dim: int) -> Iterator[Row]:
     """What a dot product of `dim` numbers leaves at least of `worth` [Q, Q], and what the seeds of each ranker do."""
     bound = best_rank_error(worth, dim)
-    yield Row.of(f"visits, best rank error, d = {dim}", bound, UNIT, worth.size)
+    yield Row.of(f"best rank error, d = {dim}", bound, UNIT, worth.size)
     for name, seeds in told.items():
-        yield from seed_rows(
-            f"visits, {name}, error of the pairs", [pair_error(worth, one) for one in seeds], UNIT, worth.size
-        )
+        yield from seed_rows(f"{name}, error of the pairs", [pair_error(worth, one) for one in seeds], UNIT, worth.size)
+
+
+def answered(world: World, sizes: Sizes, name: str, seed: int) -> Array:
+    """What one ranker says that visits add, float64 [Q, Q]."""
+    say(f"market_visits: {name}, {seed}")
+    config, prepared = replace(models(world.config)[name], seed=seed), world.prepared()
+    ranker, _ = train_ranker(prepared, config, *world.work(config.to_dict()))
+    visitors = Visitors.of(MarketTruth.load(world.folder), prepared, world.config, sizes.questions)
+    test = Impressions(prepared, config, np.flatnonzero(prepared.of_days(config.data.days("test"))))
+    return visitors.told(ranker, test)
+
+
+def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
+    sizes = QUICK if options.quick else Sizes()
+    sizes = replace(sizes, seeds=options.seeds or sizes.seeds)
+    config = load_config(REPOSITORY / "funnel.toml")
+    with home_of_trainings(options) as home, ProcessPoolExecutor(2, get_context("spawn"), one_thread) as pool:
+        say(f"market_visits: a market of {sizes.impressions:,} impressions")
+        world = World.make(config, home, sizes.num_ads, sizes.impressions)
+        asked = {name: [pool.submit(answered, world, sizes, name, seed) for seed in sizes.seeds] for name in RANKERS}
+        told = {name: [one.result() for one in seeds] for name, seeds in asked.items()}
+        prepared, truth = world.prepared(), MarketTruth.load(world.folder)
+        log = taken(_Log.read(truth, world.folder), log_order(world.folder, prepared))
+        worth = Visitors.of(truth, prepared, config, sizes.questions).worth(truth, log, prepared)
+        rows = list(visit_rows(worth, told, config.ranker.dim))
+    said = {name: one.to_dict()["ranker"] for name, one in models(config).items() if name in RANKERS}
+    return Measured(rows, {**asdict(sizes), "seed": config.seed, "rankers": said})
+
+
+if __name__ == "__main__":
+    run("market_visits", __doc__ or "", measure, keeps=True)

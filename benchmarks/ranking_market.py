@@ -1,10 +1,9 @@
 """How near does each ranker come to the true probability of a click, and when does a model a segment pay?
 
 The simulated market. Part a: rankers of about equal weights outside the tables, three seeds, trained on clicks, against
-the truth on the test day's impressions, on random ads for 500 users, and on what a user's visits to advertisers are
-worth; beside them oracles that know some terms of the truth exactly, and what no dot product can hold. Part b: one
-ranker for all surfaces against one a surface, at three numbers of training impressions a surface, one seed. Two
-processes of one thread each.
+the truth on the test day's impressions and on random ads for 500 users; beside them oracles that know some terms of the
+truth exactly, and what no dot product can hold. Part b: one ranker for all surfaces against one a surface, at three
+numbers of training impressions a surface, one seed. Two processes of one thread each.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from benchmarks.market_truth import (
     references,
     taken,
 )
-from benchmarks.market_visits import Visitors, visit_rows
 from benchmarks.ranking_world import home_of_trainings, num_weights
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
@@ -128,15 +126,11 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What one training gave: two arrays of probabilities, its seconds, and a ranker's weights outside the tables.
-
-    Of part a also what a user's visits add to its logits, as `Visitors.told`.
-    """
+    """What one training gave: two arrays of probabilities, its seconds, and a ranker's weights outside the tables."""
 
     probs: tuple[Array, ...]
     seconds: float
     weights: int
-    visits: Array | None = None
 
 
 def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
@@ -144,7 +138,7 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
     sizes = replace(sizes, seeds=options.seeds or sizes.seeds)
     config = load_config(REPOSITORY / "funnel.toml")
     rows: list[Row] = []
-    with home_of_trainings(options) as home, ProcessPoolExecutor(2, get_context("spawn"), _one_thread) as pool:
+    with home_of_trainings(options) as home, ProcessPoolExecutor(2, get_context("spawn"), one_thread) as pool:
         several: dict[tuple[str, int], Future[Told]] = {}
         if "b" in part:  # the longest first, so that no process ends alone with one
             say(f"ranking_market: a market of {sizes.split_impressions:,} impressions")
@@ -164,7 +158,8 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
     return Measured(rows, {**asdict(sizes), "part": "".join(part), "seed": config.seed, "rankers": said})
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
+    """Of each process, where several train at once."""
     torch.set_num_threads(1)
 
 
@@ -181,9 +176,7 @@ def judged(world: World, sizes: Sizes, name: str, seed: int) -> Told:
     test = Impressions(prepared, config, np.flatnonzero(prepared.of_days(config.data.days("test"))))
     found = predict(ranker, test, ask(world.config, prepared, sizes))
     assert found.candidates is not None
-    visits = Visitors.of(MarketTruth.load(world.folder), prepared, world.config, sizes.questions).told(ranker, test)
-    probs = found.winners[:, 0], found.candidates[..., 0].ravel()
-    return Told(probs, _seconds(epochs), num_weights(ranker), visits)
+    return Told((found.winners[:, 0], found.candidates[..., 0].ravel()), _seconds(epochs), num_weights(ranker))
 
 
 def _seconds(epochs: Sequence[Mapping[str, float]]) -> float:
@@ -227,9 +220,6 @@ def truth_rows(world: World, sizes: Sizes, told: Mapping[str, Sequence[Told]]) -
         more = interval_of(areas[ours] - areas[theirs])
         yield from interval_rows(f"{ours} over {theirs}, impressions, AUC", more, "AUC", len(shown))
     yield from rank_rows(truth, config.ranker.dim, logit_of(drawn).reshape(-1, sizes.candidates), probs)
-    worth = Visitors.of(truth, prepared, config, sizes.questions).worth(truth, log, prepared)
-    visits = {name: [one.visits for one in runs if one.visits is not None] for name, runs in told.items()}
-    yield from visit_rows(worth, visits, config.ranker.dim)
 
 
 def _splits(sizes: Sizes) -> list[tuple[int, str]]:

@@ -42,10 +42,7 @@ TABLES = {
     "market_ranks": ("market", "best rank error .*"),
     "market_rankers": ("ranking_market", "(?!.* over )[^:]+, impressions, (KL|AUC|log loss)"),
     "market_rankers_parts": ("ranking_market", "(?!.* over )[^:]+, impressions of [a-z ]+, KL"),
-    "market_rankers_candidates": (
-        "ranking_market",
-        "(?!.* over )[^:]+, candidates, [^:]+|(visits, )?best rank error .*|visits, .* pairs",
-    ),
+    "market_rankers_candidates": ("ranking_market", "(?!.* over )[^:]+, candidates, [^:]+|best rank error .*"),
     "market_rankers_paired": ("ranking_market", ".* over .*, (impressions|candidates), .*"),
     "market_segments": ("ranking_market", ".* a surface, all surfaces, [^:]*, KL(: (low|high))?"),
     "market_versions": ("market_serving", "publish.*|validate.*|start serving.*|serve: .*"),

@@ -11,18 +11,15 @@ from benchmarks import market_truth, ranking_market, readme
 from benchmarks.machine import REPOSITORY
 from benchmarks.market import _Log
 from benchmarks.market_truth import View
-from benchmarks.market_visits import Visitors, visit_rows
 from benchmarks.ranking_market import World
 from benchmarks.ranking_world import num_weights
 from benchmarks.result import Hardware, Result
 from prerank.config import load_config
 from prerank.market.generate import MarketTruth, best_rank_error
-from prerank.market.hash import rows_of_ids
 from prerank.market.marginals import SURFACES
 from prerank.metrics.divergence import bernoulli_kl
 from prerank.models.rankers import build_one_ranker
 from prerank.train.candidates import Retrieved, one_event_a_user
-from prerank.train.ranking import Impressions
 
 TINY = replace(ranking_market.QUICK, seeds=(7, 8), segments={300: 128}, split_test=1_500)
 MARKER = re.compile(r"<!-- measured:((?:ranking_market|market_rankers|market_segments).*?) -->")
@@ -106,46 +103,6 @@ def test_no_dot_product_leaves_less_than_the_best_one():
         told = user @ item + draw.normal(size=(60, 1)) + draw.normal(size=40)
         assert market_truth.pair_error(logit, told) >= bound
     assert market_truth.pair_error(logit, logit + 3) == pytest.approx(0, abs=1e-20)
-
-
-def test_what_visits_are_worth_is_what_the_truth_says_with_them_and_without(market, known):
-    truth, prepared, log = known
-    visitors = Visitors.of(truth, prepared, market.config, TINY.questions)
-    num = len(visitors.events)
-    assert num > TINY.questions / 2
-    assert len(np.unique(visitors.items)) == num
-    worth = visitors.worth(truth, log, prepared)
-    user, ad = (
-        np.repeat(log.user[visitors.events], num),
-        np.tile(rows_of_ids("item", prepared.item_ids[visitors.items]), num),
-    )
-    pairs = user, ad, *(np.repeat(getattr(log, name)[visitors.events], num) for name in ("surface", "hour"))
-    known_of, never = truth.users.visited.copy(), np.zeros(len(user), np.int64)
-    with_them = truth.click_logit(*pairs, never, never, never)
-    try:
-        truth.users.visited[:] = -1
-        without = truth.click_logit(*pairs, never, never, never)
-    finally:
-        truth.users.visited[:] = known_of
-    np.testing.assert_allclose(worth.ravel(), with_them - without, atol=1e-9)
-    assert (np.diag(worth) > 0).all()
-    assert (worth > 0).mean() < 0.1
-
-
-def test_two_towers_leave_of_visits_what_a_dot_product_must(market, known):
-    truth, prepared, log = known
-    visitors = Visitors.of(truth, prepared, market.config, TINY.questions)
-    worth, dim = visitors.worth(truth, log, prepared), 4
-    test = Impressions(prepared, market.config, np.flatnonzero(prepared.of_days(market.config.data.days("test"))))
-    for model in ("mmoe_dcn", "mtmd", "two_tower"):
-        options = replace(market.config.ranker, model=model, dim=dim)
-        ranker = build_one_ranker(replace(market.config, ranker=options), prepared.transforms.sizes()).eval()
-        told = visitors.told(ranker, test)
-        energy = np.linalg.svd(told - told.mean(0) - told.mean(1, keepdims=True) + told.mean(), compute_uv=False) ** 2
-        assert energy[dim:].sum() < 1e-2 * energy.sum(), "it is a product of so many numbers"
-    rows = {row.name: row.value for row in visit_rows(worth, {"exact": [worth], model: [told]}, dim)}
-    assert rows["visits, exact, error of the pairs"] == pytest.approx(0, abs=1e-20)
-    assert rows[f"visits, {model}, error of the pairs"] >= rows[f"visits, best rank error, d = {dim}"] > 0.5
 
 
 def test_rankers_have_about_equal_weights_and_one_training(market):
