@@ -4,9 +4,9 @@ The simulated market, rankers of about equal weights outside the tables, three s
 `ranking_market` trains them. Each of Q users visited the site of an advertiser of his own before the log; one ad of
 each of these advertisers makes Q columns. The truth adds a surface's number where the user visited the advertiser and
 nothing elsewhere: nearly a diagonal. A ranker's answer is what it says of the pairs less what it says of them when it
-is told of no visits. Of two towers that difference is a product of as many numbers as theirs, and what such a product
-leaves at least of a table Eckart and Young (1936) tell, whatever it was trained on; biases are taken out with the means
-of rows and columns. Fifteen in a hundred of the true visits are in no table that a ranker reads.
+is told of no visits; of one that counts matches also less what it says where visits are told and match nothing. Of two
+towers the difference is a product of as many numbers as theirs, and what such a product leaves at least of a table
+Eckart and Young (1936) tell, whatever it was trained on; biases are taken out with the means of rows and columns. Fifteen in a hundred of the true visits are in no table that a ranker reads.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from multiprocessing import get_context
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.machine import REPOSITORY, say
 from benchmarks.market import _law, _Log
@@ -27,15 +28,16 @@ from benchmarks.ranking_world import home_of_trainings
 from benchmarks.result import Row
 from benchmarks.run import Measured, Options, run
 from prerank.config import Config, load_config
+from prerank.kernels.program import Program
 from prerank.market.generate import MarketTruth, best_rank_error
 from prerank.market.hash import rows_of_ids
 from prerank.models.ranker import Ranker
 from prerank.train.candidates import candidate_probs, one_event_a_user
 from prerank.train.prepare import Prepared
 from prerank.train.ranking import Impressions, train_ranker
-from prerank.types import Array
+from prerank.types import Array, Features
 
-VISITS = "visited_advertisers"
+VISITS, MATCHES = "visited_advertisers", "codes_visited_advertisers"
 RANKERS = (FULL, PLAIN, BASE, "mtmd", "two_tower")
 UNIT = "of squared error"
 
@@ -70,14 +72,42 @@ class Visitors:
         found: Array = _law("visited")[log.surface[self.events]][:, None] * met
         return found
 
-    def told(self, ranker: Ranker, impressions: Impressions) -> Array:
-        """What they add to a ranker's logits of the first task, float64 [Q, Q]."""
+    def told(self, ranker: Ranker, impressions: Impressions) -> dict[str, Array]:
+        """What they add to a ranker's logits of the first task, float64 [Q, Q]: `VISITS`, and of `MATCHES` alone."""
         user, [day] = impressions.users.at(self.events), np.unique(np.asarray(impressions.day[self.events]))
         items, rows = impressions.items.on(int(day)), np.tile(self.items, (len(self.events), 1))
-        without = user | {VISITS: torch.full_like(user[VISITS], -1)}
-        known, unknown = (candidate_probs(ranker, one, items, rows)[..., 0] for one in (user, without))
-        change: Array = logit_of(known) - logit_of(unknown)
-        return change
+
+        def logits(of: Ranker, user: Features) -> Array:
+            return logit_of(candidate_probs(of, user, items, rows)[..., 0])
+
+        known = logits(ranker, user)
+        found = {VISITS: known - logits(ranker, user | {VISITS: torch.full_like(user[VISITS], -1)})}
+        if MATCHES in ranker.user_side(user):
+            found[MATCHES] = known - logits(_Unmatched(ranker), user)
+        return found
+
+
+class _Unmatched:
+    """A ranker as it is, for which no visit matches any candidate."""
+
+    def __init__(self, ranker: Ranker) -> None:
+        self._ranker, self.tasks = ranker, ranker.tasks
+
+    def item_side(self, items: Features) -> dict[str, Tensor]:
+        """As the ranker's."""
+        return self._ranker.item_side(items)
+
+    def user_side(self, user: Features) -> dict[str, Tensor]:
+        """As the ranker's, without the codes that its matches are counted by."""
+        side = self._ranker.user_side(user)
+        return side | {MATCHES: torch.full_like(side[MATCHES], -1)}
+
+    def __call__(self, user_side: Features, item_side: Features) -> Tensor:
+        return self._ranker(user_side, item_side)
+
+    def program(self) -> Program:
+        """Nobody asks."""
+        raise NotImplementedError
 
 
 def visit_rows(worth: Array, told: Mapping[str, Sequence[Array]], dim: int) -> Iterator[Row]:
@@ -88,8 +118,8 @@ def visit_rows(worth: Array, told: Mapping[str, Sequence[Array]], dim: int) -> I
         yield from seed_rows(f"{name}, error of the pairs", [pair_error(worth, one) for one in seeds], UNIT, worth.size)
 
 
-def answered(world: World, sizes: Sizes, name: str, seed: int) -> Array:
-    """What one ranker says that visits add, float64 [Q, Q]."""
+def answered(world: World, sizes: Sizes, name: str, seed: int) -> dict[str, Array]:
+    """What one ranker says that visits add; see `Visitors.told`."""
     say(f"market_visits: {name}, {seed}")
     config, prepared = replace(models(world.config)[name], seed=seed), world.prepared()
     ranker, _ = train_ranker(prepared, config, *world.work(config.to_dict()))
@@ -106,10 +136,12 @@ def measure(options: Options, ceilings: Mapping[str, float]) -> Measured:
         say(f"market_visits: a market of {sizes.impressions:,} impressions")
         world = World.make(config, home, sizes.num_ads, sizes.impressions)
         asked = {name: [pool.submit(answered, world, sizes, name, seed) for seed in sizes.seeds] for name in RANKERS}
-        told = {name: [one.result() for one in seeds] for name, seeds in asked.items()}
+        each = {name: [one.result() for one in seeds] for name, seeds in asked.items()}
         prepared, truth = world.prepared(), MarketTruth.load(world.folder)
         log = taken(_Log.read(truth, world.folder), log_order(world.folder, prepared))
         worth = Visitors.of(truth, prepared, config, sizes.questions).worth(truth, log, prepared)
+        told = {name: [one[VISITS] for one in seeds] for name, seeds in each.items()}
+        told[f"{FULL}, its matches alone"] = [one[MATCHES] for one in each[FULL]]
         rows = list(visit_rows(worth, told, config.ranker.dim))
     said = {name: one.to_dict()["ranker"] for name, one in models(config).items() if name in RANKERS}
     return Measured(rows, {**asdict(sizes), "seed": config.seed, "rankers": said})

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import market_truth, ranking_market
 from benchmarks.machine import REPOSITORY
 from benchmarks.market import _Log
-from benchmarks.market_visits import Visitors, visit_rows
+from benchmarks.market_visits import MATCHES, VISITS, Visitors, visit_rows
 from benchmarks.ranking_market import World
 from prerank.config import load_config
 from prerank.market.generate import MarketTruth
@@ -64,9 +64,25 @@ def test_two_towers_leave_of_visits_what_a_dot_product_must(market, known):
     for model in ("mmoe_dcn", "mtmd", "two_tower"):
         options = replace(market.config.ranker, model=model, dim=dim)
         ranker = build_one_ranker(replace(market.config, ranker=options), prepared.transforms.sizes()).eval()
-        told = visitors.told(ranker, test)
+        found = visitors.told(ranker, test)
+        assert list(found) == [VISITS], "there are no matches"
+        told = found[VISITS]
         energy = np.linalg.svd(told - told.mean(0) - told.mean(1, keepdims=True) + told.mean(), compute_uv=False) ** 2
         assert energy[dim:].sum() < 1e-2 * energy.sum(), "it is a product of so many numbers"
     rows = {row.name: row.value for row in visit_rows(worth, {"exact": [worth], model: [told]}, dim)}
     assert rows["exact, error of the pairs"] == pytest.approx(0, abs=1e-20)
     assert rows[f"{model}, error of the pairs"] >= rows[f"best rank error, d = {dim}"] > 0.5
+
+
+def test_matches_alone_change_nothing_where_nothing_matches(market, known):
+    truth, prepared, log = known
+    visitors = Visitors.of(truth, prepared, market.config, TINY.questions)
+    test = Impressions(prepared, market.config, np.flatnonzero(prepared.of_days(market.config.data.days("test"))))
+    ranker = build_one_ranker(market.config, prepared.transforms.sizes()).eval()
+    told = visitors.told(ranker, test)[MATCHES]
+    user, [day] = test.users.at(visitors.events), np.unique(np.asarray(test.day[visitors.events]))
+    advertiser = test.items.on(int(day))["advertiser_id"][visitors.items]
+    matches = (user[VISITS].unsqueeze(1) == advertiser[None, :, None]).any(-1).numpy()
+    assert 0 < matches.sum() < matches.size
+    assert (np.abs(told[matches]) > 0).all()
+    assert np.abs(told[~matches]).max() < 1e-3 * np.abs(told[matches]).mean()
