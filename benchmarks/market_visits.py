@@ -6,7 +6,8 @@ each of these advertisers makes Q columns. The truth adds a surface's number whe
 nothing elsewhere: nearly a diagonal. A ranker's answer is what it says of the pairs less what it says of them when it
 is told of no visits; of one that counts matches also less what it says where visits are told and match nothing. Of two
 towers the difference is a product of as many numbers as theirs, and what such a product leaves at least of a table
-Eckart and Young (1936) tell, whatever it was trained on; biases are taken out with the means of rows and columns. Fifteen in a hundred of the true visits are in no table that a ranker reads.
+Eckart and Young (1936) tell, whatever it was trained on; biases are taken out with the means of rows and columns.
+Fifteen in a hundred of the true visits are in no table that a ranker reads.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def test_two_towers_leave_of_visits_what_a_dot_product_must(market, known):
 
 
 def test_matches_alone_change_nothing_where_nothing_matches(market, known):
-    truth, prepared, log = known
+    truth, prepared, _ = known
     visitors = Visitors.of(truth, prepared, market.config, TINY.questions)
     test = Impressions(prepared, market.config, np.flatnonzero(prepared.of_days(market.config.data.days("test"))))
     ranker = build_one_ranker(market.config, prepared.transforms.sizes()).eval()
