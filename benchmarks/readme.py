@@ -69,7 +69,7 @@ TABLES = {
     "retrieval_curves": ("retrieval", "(graph of HNSWIndex|hnswlib|usearch).*"),
     "index_parts": ("serving_parts", "(ExactIndex|matmul).*"),
     "scorer_parts": ("serving_parts", "Scorer.*"),
-    "store_parts": ("serving_parts", "(UserStore|MetadataTable).*"),
+    "store_parts": ("serving_parts", "(UserStore|MetadataTable|JSON of|rows of).*"),
     "request_parts": ("serving_parts", "(RequestGraph|ExpandUser|HTTP).*"),
 }
 

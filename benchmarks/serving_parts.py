@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import torch
@@ -44,17 +45,19 @@ from prerank.business.diversity import groups_of
 from prerank.business.utility import Utility
 from prerank.index.exact import ExactIndex
 from prerank.kernels.greedy import greedy_top_k
+from prerank.kernels.lookup import Lookup
 from prerank.models.layers import VECTORS
 from prerank.models.rankers import build_ranker
 from prerank.serve.expand import ExpandUser
 from prerank.serve.graph import RequestGraph
 from prerank.serve.passage import run_graph
-from prerank.stores.metadata import MetadataTable
+from prerank.stores.metadata import MetadataTable, write_metadata
 from prerank.stores.users import UserStore
 from prerank.types import CandidateSet, Request
 
 BATCHES, KS = (1, 16), (1_000, 10_000)
 CANDIDATES, WINNERS = (10_000, 100_000), 1_000
+LOOKED_UP = (50, *CANDIDATES)
 BATCH_ROWS = 8_192
 
 
@@ -85,7 +88,8 @@ def parts(sizes: Sizes) -> Measured:
         rows, least = _index_rows(sizes, copy_gb_s, gflop_s)
         say("serving_parts: the scorer, the stores, the graph, the user's features")
         world = World.build(sizes.users, sizes.items)
-        rows += [*_scorer_rows(world, sizes), *_metadata_rows(Path(name) / "metadata.arrow", sizes)]
+        rows += [*_scorer_rows(world, sizes), *_lookup_rows(sizes)]
+        rows += _metadata_rows(Path(name) / "metadata.arrow", sizes)
         rows += [*_user_rows(world, Path(name) / "users.lmdb", sizes), _graph_row(sizes)]
     say("serving_parts: HTTP")
     rows += _http_rows(sizes)
@@ -186,6 +190,22 @@ def _scorer_steps(scorer: Scorer, world: World, rows: Tensor, calls: int) -> Ite
     yield Row.timed(f"{what}: torch.topk", plain, num)
 
 
+def _lookup_rows(sizes: Sizes) -> Iterator[Row]:
+    """The row of an item_id among all: by a hash, and by bisection."""
+    made = np.random.default_rng(SEED)
+    ids = np.sort(made.choice(10 * sizes.items, sizes.items, replace=False))
+    places = Lookup(ids)
+    for num in LOOKED_UP:
+        wanted = made.choice(ids, num)
+        theirs, asked = torch.from_numpy(ids), torch.from_numpy(wanted)
+        ours, plain = _in_turn(
+            sizes.calls // 10, partial(places.find, wanted), partial(torch.searchsorted, theirs, asked)
+        )
+        what, against = f"rows of {num:,} item_ids", "torch.searchsorted"
+        yield Row.timed(what, ours, sizes.items, against, _over(ours, plain))
+        yield Row.timed(f"{what}, {against}", plain, sizes.items)
+
+
 # the stores, and the user's features
 
 
@@ -202,6 +222,16 @@ def _metadata_rows(path: Path, sizes: Sizes) -> Iterator[Row]:
             writer.write_table(table, max_chunksize=batch)
         take = partial(MetadataTable.open(path).take, rows, columns)
         yield Row.timed(name, times_ms(take, sizes.calls // 10, warm_up=5), table.num_rows)
+    write_metadata(path, table, four)
+    described = MetadataTable.open(path)
+    ready, made = _in_turn(
+        sizes.calls // 10,
+        lambda: msgspec.json.encode(described.take_json(rows, four)),
+        lambda: msgspec.json.encode(described.take(rows, four)),
+    )
+    what, against = f"JSON of {WINNERS:,} rows, 4 columns", "made of the columns"
+    yield Row.timed(f"{what}, ready", ready, table.num_rows, against, _over(ready, made))
+    yield Row.timed(f"{what}, {against}", made, table.num_rows)
 
 
 def _user_rows(world: World, path: Path, sizes: Sizes) -> Iterator[Row]:

@@ -20,7 +20,7 @@ _FULL = 0.75
 class Lookup:
     """Places in `ids` int64 [N], which ascend and stay as they are. Threads may share one.
 
-    Natively it takes 4 to 11 bytes an id beside the ids.
+    Natively it takes 5 to 11 bytes an id beside the ids.
     """
 
     def __init__(self, ids: Array) -> None:
