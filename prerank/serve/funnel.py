@@ -165,6 +165,7 @@ class Funnel:
             # the first use of a library loads code, pyarrow's most of all: no caller should wait for that
             with suppress(DeadlineExceeded):  # a stage's own deadline is for when it is warm
                 funnel.recommend(Request(user_id=0, k=1, time_ms=0, context=funnel.example_context))
+            metadata.take(np.zeros(1, np.int64))  # which that request had ready
             return funnel
         except BaseException:
             known.close()
