@@ -73,6 +73,7 @@ def demo(config_path: Path | None, data: Path | None, store: Path, out: Console,
     gates = _promoted(home, version, trained, tables)
     requests = _last_requests(config, tables, NUM_REQUESTS)
     from prerank.serve.funnel import Funnel  # as heavy as a server, so only once there is something to serve
+    from prerank.serve.wire import encode_answer
 
     with Funnel.open(home) as funnel:
         answers = []
@@ -91,11 +92,11 @@ def demo(config_path: Path | None, data: Path | None, store: Path, out: Console,
         "in_process_ms": _percentiles([ms for _, ms in answers]),
         "http_ms": _percentiles([ms for _, ms in over_http]),
         "stages": render.stage_medians([a for a, _ in answers]),
-        "winners": [a.to_dict() for a, _ in answers[:NUM_SHOWN]],
+        "winners": [json.loads(encode_answer(a)) for a, _ in answers[:NUM_SHOWN]],
         "seconds": round(time.perf_counter() - began, 1),
         "prerank": prerank.__version__,
     }
-    _same_winners([a.to_dict() for a, _ in answers], [a for a, _ in over_http])
+    _same_winners([json.loads(encode_answer(a)) for a, _ in answers], [a for a, _ in over_http])
     shown = list(zip(requests, answers, strict=True))[:NUM_SHOWN]
     path = store / "demo.json"
     path.write_text(json.dumps(told, indent=1))

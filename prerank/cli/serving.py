@@ -172,6 +172,7 @@ def recommend(
 ) -> None:
     """Answer for one user, without a server."""
     from prerank.serve.funnel import Funnel
+    from prerank.serve.wire import encode_answer
 
     home = found_in(store, funnel)
     with (
@@ -182,7 +183,7 @@ def recommend(
         now_ms = int(time.time() * 1000)
         answer = opened.recommend(Request(user, k, now_ms, said, exclude=tuple(exclude)))
     if as_json:
-        print(json.dumps(answer.to_dict(), indent=1))
+        print(json.dumps(json.loads(encode_answer(answer)), indent=1))
     else:
         out.print(render.answer(answer))
 

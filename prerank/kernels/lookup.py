@@ -1,7 +1,7 @@
 """Where ids are in an ascending array: by a hash of their own natively, else by bisection.
 
-Bisection of a million ids waits for memory some ten times an id, one time after the other; the hash two or three times,
-and for many ids at once.
+Bisection of many ids waits for memory again and again, one time after the other; the hash waits once for the place,
+once for the id there, and for many ids at once.
 """
 
 from __future__ import annotations

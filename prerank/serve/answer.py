@@ -54,35 +54,6 @@ class Answer:
     degraded: bool
     notes: Sequence[str]
 
-    def to_dict(self) -> dict[str, object]:
-        """As JSON types, the form every way out gives; stage times to the microsecond."""
-        return {
-            "request_id": self.request_id,
-            "version": self.version,
-            "winners": [
-                {
-                    "item_id": w.item_id,
-                    "utility_micros": w.utility_micros,
-                    "prob": dict(w.prob),
-                    "metadata": w.metadata,
-                    "found_by": list(w.found_by),
-                }
-                for w in self.winners
-            ],
-            "stages": [
-                {
-                    "name": s.name,
-                    "start_ms": round(s.start_ms, 3),
-                    "ms": round(s.ms, 3),
-                    "in": s.num_in,
-                    "out": s.num_out,
-                }
-                for s in self.stages
-            ],
-            "degraded": self.degraded,
-            "notes": list(self.notes),
-        }
-
 
 MOST_EXCLUDED = 10_000
 """The most items that one request may exclude."""

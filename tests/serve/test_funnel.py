@@ -28,6 +28,7 @@ from prerank.index.exact import ExactIndex
 from prerank.serve.answer import Answer
 from prerank.serve.expand import ExpandUser
 from prerank.serve.funnel import Funnel
+from prerank.serve.wire import encode_answer
 from prerank.stores.live import LiveUsers
 from prerank.stores.metadata import MetadataTable
 from prerank.stores.user_file import key_of
@@ -107,7 +108,7 @@ def test_each_winner_is_described_by_its_own_row(funnel: Funnel) -> None:
 
 
 def test_an_answer_is_plain_json(funnel: Funnel) -> None:
-    plain = funnel.recommend(ask(k=2)).to_dict()
+    plain = json.loads(encode_answer(funnel.recommend(ask(k=2))))
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert set(plain) == {"request_id", "version", "winners", "stages", "degraded", "notes"}
 
