@@ -17,7 +17,10 @@ SOURCES = (
     "turns",
     "lookup",
 )
-HEADERS = ("export.h", "program.h", "program_block.inc", "scan.h", "scan_rows.inc", "stop.h", "turns.h")
+HEADERS = (
+    *("export.h", "program.h", "program_block.inc", "program_int8.inc"),
+    *("scan.h", "scan_rows.inc", "stop.h", "turns.h"),
+)
 FLAGS = (
     *("-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math"),  # neither is looked at, and both keep loops from becoming vectors

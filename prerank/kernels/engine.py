@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prerank.kernels import native, ranges
-from prerank.kernels.layout import NOT_KEPT, TILE, Layout, lay_out, padded
+from prerank.kernels.layout import NOT_KEPT, TILE, Layout, is_quantized, lay_out, padded
 from prerank.kernels.pages import in_large_pages
 from prerank.kernels.program import (
     Dot,
@@ -31,6 +31,7 @@ from prerank.kernels.program import (
     Softmax,
     Step,
 )
+from prerank.kernels.quantized import CoarseWeight
 from prerank.kernels.stop import current
 from prerank.kernels.work import program_work
 from prerank.types import Features
@@ -40,7 +41,8 @@ _MOST_EXPERTS = 16
 _CACHE_BYTES = 640 << 10  # of a block's registers; the weights that stream by want room beside them
 _MOST_ROWS = 256
 _OPERATIONS = {Gather: 0, Scale: 1, Linear: 2, Norm: 3, Softmax: 4, Mix: 5, Match: 6, Dot: 7}
-_CLEAR, _OUTPUT = 8, 9
+_CLEAR, _OUTPUT, _QUANTIZE = 8, 9, 10
+_INT8 = "avx512_bf16"  # the level that has products of eight bits; tiles are as fast without
 _VECTOR, _MATRIX, _CODES = 0, 1, 2
 
 
@@ -49,7 +51,7 @@ class _Part(ctypes.Structure):
 
 
 class _Register(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("ld", "f32", "bf16"))
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("ld", "f32", "bf16", "int8"))
 
 
 class _Step(ctypes.Structure):
@@ -57,7 +59,7 @@ class _Step(ctypes.Structure):
         ("operation", ctypes.c_int64),
         *((name, _Part) for name in ("out", "x", "add", "x0", "x1", "extra")),
         *((name, ctypes.c_int64) for name in ("activation", "table", "weight_slot", "bias_slot")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "scale")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "scale", "coarse", "begin")),
         ("eps", ctypes.c_double),
         ("num_experts", ctypes.c_int64),
         ("experts", _Part * _MOST_EXPERTS),
@@ -103,11 +105,15 @@ class Engine:
     """`threads` worker threads, each pinned to a core where there are enough; programs and requests share them.
 
     `level` is one of `native.LEVELS` that this processor has, its best unless given. The threads are `nicer` than who
-    makes them, in steps of niceness: who shares their cores has a turn sooner. Raises ValueError for another level, and
-    RuntimeError where there is no native library (`native.library` says why).
+    makes them, in steps of niceness: who shares their cores has a turn sooner. With `int8`, products for which eight
+    bits are enough (`Linear.is_coarse`) are of eight bits at a level that has them, which `int8` says then: AVX-512
+    without tiles. Raises ValueError for another level, and RuntimeError where there is no native library
+    (`native.library` says why).
     """
 
-    def __init__(self, threads: int, level: str | None = None, is_pinned: bool = True, nicer: int = 0) -> None:
+    def __init__(
+        self, threads: int, level: str | None = None, is_pinned: bool = True, nicer: int = 0, int8: bool = False
+    ) -> None:
         library = native.library()
         if library is None:
             raise RuntimeError("no native kernels here: program.run is the same in torch")
@@ -115,7 +121,7 @@ class Engine:
         self.level = best if level is None else level
         if self.level not in native.LEVELS[: native.LEVELS.index(best) + 1] or threads < 1:
             raise ValueError(f"expected at least one thread and a level up to {best!r}, got {threads} and {level!r}")
-        self.threads = threads
+        self.threads, self.int8 = threads, int8 and self.level == _INT8
         library.prerank_engine_make.restype = ctypes.c_void_p
         made = library.prerank_engine_make(
             ctypes.c_int64(threads),
@@ -146,7 +152,7 @@ class NativeProgram:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._slots: dict[tuple[int, OfUser], int] = {}
         self._shapes: list[tuple[int, int]] = []  # rows and depth by slot
-        names, layout = program.tables(), lay_out(program)
+        names, layout = program.tables(), lay_out(program, engine.int8)
         full = {
             step.table
             for step in program.steps
@@ -158,7 +164,7 @@ class NativeProgram:
         steps = self._steps(program, layout, {name: number for number, name in enumerate(names)})
         self._step_array = _array(_Step, len(steps))(*steps)
         self._registers = _array(_Register, len(layout.places))(
-            *(_Register(place.ld, place.f32, place.bf16) for place in layout.places)
+            *(_Register(place.ld, place.f32, place.bf16, place.int8) for place in layout.places)
         )
         block = min(_MOST_ROWS, max(TILE, _CACHE_BYTES // layout.row_bytes // TILE * TILE))
         self._program = _Program(
@@ -229,6 +235,8 @@ class NativeProgram:
         for number, step in enumerate(program.steps):
             for past in layout.cleared.get(number, ()):
                 steps.append(_step(_CLEAR, out=past))
+            if number in layout.quantized:
+                steps.append(_step(_QUANTIZE, x=layout.quantized[number]))
             steps.append(self._step(step, tables))
         return [*steps, _step(_OUTPUT, x=program.logits)]
 
@@ -263,12 +271,19 @@ class NativeProgram:
             made.x0, made.x1 = map(_part, step.cross)
         if isinstance(step.weight, OfUser):
             made.weight_slot = self._slot(_MATRIX, step.weight, step.out.width, step.x.width)
+        elif self.engine.int8 and is_quantized(step, self._source):
+            self._coarse(made, CoarseWeight.of(step.weight))
         else:
             made.weight = self._packed(step.weight)
         if isinstance(step.bias, OfUser):
             made.bias_slot = self._slot(_VECTOR, step.bias, step.out.width, 1)
         elif step.bias is not None:
             made.bias = self._vector(step.bias)
+
+    def _coarse(self, made: _Step, weight: CoarseWeight) -> None:
+        packed, begin = weight.packed(), weight.begin()
+        self._kept += [packed, begin]
+        made.coarse, made.begin, made.scale = packed.data_ptr(), begin.data_ptr(), self._vector(weight.scale)
 
     def _slot(self, kind: int, asked: OfUser, rows: int, depth: int) -> int:
         if (kind, asked) not in self._slots:

@@ -16,11 +16,15 @@ NOT_KEPT = -1
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A register of R rows of `ld` numbers: floats from byte R * `f32`, bfloat16 from R * `bf16`, or NOT_KEPT."""
+    """A register of R rows of `ld` numbers: floats from byte R * `f32`, bfloat16 from R * `bf16`, or NOT_KEPT.
+
+    And from R * `int8`, where a product of eight bits reads it, bytes; after them a float a row, its scale.
+    """
 
     ld: int
     f32: int = NOT_KEPT
     bf16: int = NOT_KEPT
+    int8: int = NOT_KEPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +32,14 @@ class Layout:
     """Every register's place, the bytes that a row of a block takes, and what must be zero before each step.
 
     A product reads its input to the next multiple of TILE, against weights of zero: `cleared`, by the number of a
-    step, are the columns past a register's own that no step writes.
+    step, are the columns past a register's own that no step writes. `quantized`, by the number of the first step that
+    multiplies it so, are registers that are whole by then and wanted as eight bits.
     """
 
     places: tuple[Place, ...]
     row_bytes: int
     cleared: dict[int, tuple[Part, ...]]
+    quantized: dict[int, Part]
 
 
 def padded(width: int, to: int = TILE) -> int:
@@ -74,8 +80,15 @@ def writes(step: Step) -> tuple[Part, ...]:
     return (step.out,)
 
 
-def lay_out(program: Program) -> Layout:
+def is_quantized(step: Linear, program: Program) -> bool:
+    """Whether a product may be of eight bits: it is enough for it, and it reads all of a register."""
+    return step.is_coarse and step.x == Part(step.x.register, 0, program.widths[step.x.register])
+
+
+def lay_out(program: Program, int8: bool = False) -> Layout:
     """A register is kept from the first step that writes it to the last that reads it; then its memory is another's.
+
+    With `int8`, those that `is_quantized` reads are also kept so.
 
     What is read as float32 or bfloat16 is kept so, and what a step would take as either as bfloat16, half the bytes.
     """
@@ -88,6 +101,11 @@ def lay_out(program: Program) -> Layout:
     # rows a power of two apart would share few lines of the first cache
     widths = [ld + TILE if ld % (2 * TILE) == 0 else ld for ld in read_to]
     places = [Place(ld) for ld in widths]
+    quantized: dict[int, Part] = {}
+    for number, step in enumerate(program.steps):
+        if int8 and isinstance(step, Linear) and is_quantized(step, program) and step.x not in quantized.values():
+            quantized[number] = step.x
+    coarse = {part.register for part in quantized.values()}
     taken: list[tuple[int, int, int]] = []  # (first byte, the one past the last, last step) of what is kept
     row_bytes, cleared = 0, dict[int, tuple[Part, ...]]()
     for number, step in enumerate(program.steps):
@@ -97,9 +115,9 @@ def lay_out(program: Program) -> Layout:
             first, last = spans[register]
             if first != number or places[register] != Place(widths[register]):
                 continue
-            for name, bytes_each, kept in (("f32", 4, wide), ("bf16", 2, narrow)):
+            for name, bytes_each, more, kept in (("f32", 4, 0, wide), ("bf16", 2, 0, narrow), ("int8", 1, 4, coarse)):
                 if register in kept:
-                    size = widths[register] * bytes_each
+                    size = widths[register] * bytes_each + more
                     at = first_free(taken, size)
                     taken.append((at, at + size, last))
                     row_bytes = max(row_bytes, at + size)
@@ -107,7 +125,7 @@ def lay_out(program: Program) -> Layout:
             past = Part(register, program.widths[register], read_to[register] - program.widths[register])
             if register in narrow and past.width:
                 cleared[number] = (*cleared.get(number, ()), past)
-    return Layout(tuple(places), row_bytes, cleared)
+    return Layout(tuple(places), row_bytes, cleared, quantized)
 
 
 def _all_reads(program: Program) -> Iterator[tuple[Part, Use]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-INTERFACE = 10
+INTERFACE = 11
 """PRERANK_INTERFACE of native/export.h: a library of another number is not called."""
 
 LEVELS = ("portable", "avx2", "avx512_bf16", "amx_bf16")

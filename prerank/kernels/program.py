@@ -96,7 +96,8 @@ class Dot:
 class Linear:
     """out = activation(x W^T + bias + add), or x0 * (x W^T + bias) + x1 where `cross` is (x0, x1).
 
-    `weight` is float [width of out, width of x] and `bias` one of out's width.
+    `weight` is float [width of out, width of x] and `bias` one of out's width. Where eight bits are asked for
+    (`Engine`), `is_coarse` says that they are enough for this one.
     """
 
     out: Part
@@ -106,8 +107,10 @@ class Linear:
     add: Part | None = None
     cross: tuple[Part, Part] | None = None
     activation: Activation = "none"
+    is_coarse: bool = False
 
     def __post_init__(self) -> None:
+        assert not self.is_coarse or isinstance(self.weight, Tensor)
         assert self.add is None or self.cross is None
         assert self.cross is None or self.activation == "none"
 
@@ -201,9 +204,10 @@ class Builder:
         bias: Weight | None,
         activation: Activation = "none",
         cross: tuple[Part, Part] | None = None,
+        is_coarse: bool = False,
     ) -> Part:
         """A Linear into a register of its own."""
-        return self.add(Linear(self.register(len(weight)), x, weight, bias, None, cross, activation))
+        return self.add(Linear(self.register(len(weight)), x, weight, bias, None, cross, activation, is_coarse))
 
     def program(self, logits: Part) -> Program:
         """What was built, its answer at `logits`."""

@@ -24,14 +24,17 @@ class Programmed(Protocol):
         ...
 
 
-def emit_mlps(builder: Builder, mlps: Sequence[MLP], x: Part) -> Part:
-    """Several MLPs of one x as one: -> their outputs side by side, float [..., sum of out]."""
+def emit_mlps(builder: Builder, mlps: Sequence[MLP], x: Part, is_coarse: bool = False) -> Part:
+    """Several MLPs of one x as one: -> their outputs side by side, float [..., sum of out].
+
+    Eight bits may be enough for their first layers: `is_coarse`.
+    """
     for number, layers in enumerate(zip(*(_linears(mlp) for mlp in mlps), strict=True)):
         weights = [layer.weight.detach() for layer in layers]
         weight = torch.cat(weights) if number == 0 else torch.block_diag(*weights)  # type: ignore[no-untyped-call]
         bias = torch.cat([_bias(layer) for layer in layers])
         is_last = number == len(list(_linears(mlps[0]))) - 1
-        x = builder.linear(x, weight, bias, "none" if is_last else "gelu")
+        x = builder.linear(x, weight, bias, "none" if is_last else "gelu", is_coarse=is_coarse and number == 0)
     return x
 
 
@@ -50,21 +53,21 @@ def emit_norm(builder: Builder, norm: nn.LayerNorm, x: Part) -> Part:
 
 
 def emit_expert(builder: Builder, expert: CrossExpert, x0: Part) -> Part:
-    """Cross layers, of full rank and low."""
+    """Cross layers, of full rank and low; each adds to what it read, so eight bits are enough for what it adds."""
     x = x0
     for layer in expert.layers:
         if isinstance(layer, CrossLayer):
-            x = builder.linear(x, layer.linear.weight.detach(), _bias(layer.linear), cross=(x0, x))
+            x = builder.linear(x, layer.linear.weight.detach(), _bias(layer.linear), cross=(x0, x), is_coarse=True)
         else:
             assert isinstance(layer, LowRankCrossLayer)
-            narrow = builder.linear(x, layer.narrow.weight.detach(), None)
-            x = builder.linear(narrow, layer.widen.weight.detach(), _bias(layer.widen), cross=(x0, x))
+            narrow = builder.linear(x, layer.narrow.weight.detach(), None, is_coarse=True)
+            x = builder.linear(narrow, layer.widen.weight.detach(), _bias(layer.widen), cross=(x0, x), is_coarse=True)
     return x
 
 
 def emit_mixes(builder: Builder, gates: Sequence[Gate], x: Part, experts: Sequence[Part]) -> list[Part]:
     """Each gate's mix of the experts."""
-    logits = emit_mlps(builder, [gate.mlp for gate in gates], x)
+    logits = emit_mlps(builder, [gate.mlp for gate in gates], x, is_coarse=True)
     mixes = []
     for number in range(len(gates)):
         weights = builder.register(len(experts))

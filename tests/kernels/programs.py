@@ -5,7 +5,10 @@ import torch
 from prerank.kernels.program import Builder, Dot, Gather, Linear, Match, Mix, Norm, OfUser, Program, Scale, Softmax
 
 
-def made_program(width: int, hidden: int, experts: int, dim: int, tasks: int = 2, seed: int = 0) -> Program:
+def made_program(
+    width: int, hidden: int, experts: int, dim: int, tasks: int = 2, seed: int = 0, is_coarse: bool = False
+) -> Program:
+    """`is_coarse` is whether eight bits are said to be enough for the experts and the gates."""
     made = torch.Generator().manual_seed(seed)
 
     def weight(*shape: int) -> torch.Tensor:
@@ -29,12 +32,12 @@ def made_program(width: int, hidden: int, experts: int, dim: int, tasks: int = 2
     x = builder.add(Norm(builder.register(width), summed, weight(width), weight(width), 1e-5))
     found = []
     for _ in range(experts):
-        crossed = builder.linear(x, weight(width, width), weight(width), cross=(x, x))
-        narrow = builder.linear(crossed, weight(3, width), None)
-        found.append(builder.linear(narrow, weight(width, 3), weight(width), cross=(x, crossed)))
-    gate = builder.linear(
-        builder.linear(x, weight(hidden, width), weight(hidden), "gelu"), weight(experts, hidden), None
-    )
+        crossed = builder.linear(x, weight(width, width), weight(width), cross=(x, x), is_coarse=is_coarse)
+        narrow = builder.linear(crossed, weight(3, width), None, is_coarse=is_coarse)
+        wide = builder.linear(narrow, weight(width, 3), weight(width), cross=(x, crossed), is_coarse=is_coarse)
+        found.append(wide)
+    gate = builder.linear(x, weight(hidden, width), weight(hidden), "gelu", is_coarse=is_coarse)
+    gate = builder.linear(gate, weight(experts, hidden), None)
     mixed = builder.add(Softmax(builder.register(experts), gate))
     mix = builder.add(Mix(builder.register(width), mixed, tuple(found)))
     out = builder.register(tasks)

@@ -7,7 +7,7 @@
 
 // Raised with every new function and every change of a signature; prerank/kernels/native.py asks for the same number
 // before it calls anything.
-constexpr int32_t PRERANK_INTERFACE = 10;
+constexpr int32_t PRERANK_INTERFACE = 11;
 
 namespace prerank {
 

@@ -32,7 +32,7 @@ Level found() {
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return PORTABLE;
     const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512bf16");
+                            __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     if (!has_avx512) return AVX2;
     return has_amx() ? AMX_BF16 : AVX512_BF16;
 #else

@@ -7,14 +7,15 @@
 
 namespace prerank {
 
-enum Operation : int64_t { GATHER, SCALE, LINEAR, NORM, SOFTMAX, MIX, MATCH, DOT, CLEAR, OUTPUT };
+enum Operation : int64_t { GATHER, SCALE, LINEAR, NORM, SOFTMAX, MIX, MATCH, DOT, CLEAR, OUTPUT, QUANTIZE };
 enum Activation : int64_t { NONE, GELU };
 constexpr int64_t MOST_EXPERTS = 16;
 
 // A register of a block of R rows: [R, ld] floats from R * f32 bytes of the scratch memory, or [R, ld] bfloat16 from
-// R * bf16 bytes, or both; negative where it is not kept.
+// R * bf16 bytes, or both; negative where it is not kept. Of what is multiplied as eight bits there are also [R, ld] bytes
+// from R * int8 on, then R scales.
 struct Register {
-    int64_t ld, f32, bf16;
+    int64_t ld, f32, bf16, int8;
 };
 
 // Columns of a register.
@@ -29,7 +30,9 @@ struct Step {
     int64_t activation, table, weight_slot, bias_slot;
     const uint16_t* weight;  // packed as `pack` does, [width of out, width of x]
     const float* bias;       // padded to 32 with zeros
-    const float* scale;      // of a norm
+    const float* scale;      // of a norm; of `coarse`, padded to 32, one a column of out
+    const int8_t* coarse;    // in place of `weight`: [width of out / 16][width of x / 4][16][4]
+    const int32_t* begin;    // where the sums of `coarse` begin, padded to 32
     double eps;
     int64_t num_experts;
     Part experts[MOST_EXPERTS];

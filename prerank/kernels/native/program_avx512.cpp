@@ -1,15 +1,16 @@
-// For processors with AVX-512 and its bfloat16 products.
+// For processors with AVX-512, its bfloat16 products and those of eight bits.
 #include "program.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,prefer-vector-width=512")
 #endif
 #include <immintrin.h>
 
 #define PRERANK_BF16
+#define PRERANK_INT8
 #include "program_block.inc"
 
 namespace prerank {
