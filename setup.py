@@ -24,7 +24,7 @@ HEADERS = (
 FLAGS = (
     *("-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math"),  # neither is looked at, and both keep loops from becoming vectors
-    *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),
+    *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 )
 
 native = Extension(

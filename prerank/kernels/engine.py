@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -38,8 +40,8 @@ from prerank.types import Features
 
 _Data = TypeVar("_Data", ctypes.c_void_p, ctypes.c_int64, "_Table", "_Step", "_Register", "_Slot")
 _MOST_EXPERTS = 16
-_CACHE_BYTES = 640 << 10  # of a block's registers; the weights that stream by want room beside them
 _MOST_ROWS = 256
+_SECOND_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 _OPERATIONS = {Gather: 0, Scale: 1, Linear: 2, Norm: 3, Softmax: 4, Mix: 5, Match: 6, Dot: 7}
 _CLEAR, _OUTPUT, _QUANTIZE = 8, 9, 10
 _INT8 = "avx512_bf16"  # the level that has products of eight bits; tiles are as fast without
@@ -166,7 +168,7 @@ class NativeProgram:
         self._registers = _array(_Register, len(layout.places))(
             *(_Register(place.ld, place.f32, place.bf16, place.int8) for place in layout.places)
         )
-        block = min(_MOST_ROWS, max(TILE, _CACHE_BYTES // layout.row_bytes // TILE * TILE))
+        block = min(_MOST_ROWS, max(TILE, _cache_bytes() // layout.row_bytes // TILE * TILE))
         self._program = _Program(
             ctypes.addressof(self._step_array),
             len(steps),
@@ -309,6 +311,15 @@ class NativeProgram:
         )
         self._kept.append(packed)
         return packed.data_ptr()
+
+
+@cache
+def _cache_bytes() -> int:
+    """What a block's registers may take of a core's second cache: the weights that stream by want room beside them."""
+    size = 1 << 20
+    with suppress(OSError, ValueError):
+        size = int(_SECOND_CACHE.read_text().strip().removesuffix("K")) << 10
+    return size * 5 // 8
 
 
 class _Binding:
